@@ -1,0 +1,52 @@
+"""``python -m expertd.daemon``: what ``expertd daemon run`` and on-demand starts run.  See ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+
+import psutil
+from expertd.daemon.server import Server
+from expertd.protocol.errors import ExpertdError
+from expertd.protocol.paths import Home
+from expertd.protocol.sizes import parse_size
+
+
+def default_budget() -> int:
+    """Half of the machine's memory: the rest is for the dense weights, the system and the page cache."""
+    return int(psutil.virtual_memory().total) // 2
+
+
+def run(budget: str | None, idle_exit_s: float | None) -> None:
+    """Run a daemon in the current home until it is told to end.
+
+    Raises:
+        ExpertdError: it cannot start; nothing is left behind.
+    """
+    size = default_budget() if budget is None else parse_size(budget)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+
+    async def serve() -> None:
+        await Server(Home.current(), size, idle_exit_s=idle_exit_s).run()
+
+    asyncio.run(serve())
+
+
+def main() -> int:
+    """Parse arguments, run, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m expertd.daemon", description=__doc__)
+    parser.add_argument("--budget", help="memory for expert weights, for example 512MB, 2GiB or bytes")
+    parser.add_argument("--idle-exit", type=float, help="end after so many seconds without a session")
+    arguments = parser.parse_args()
+    try:
+        run(arguments.budget, arguments.idle_exit)
+    except ExpertdError as error:
+        print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What the core is told.  The server makes these out of messages, finished reads and lifelines that ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from expertd.protocol.errors import ExpertdError
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.messages import AliasMode
+
+
+@dataclass(frozen=True)
+class Attach:
+    """A worker wants a session.  The server has checked the manifest against the files and chose the number."""
+
+    session: int
+    pid: int
+    mode: AliasMode
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class PoolCreated:
+    """The segment of a CreatePool exists, zeroed."""
+
+    segment: int
+
+
+@dataclass(frozen=True)
+class PoolFailed:
+    """The system gave no memory for a CreatePool."""
+
+    segment: int
+    error: ExpertdError
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A session asks for ``experts`` of ``layer``; ``routing`` is what it logged before."""
+
+    session: int
+    sequence: int
+    layer: int
+    experts: tuple[int, ...]
+    routing: tuple[tuple[int, list[int]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ack:
+    """A session uses nothing any more that it looked up before it was told ``version``."""
+
+    session: int
+    version: int
+    sequence: int
+    routing: tuple[tuple[int, list[int]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A session reports events that were all hits."""
+
+    session: int
+    routing: tuple[tuple[int, list[int]], ...]
+
+
+@dataclass(frozen=True)
+class ReadDone:
+    """All bytes of a StartRead are in its slot."""
+
+    segment: int
+    slot: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ReadFailed:
+    """A StartRead failed; what the slot holds is undefined."""
+
+    segment: int
+    slot: int
+    error: ExpertdError
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A session is over: it detached, or its process died."""
+
+    session: int
+
+
+Event = Attach | PoolCreated | PoolFailed | Fetch | Ack | Routed | ReadDone | ReadFailed | Ended

@@ -1,0 +1,98 @@
+"""What the core wants done.  The server carries them out in the order in which they were returned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from expertd.protocol.errors import ExpertdError
+from expertd.protocol.layout import PoolLayout
+from expertd.protocol.messages import PoolInfo
+
+
+@dataclass(frozen=True)
+class CreatePool:
+    """Create a segment of ``layout``; answered by PoolCreated or PoolFailed."""
+
+    segment: int
+    generation: int
+    layout: PoolLayout
+
+
+@dataclass(frozen=True)
+class UnlinkPool:
+    """Nobody needs this segment any more: give it back."""
+
+    segment: int
+
+
+@dataclass(frozen=True)
+class StartRead:
+    """Read a block into a slot; answered by ReadDone or ReadFailed.  ``demand``: somebody waits for it."""
+
+    model: str
+    segment: int
+    slot: int
+    layer: int
+    expert: int
+    demand: bool
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Write ``slot`` into the table of a segment, at ``row`` (the layer's place in its pool) and ``expert``."""
+
+    segment: int
+    row: int
+    expert: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Open a session: hand over these segments' descriptors, then answer Attached.
+
+    The server adds the nonces of the segments, which the core does not know, to ``pools``.
+    """
+
+    session: int
+    model: str
+    version: int
+    pools: tuple[PoolInfo, ...]
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Answer a session's Attach or Fetch with an error."""
+
+    session: int
+    error: ExpertdError
+    sequence: int | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer a Fetch: its blocks are resident and leased."""
+
+    session: int
+    sequence: int
+    version: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AskAck:
+    """Ask a session for an ack of ``version``."""
+
+    session: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Announce:
+    """Tell a session that the pool in ``segment`` is complete."""
+
+    session: int
+    segment: int
+
+
+Instruction = CreatePool | UnlinkPool | StartRead | Publish | Grant | Refuse | Answer | AskAck | Announce

@@ -1,0 +1,84 @@
+"""How a model's layers are divided into pools, and how many slots each gets for a given number of bytes.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expertd.protocol.errors import BudgetTooSmall
+from expertd.protocol.layout import PoolLayout, most_slots, pool_layout, slot_limit
+from expertd.protocol.manifest import Layer, Manifest
+from expertd.protocol.sizes import show_size
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """``layers``: indices of MoE layers that share a pool; ``layout``: of its segment."""
+
+    layers: tuple[int, ...]
+    layout: PoolLayout
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Layers that may share a pool: blocks of different shape never do."""
+    groups: dict[object, list[int]] = {}
+    for number, layer in enumerate(layers):
+        groups.setdefault(layer.shape_key, []).append(number)
+    return list(groups.values())
+
+
+def _floor(layers: Sequence[Layer], group: Sequence[int]) -> int:
+    """Slots that one event of one session needs: the most experts that one token uses in a layer of the group."""
+    return min(max(layers[n].top_k for n in group), layers[group[0]].experts)
+
+
+def _layout(layers: Sequence[Layer], group: Sequence[int], slots: int) -> PoolLayout:
+    first = layers[group[0]]
+    return pool_layout(len(group), first.experts, first.parts, slots)
+
+
+def smallest(manifest: Manifest) -> int:
+    """Bytes of the smallest budget that can serve ``manifest`` (one event of one session)."""
+    layers = manifest.layers
+    return sum(_layout(layers, group, _floor(layers, group)).size for group in _groups(layers))
+
+
+def largest(manifest: Manifest) -> int:
+    """Bytes of segments that hold every block of ``manifest``."""
+    layers = manifest.layers
+    return sum(_layout(layers, group, len(group) * layers[group[0]].experts).size for group in _groups(layers))
+
+
+def plan_pools(manifest: Manifest, size: int) -> list[PoolPlan]:
+    """Pools for ``manifest`` in at most ``size`` bytes.
+
+    Each group of layers of one shape gets bytes in proportion to its blocks' bytes (never less than its floor) and
+    shares one pool; a pool whose slabs would reach 2^31 elements is split into runs of neighbouring layers.  One wide
+    pool lets slots follow the layers that need them (docs/decisions.md).
+
+    Raises:
+        BudgetTooSmall: ``size`` is below ``smallest(manifest)``.
+    """
+    layers = manifest.layers
+    needed = smallest(manifest)
+    if size < needed:
+        raise BudgetTooSmall(
+            f"{manifest.folder} needs at least {needed} bytes ({show_size(needed)}) for one event of one session, "
+            f"and {show_size(max(0, size))} can be had; start the daemon with --budget {needed} or more"
+        )
+    groups = _groups(layers)
+    floors = [_layout(layers, group, _floor(layers, group)).size for group in groups]
+    total = sum(len(g) * layers[g[0]].experts * layers[g[0]].block_bytes for g in groups)
+    spare = size - sum(floors)
+    plans: list[PoolPlan] = []
+    for group, floor in zip(groups, floors, strict=True):
+        first = layers[group[0]]
+        share = floor + spare * len(group) * first.experts * first.block_bytes // total
+        slots = most_slots(len(group), first.experts, first.parts, share)
+        pools = -(-slots // slot_limit(first.parts))
+        width = -(-len(group) // pools)
+        for start in range(0, len(group), width):
+            run = tuple(group[start : start + width])
+            held = most_slots(len(run), first.experts, first.parts, share * len(run) // len(group))
+            plans.append(PoolPlan(run, _layout(layers, run, held)))
+    return plans

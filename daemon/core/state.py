@@ -1,0 +1,175 @@
+"""What the core knows: models, pools, slots, sessions.  Data and its small invariants; the rules are in ``core``."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+from expertd.daemon.core import events
+from expertd.daemon.policy import Block, Policy
+from expertd.protocol.layout import PoolLayout
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.messages import AliasMode
+
+
+class SlotState(Enum):
+    """The life of a slot; each state leads to the next, and FILLING also back to FREE when a read fails."""
+
+    FREE = "free"
+    FILLING = "filling"
+    SEALED = "sealed"
+    RETIRED = "retired"
+
+
+_NEXT = {
+    (SlotState.FREE, SlotState.FILLING),
+    (SlotState.FILLING, SlotState.SEALED),
+    (SlotState.FILLING, SlotState.FREE),
+    (SlotState.SEALED, SlotState.RETIRED),
+    (SlotState.RETIRED, SlotState.FREE),
+}
+
+
+class InvalidTransition(AssertionError):
+    """A slot was about to skip a step of its life; carries what happened to it before."""
+
+    def __init__(self, slot: int, start: SlotState, finish: SlotState, story: list[str]) -> None:
+        super().__init__(f"slot {slot}: {start.value} -> {finish.value} after {' -> '.join(story)}")
+
+
+@dataclass
+class Slot:
+    """One slot: its state, the block in it (or on its way into it), and the version at which it was retired."""
+
+    number: int
+    state: SlotState = SlotState.FREE
+    block: Block | None = None
+    retired_at: int = 0
+    leases: set[int] = field(default_factory=set)
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=8))
+
+    def move(self, state: SlotState) -> None:
+        """Go to ``state``.  Raises InvalidTransition if the life of a slot has no such step."""
+        if (self.state, state) not in _NEXT:
+            raise InvalidTransition(self.number, self.state, state, list(self.story))
+        self.story.append(f"{state.value} {self.block}")
+        self.state = state
+
+
+@dataclass
+class Waiting:
+    """A Fetch that was not answered yet.  ``missing`` are its blocks on their way, once ``granted``."""
+
+    fetch: events.Fetch
+    granted: bool = False
+    missing: set[Block] = field(default_factory=set)
+
+
+@dataclass
+class Pool:
+    """One generation of one pool.
+
+    Attributes:
+        layers: the model's MoE layers that share it, in forward order.
+        where: the slot of each block that is sealed or filling.
+        free: numbers of free slots.
+        retired: numbers of retired slots.
+        queue: fetches in the order of arrival; those granted leave it only when answered.
+        background: blocks that the background fill has on their way.
+    """
+
+    segment: int
+    generation: int
+    layers: tuple[int, ...]
+    layout: PoolLayout
+    policy: Policy
+    created: bool = False
+    slots: list[Slot] = field(default_factory=list)
+    where: dict[Block, int] = field(default_factory=dict)
+    free: list[int] = field(default_factory=list)
+    retired: set[int] = field(default_factory=set)
+    queue: deque[Waiting] = field(default_factory=deque)
+    sealed: int = 0
+    background: set[Block] = field(default_factory=set)
+    fill_from: int = 0
+    fill_failed: bool = False
+
+    def __post_init__(self) -> None:
+        self.slots = [Slot(number) for number in range(self.layout.slots)]
+        self.free = list(range(self.layout.slots - 1, -1, -1))
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is a slot for every block: then nothing is ever evicted from this generation."""
+        return self.layout.slots >= self.layout.layers * self.layout.experts
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is resident (only such a generation is immutable)."""
+        return self.holds_all and self.sealed == self.layout.layers * self.layout.experts
+
+    def row(self, layer: int) -> int:
+        """The place of ``layer`` in the pool's table."""
+        return self.layers.index(layer)
+
+
+@dataclass
+class Session:
+    """One attached process and model.
+
+    Attributes:
+        acked: newest table version that it promised to have left everything older than.
+        asked: the version and the Fetch for which it was last asked to ack.
+        sequence: of its newest Fetch.
+        waiting: that Fetch while it is not answered; a waiting session holds nothing and counts as acked.
+        answer: the slots that answered it, to be repeated if the answer was lost.
+        leased: slots leased to it, all in ``leased_pool``.
+    """
+
+    number: int
+    pid: int
+    mode: AliasMode
+    model: str
+    acked: int
+    asked: tuple[int, int] = (0, 0)
+    sequence: int = 0
+    fetches: int = 0
+    waiting: Waiting | None = None
+    answer: tuple[int, ...] | None = None
+    answered_version: int = 0
+    leased: list[int] = field(default_factory=list)
+    leased_pool: Pool | None = None
+
+
+@dataclass
+class Model:
+    """One version of one checkpoint, with all that is resident of it."""
+
+    key: str
+    manifest: Manifest
+    pools: list[Pool]
+    pool_of_layer: dict[int, Pool]
+    version: int = 0  # counts evictions: only what leaves the table needs acks
+    sessions: dict[int, Session] = field(default_factory=dict)
+    opening: list[events.Attach] = field(default_factory=list)
+    used_at: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    evictions: int = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether all pools have their memory."""
+        return all(pool.created for pool in self.pools)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its segments."""
+        return sum(pool.layout.size for pool in self.pools)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a read into one of its pools is on its way (such a pool cannot be given back yet)."""
+        return any(slot.state is SlotState.FILLING for pool in self.pools for slot in pool.slots)

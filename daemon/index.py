@@ -1,0 +1,97 @@
+"""Where each block's bytes are: a manifest checked against the files' own headers.
+
+Reads headers, never weights (that is ``expertd.daemon.reader``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertd.protocol.checkpoint import FileMark, Header, read_header
+from expertd.protocol.errors import CheckpointError, FileChanged, HeaderInvalid
+from expertd.protocol.manifest import Layer, Manifest, Part
+
+
+@dataclass(frozen=True)
+class Range:
+    """``size`` bytes at ``offset`` of file number ``file``; they fill row ``slot`` of slab number ``slab``."""
+
+    file: int
+    offset: int
+    size: int
+    slab: int
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """The files of one model and the byte ranges of its blocks."""
+
+    paths: tuple[Path, ...]
+    marks: tuple[FileMark, ...]
+    _starts: tuple[tuple[tuple[int, ...], ...], ...]  # [layer][part]: start of each of the part's tensors
+    _layers: tuple[Layer, ...]
+
+    def ranges(self, layer: int, expert: int) -> list[Range]:
+        """The ranges of one block, one for each part, in the order of the pool's slabs."""
+        out = []
+        for number, (part, starts) in enumerate(zip(self._layers[layer].parts, self._starts[layer], strict=True)):
+            which = expert if len(starts) > 1 else 0
+            offset = starts[which] + (0 if len(starts) > 1 else expert * part.block_bytes)
+            out.append(Range(part.files[which], offset, part.block_bytes, number))
+        return out
+
+
+def build_index(manifest: Manifest) -> BlockIndex:
+    """Read the headers of the manifest's files and find every part's bytes.
+
+    Raises:
+        FileChanged: a file is not the one that the worker opened.
+        HeaderInvalid: a tensor is missing, or its type or shape is not what the manifest says.
+        CheckpointError: a file cannot be read.
+    """
+    folder = Path(manifest.folder)
+    headers = [_header(folder / mark.name, mark) for mark in manifest.files]
+    starts = []
+    for layer in manifest.layers:
+        if not layer.parts or not 0 < layer.top_k <= layer.experts:
+            raise HeaderInvalid(f"the manifest of {folder} describes {layer.path} without parts or experts")
+        starts.append(tuple(_starts(layer, part, headers) for part in layer.parts))
+    if not manifest.layers:
+        raise HeaderInvalid(f"the manifest of {folder} names no MoE layer")
+    paths = tuple(header.path for header in headers)
+    return BlockIndex(paths, manifest.files, tuple(starts), manifest.layers)
+
+
+def _header(path: Path, mark: FileMark) -> Header:
+    if Path(mark.name).name != mark.name:
+        raise HeaderInvalid(f"the manifest names a file outside its folder: {mark.name}")
+    try:
+        header = read_header(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read by the daemon ({error.strerror})") from error
+    if header.mark != mark:
+        raise FileChanged(f"{path} has changed since the model was loaded; load the model again")
+    return header
+
+
+def _starts(layer: Layer, part: Part, headers: list[Header]) -> tuple[int, ...]:
+    count = len(part.tensors)
+    if count not in (1, layer.experts) or len(part.files) != count:
+        raise HeaderInvalid(f"the manifest gives {layer.path}.{part.name} {count} tensors for {layer.experts} experts")
+    expected = part.shape if count > 1 else (layer.experts, *part.shape)
+    starts = []
+    for name, file in zip(part.tensors, part.files, strict=True):
+        if not 0 <= file < len(headers):
+            raise HeaderInvalid(f"the manifest names file number {file} of {len(headers)}")
+        tensor = headers[file].tensors.get(name)
+        if tensor is None:
+            raise HeaderInvalid(f"{headers[file].path} holds no tensor {name}")
+        # One expert alone may be stored stacked or not: [1, ...] and [...] are the same bytes.
+        same = tensor.shape == expected or (layer.experts == 1 and tensor.shape == part.shape)
+        if tensor.dtype != part.dtype or not same:
+            raise HeaderInvalid(
+                f"tensor {name} is {tensor.dtype} {list(tensor.shape)} where {part.dtype} {list(expected)} was expected"
+            )
+        starts.append(tensor.start)
+    return tuple(starts)

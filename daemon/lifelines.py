@@ -1,0 +1,128 @@
+"""The daemon's ends of all lifelines: who is alive, and the way that descriptors take to them.
+
+What is said on a lifeline is ``expertd.protocol.lifeline``; what a death means is the core's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertd.protocol import PROTOCOL
+from expertd.protocol.lifeline import GREETING, greet, peer_user, send_segment
+
+log = logging.getLogger("expertd.daemon")
+
+GREETING_S = 10.0
+"""A connection that has not said its token by then is closed."""
+
+
+@dataclass
+class _Line:
+    socket: socket.socket
+    session: int | None = None
+
+
+class Lifelines:
+    """Owned by the daemon's loop.  ``ended(session)`` is called once when the lifeline of a session ends."""
+
+    def __init__(self, path: Path, ended: Callable[[int], None]) -> None:
+        self._path = path
+        self._ended = ended
+        self._lines: dict[bytes, _Line] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+
+    def listen(self) -> None:
+        """Bind the socket and start accepting."""
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(self._path))
+        self._path.chmod(0o600)
+        self._listener.listen(128)
+        self._listener.setblocking(False)
+        self._spawn(self._accept(self._listener))
+
+    def known(self, token: bytes) -> bool:
+        """Whether a lifeline with ``token`` is open."""
+        return token in self._lines
+
+    def bind(self, token: bytes, session: int) -> bool:
+        """From now on this lifeline is that session's; False if it has ended, or is another's."""
+        line = self._lines.get(token)
+        if line is None or line.session is not None:
+            return False
+        line.session = session
+        return True
+
+    def send_segment(self, token: bytes, segment: int, size: int, descriptor: int) -> None:
+        """Hand over a segment.  Raises OSError if the other end is gone or does not read."""
+        line = self._lines.get(token)
+        if line is None:
+            raise BrokenPipeError("its lifeline has ended")
+        send_segment(line.socket, segment, size, descriptor)
+
+    def close_line(self, token: bytes) -> None:
+        """Hang up on one session; ``ended`` is not called for it any more."""
+        line = self._lines.pop(token, None)
+        if line is not None:
+            line.session = None
+            line.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        for task in self._tasks:
+            task.cancel()
+        if self._listener is not None:
+            self._listener.close()
+        for line in self._lines.values():
+            line.socket.close()
+        self._lines.clear()
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            accepted, _ = await loop.sock_accept(listener)
+            accepted.setblocking(False)
+            self._spawn(self._follow(accepted))
+
+    async def _follow(self, accepted: socket.socket) -> None:
+        """Greet one connection and wait for its end."""
+        loop = asyncio.get_running_loop()
+        token = b""
+        try:
+            if peer_user(accepted) != os.geteuid():
+                log.warning("hung up on a lifeline of user %d", peer_user(accepted))
+                return
+            greeting = b""
+            async with asyncio.timeout(GREETING_S):
+                while len(greeting) < GREETING.size:
+                    got = await loop.sock_recv(accepted, GREETING.size - len(greeting))
+                    if not got:
+                        return
+                    greeting += got
+            protocol, token = GREETING.unpack(greeting)
+            if protocol != PROTOCOL or token in self._lines:
+                log.warning("hung up on a lifeline of protocol %d (this is %d)", protocol, PROTOCOL)
+                token = b""
+                return
+            self._lines[token] = _Line(accepted)
+            greet(accepted)
+            while await loop.sock_recv(accepted, 64):
+                pass  # nothing is said on an open lifeline; only its end matters
+        except (OSError, TimeoutError) as error:
+            log.info("a lifeline broke: %s", error)
+        finally:
+            line = self._lines.pop(token, None)
+            accepted.close()
+            if line is not None and line.session is not None:
+                self._ended(line.session)

@@ -1,0 +1,146 @@
+"""Reads blocks from disk straight into slots, on a few threads.
+
+The core decides what is read and sees to it that a block is read once; this module only reads.  Demand goes before
+background.  Pacing, merging and packed stores come with issue "Read at the speed of the device".
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from expertd.daemon.files import drop_behind, open_uncached
+from expertd.daemon.index import BlockIndex
+from expertd.protocol.checkpoint import check_unchanged
+from expertd.protocol.errors import ExpertdError, FileChanged, ReadFailed
+
+THREADS = 4
+"""Buffered reads need a queue depth of 4 to reach what the device gives (measured; docs/decisions.md)."""
+
+
+class OpenFiles:
+    """The open descriptors of one model's files."""
+
+    def __init__(self, index: BlockIndex) -> None:
+        self.index = index
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, file: int) -> int:
+        """The descriptor of file number ``file``, opened at first use.
+
+        Raises:
+            FileChanged: the file is not the one that was indexed.
+        """
+        with self._lock:
+            if file not in self._descriptors:
+                path = self.index.paths[file]
+                try:
+                    self._descriptors[file] = open_uncached(path)
+                except OSError as error:
+                    raise FileChanged(
+                        f"{path} cannot be opened any more ({error.strerror}); load the model again"
+                    ) from error
+            descriptor = self._descriptors[file]
+        check_unchanged(self.index.paths[file], self.index.marks[file], descriptor)
+        return descriptor
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+
+@dataclass(frozen=True, order=True)
+class _Job:
+    priority: int
+    number: int
+    files: OpenFiles | None = field(compare=False)  # None ends the thread that takes it
+    layer: int = field(compare=False)
+    expert: int = field(compare=False)
+    rows: Sequence[memoryview] = field(compare=False)
+    done: Callable[[int, ExpertdError | None], None] = field(compare=False)
+
+
+class Reader:
+    """A bounded number of threads behind one queue.  ``submit`` may be called from any thread."""
+
+    def __init__(self, threads: int = THREADS) -> None:
+        self._queue: queue.PriorityQueue[_Job] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"reader-{n}", daemon=True) for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        files: OpenFiles,
+        layer: int,
+        expert: int,
+        rows: Sequence[memoryview],
+        done: Callable[[int, ExpertdError | None], None],
+        *,
+        demand: bool,
+    ) -> None:
+        """Read block (``layer``, ``expert``) into ``rows``, one writable view for each part.
+
+        ``done(size, None)`` or ``done(0, error)`` is called on a reader's thread; the caller owns the rows until then.
+        """
+        self._queue.put(_Job(0 if demand else 1, next(self._numbers), files, layer, expert, rows, done))
+
+    def close(self) -> None:
+        """Finish what is being read, forget what is queued, and end the threads."""
+        while True:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                break
+        for _ in self._threads:
+            self._queue.put(_Job(2, next(self._numbers), None, 0, 0, (), lambda size, error: None))
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            job = self._queue.get()
+            if job.files is None:
+                return
+            try:
+                size = read_block(job.files, job.layer, job.expert, job.rows)
+            except ExpertdError as error:
+                job.done(0, error)
+            else:
+                job.done(size, None)
+
+
+def read_block(files: OpenFiles, layer: int, expert: int, rows: Sequence[memoryview]) -> int:
+    """Read one block into ``rows``; returns its bytes.
+
+    Raises:
+        ReadFailed: the system failed, or a file ended early.
+        FileChanged: a file is not the one that was indexed.
+    """
+    total = 0
+    for piece in files.index.ranges(layer, expert):
+        descriptor = files.descriptor(piece.file)
+        row, path = rows[piece.slab], files.index.paths[piece.file]
+        read = 0
+        while read < piece.size:
+            try:
+                got = os.preadv(descriptor, [row[read:]], piece.offset + read)
+            except OSError as error:
+                raise ReadFailed(f"reading {path} failed at byte {piece.offset + read} ({error.strerror})") from error
+            if got == 0:
+                raise ReadFailed(f"{path} ended at byte {piece.offset + read}, inside a block")
+            read += got
+        drop_behind(descriptor, piece.offset, piece.size)
+        check_unchanged(path, files.index.marks[piece.file], descriptor)
+        total += read
+    return total

@@ -1,0 +1,12 @@
+"""What processes agree on: messages, errors, shared-memory layout, checkpoints' fingerprints, paths.
+
+``PROTOCOL.md`` beside this file is the specification; ``tests/test_protocol_document.py`` holds it to the code.  This
+package imports neither mlx nor anything else of expertd.
+"""
+
+from __future__ import annotations
+
+PROTOCOL = 1
+"""Version of the wire protocol.  Changes only when an older peer would misunderstand a newer one."""
+
+__all__ = ["PROTOCOL"]

@@ -1,0 +1,104 @@
+"""A blocking DEALER connection to a daemon: handshake, one question and its answer, deadlines."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import zmq
+from expertd.protocol import PROTOCOL
+from expertd.protocol.errors import DaemonLost, DaemonNotRunning, ProtocolMismatch
+from expertd.protocol.messages import Hello, Message, Welcome, decode, encode, expect
+
+M = TypeVar("M", bound=Message)
+
+
+def package_version() -> str:
+    """Version of the installed package."""
+    return importlib.metadata.version("expertd")
+
+
+class Connection:
+    """One DEALER socket.  Not thread-safe: each thread has its own.
+
+    Counts what passes (``frames_sent``, ``frames_received``), so that "a hit costs no message" can be measured.
+    """
+
+    def __init__(self, path: Path, role: str, *, handshake_s: float = 5.0) -> None:
+        """Connect and shake hands.
+
+        Raises:
+            DaemonNotRunning: nobody answers within ``handshake_s``.
+            ProtocolMismatch: the daemon speaks another version.
+        """
+        self._path = path
+        self.frames_sent = 0
+        self.frames_received = 0
+        if not path.exists():
+            raise DaemonNotRunning(f"no daemon runs in {path.parent.parent}; start one with: expertd daemon run")
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.connect(f"ipc://{path}")
+        try:
+            self.send(Hello(protocol=PROTOCOL, package=package_version(), role=role))
+            answer = self.receive(handshake_s)
+            if answer is None:
+                raise DaemonNotRunning(f"no daemon answers at {path}; start one with: expertd daemon run")
+            self.daemon = expect(answer, Welcome)
+        except BaseException:
+            self.close()
+            raise
+        if self.daemon.protocol != PROTOCOL:
+            self.close()
+            raise ProtocolMismatch(
+                f"the daemon (process {self.daemon.pid}, expertd {self.daemon.package}) speaks protocol "
+                f"{self.daemon.protocol}, this is {PROTOCOL}; restart it with: expertd daemon stop"
+            )
+
+    def send(self, message: Message) -> None:
+        """Queue one message."""
+        self._socket.send(encode(message))
+        self.frames_sent += 1
+
+    def receive(self, timeout_s: float | None) -> Message | None:
+        """The next message, or None after ``timeout_s`` (None: wait for ever)."""
+        if not self._socket.poll(None if timeout_s is None else max(0, round(timeout_s * 1000)), zmq.POLLIN):
+            return None
+        self.frames_received += 1
+        return decode(self._socket.recv())
+
+    def ask(self, message: Message, kind: type[M], timeout_s: float = 30.0) -> M:
+        """Send ``message`` and return its answer of type ``kind``.
+
+        Raises:
+            ExpertdError: the error that the daemon answered with.
+            DaemonLost: no answer within ``timeout_s``.
+        """
+        self.send(message)
+        began = time.monotonic()
+        answer = self.receive(timeout_s)
+        if answer is None:
+            waited = time.monotonic() - began
+            raise DaemonLost(f"the daemon at {self._path} did not answer {type(message).__name__} in {waited:.0f} s")
+        return expect(answer, kind)
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """For polling it together with others."""
+        return self._socket
+
+    def close(self) -> None:
+        """Drop what was not sent and close."""
+        self._socket.close(linger=0)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,325 @@
+"""Every error that a user or a peer can meet, as one tree with stable codes.
+
+    ExpertdError                      internal
+    |-- CheckpointError               checkpoint_invalid
+    |   |-- NotACheckpoint            not_a_checkpoint
+    |   |-- ConfigMissing             config_missing
+    |   |-- UnknownFamily             unknown_family
+    |   |-- DenseModel                dense_model
+    |   |-- CheckpointTruncated       checkpoint_truncated
+    |   |-- HeaderInvalid             header_invalid
+    |   |-- DerivedExperts            derived_experts
+    |   `-- FileChanged               file_changed
+    |-- BudgetTooSmall                budget_too_small
+    |-- SizeInvalid                   size_invalid
+    |-- SegmentFailed                 segment_failed
+    |-- HomeError                     home_invalid
+    |   `-- HomeTooLong               home_too_long
+    |-- DaemonNotRunning              daemon_not_running
+    |   `-- DaemonLost                daemon_lost
+    |-- DaemonAlreadyRunning          daemon_already_running
+    |-- DaemonStartFailed             daemon_start_failed
+    |-- ProtocolMismatch              protocol_mismatch
+    |-- MessageInvalid                message_invalid
+    |-- FetchInvalid                  fetch_invalid
+    |-- ReadFailed                    read_failed
+    |-- SessionUnknown                session_unknown
+    |-- SessionClosed                 session_closed
+    |-- AliasFailed                   alias_failed
+    |-- PortInUse                     port_in_use
+    |-- RequestInvalid                request_invalid
+    |   |-- ParameterUnsupported      parameter_unsupported
+    |   |-- ModelNotFound             model_not_found
+    |   |-- RouteNotFound             route_not_found
+    |   |-- MethodNotAllowed          method_not_allowed
+    |   |-- PromptTooLong             prompt_too_long
+    |   `-- RequestTooLarge           request_too_large
+    |-- QueueFull                     queue_full
+    `-- WorkerUnavailable             worker_unavailable
+
+The code, not the class name, is what crosses a process boundary; ``from_code`` rebuilds the class on the other side.
+The message is one sentence for the user: what happened, to what, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class ExpertdError(Exception):
+    """Base of all errors.
+
+    Attributes:
+        code: stable machine-readable name.
+        exit_status: what a command exits with.
+        http_status: what the gateway answers with.
+        retryable: whether the same request may succeed later without anybody changing anything.
+        param: for HTTP, the request's field at fault.
+    """
+
+    code = "internal"
+    exit_status = 1
+    http_status = 500
+    retryable = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class CheckpointError(ExpertdError):
+    """A model's files cannot be used."""
+
+    code = "checkpoint_invalid"
+    exit_status = 2
+    http_status = 400
+
+
+class NotACheckpoint(CheckpointError):
+    """The path is not a folder with safetensors files."""
+
+    code = "not_a_checkpoint"
+
+
+class ConfigMissing(CheckpointError):
+    """``config.json`` is absent or cannot be read."""
+
+    code = "config_missing"
+
+
+class UnknownFamily(CheckpointError):
+    """mlx-lm has no model of the type that the config names, or its class refuses the config."""
+
+    code = "unknown_family"
+
+
+class DenseModel(CheckpointError):
+    """The model has no experts, so there is nothing to cache."""
+
+    code = "dense_model"
+
+
+class CheckpointTruncated(CheckpointError):
+    """A file is shorter than its header says."""
+
+    code = "checkpoint_truncated"
+
+
+class HeaderInvalid(CheckpointError):
+    """A safetensors header contradicts itself, the file, or the manifest."""
+
+    code = "header_invalid"
+
+
+class DerivedExperts(CheckpointError):
+    """mlx-lm computes the experts at load (splits, transposes, dequantizes), so the file's bytes are not theirs."""
+
+    code = "derived_experts"
+
+
+class FileChanged(CheckpointError):
+    """A file is not the one that was indexed (size, time or inode differ)."""
+
+    code = "file_changed"
+
+
+class BudgetTooSmall(ExpertdError):
+    """The budget cannot hold what this model needs at least; the message names the smallest that works."""
+
+    code = "budget_too_small"
+    exit_status = 4
+    http_status = 503
+
+
+class SizeInvalid(ExpertdError):
+    """A size that is not ``512MB``, ``2GiB`` or a number of bytes."""
+
+    code = "size_invalid"
+    exit_status = 2
+    http_status = 400
+
+
+class SegmentFailed(ExpertdError):
+    """The system gave no shared memory."""
+
+    code = "segment_failed"
+    exit_status = 4
+    http_status = 503
+    retryable = True
+
+
+class HomeError(ExpertdError):
+    """EXPERTD_HOME cannot be used: not a folder, not ours, not writable, or not private."""
+
+    code = "home_invalid"
+    exit_status = 2
+
+
+class HomeTooLong(HomeError):
+    """A socket's path under EXPERTD_HOME would not fit the system's limit."""
+
+    code = "home_too_long"
+
+
+class DaemonNotRunning(ExpertdError):
+    """No daemon answers in this home."""
+
+    code = "daemon_not_running"
+    exit_status = 3
+    http_status = 503
+    retryable = True
+
+
+class DaemonLost(DaemonNotRunning):
+    """The daemon went away while a session was attached."""
+
+    code = "daemon_lost"
+
+
+class DaemonAlreadyRunning(ExpertdError):
+    """Another daemon owns this home."""
+
+    code = "daemon_already_running"
+    exit_status = 5
+
+
+class DaemonStartFailed(ExpertdError):
+    """A daemon was started on demand and did not come up."""
+
+    code = "daemon_start_failed"
+    exit_status = 3
+    http_status = 503
+
+
+class ProtocolMismatch(ExpertdError):
+    """The peer speaks another version of the protocol."""
+
+    code = "protocol_mismatch"
+    exit_status = 6
+    http_status = 503
+
+
+class MessageInvalid(ExpertdError):
+    """A message that the protocol does not allow."""
+
+    code = "message_invalid"
+    http_status = 400
+
+
+class FetchInvalid(ExpertdError):
+    """A Fetch names a layer or experts that the model does not have, or more than its pool can hold at once."""
+
+    code = "fetch_invalid"
+
+
+class ReadFailed(ExpertdError):
+    """The system could not read a block from disk."""
+
+    code = "read_failed"
+    http_status = 503
+    retryable = True
+
+
+class SessionUnknown(ExpertdError):
+    """The daemon does not know this session: it was detached, or another daemon granted it."""
+
+    code = "session_unknown"
+    http_status = 503
+    retryable = True
+
+
+class SessionClosed(ExpertdError):
+    """The model was closed, or belongs to the process that this one was forked from."""
+
+    code = "session_closed"
+
+
+class AliasFailed(ExpertdError):
+    """Shared pages could not be made into MLX arrays, and copying was not allowed."""
+
+    code = "alias_failed"
+
+
+class PortInUse(ExpertdError):
+    """The gateway's address is taken."""
+
+    code = "port_in_use"
+    exit_status = 5
+
+
+class RequestInvalid(ExpertdError):
+    """An HTTP request that cannot be served as it is."""
+
+    code = "request_invalid"
+    http_status = 400
+
+
+class ParameterUnsupported(RequestInvalid):
+    """A parameter that this gateway does not honour (it never ignores one)."""
+
+    code = "parameter_unsupported"
+
+
+class ModelNotFound(RequestInvalid):
+    """The request names a model that is not served here."""
+
+    code = "model_not_found"
+    http_status = 404
+
+
+class RouteNotFound(RequestInvalid):
+    """No such path."""
+
+    code = "route_not_found"
+    http_status = 404
+
+
+class MethodNotAllowed(RequestInvalid):
+    """The path exists, the method does not."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class PromptTooLong(RequestInvalid):
+    """The prompt and its answer do not fit the model's context."""
+
+    code = "prompt_too_long"
+
+
+class RequestTooLarge(RequestInvalid):
+    """The HTTP body is larger than the gateway takes."""
+
+    code = "request_too_large"
+    http_status = 413
+
+
+class QueueFull(ExpertdError):
+    """As many requests wait as may wait."""
+
+    code = "queue_full"
+    http_status = 429
+    retryable = True
+
+
+class WorkerUnavailable(ExpertdError):
+    """The model's worker is starting, has failed or has died."""
+
+    code = "worker_unavailable"
+    http_status = 503
+    retryable = True
+
+
+def error_classes() -> dict[str, type[ExpertdError]]:
+    """Every class of the tree by its code."""
+    found: dict[str, type[ExpertdError]] = {}
+    todo: list[type[ExpertdError]] = [ExpertdError]
+    while todo:
+        cls = todo.pop()
+        found[cls.code] = cls
+        todo.extend(cls.__subclasses__())
+    return found
+
+
+def from_code(code: str, message: str) -> ExpertdError:
+    """The error that a peer sent.  A code that this version does not know becomes a plain ``ExpertdError``."""
+    return error_classes().get(code, ExpertdError)(message)

@@ -1,0 +1,339 @@
+"""Every message of the protocol, as typed classes, and the one codec for them.
+
+On the wire a message is a msgpack map with its ``type`` beside its fields.  Decoding checks presence, types and bounds;
+fields that are not known are ignored, so that a newer peer may add some.  When each message is sent, and by whom, is in
+PROTOCOL.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from expertd.protocol.errors import ExpertdError, MessageInvalid, from_code
+from expertd.protocol.manifest import Manifest
+from msgspec import Meta
+
+FRAME_LIMIT = 64 << 20
+"""Longest frame that anybody accepts, in bytes (a manifest of 100,000 separate tensors takes about 10 MB)."""
+
+Count = Annotated[int, Meta(ge=0)]
+Name = Annotated[str, Meta(max_length=4096)]
+Text = Annotated[str, Meta(max_length=1 << 24)]
+Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Routing = Annotated[bytes, Meta(max_length=8 << 20)]
+Experts = Annotated[list[Annotated[int, Meta(ge=0, lt=65536)]], Meta(min_length=1, max_length=65536)]
+AliasMode = Literal["shm", "copy"]
+
+
+class Message(msgspec.Struct, tag_field="type", tag=str.lower, frozen=True, kw_only=True):
+    """Base of all messages; the tag is the class name in lower case."""
+
+
+class Hello(Message):
+    """First message of every connection."""
+
+    protocol: int
+    package: Name
+    role: Name
+
+
+class Welcome(Message):
+    """Answer to Hello."""
+
+    protocol: int
+    package: Name
+    pid: Count
+
+
+class Error(Message):
+    """Answer to a message that cannot be served.  ``sequence`` repeats the one of the Fetch that failed."""
+
+    code: Name
+    message: Text
+    sequence: Count | None = None
+
+    def exception(self) -> ExpertdError:
+        """The error as an exception of the tree in ``expertd.protocol.errors``."""
+        return from_code(self.code, self.message)
+
+    @classmethod
+    def of(cls, error: ExpertdError, sequence: int | None = None) -> Error:
+        """The message for ``error``."""
+        return cls(code=error.code, message=error.message, sequence=sequence)
+
+
+# -- a session: worker <-> daemon --------------------------------------------------------------------------------------
+
+
+class Attach(Message):
+    """Open a session for a model.  ``token`` is the one that the lifeline was opened with."""
+
+    token: Token
+    pid: Count
+    mode: AliasMode
+    manifest: Manifest
+
+
+class PoolInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One pool as a worker needs to know it.  Its segment's descriptor comes over the lifeline under ``segment``."""
+
+    segment: Count
+    generation: Count
+    layers: list[Count]
+    slots: Count
+    complete: bool
+    nonce: Token
+
+
+class Attached(Message):
+    """A session is open.  ``version`` is the table's at this moment, and counts as acked."""
+
+    session: Count
+    model: Name
+    version: Count
+    pools: list[PoolInfo]
+
+
+class Fetch(Message):
+    """Ask for all blocks of one event or group, hits too.  Waiting for the answer counts as an ack of everything."""
+
+    session: Count
+    sequence: Count
+    layer: Count
+    experts: Experts
+    routing: Routing = b""
+
+
+class Resident(Message):
+    """The blocks of a Fetch are resident and leased: ``slots`` in the order of its ``experts``."""
+
+    session: Count
+    sequence: Count
+    version: Count
+    slots: list[Count]
+
+
+class Ack(Message):
+    """The session uses nothing any more that it looked up before it was told ``version``.
+
+    ``sequence`` is that of its last Fetch: an ack that was overtaken by a newer Fetch frees none of its leases.
+    """
+
+    session: Count
+    version: Count
+    sequence: Count
+    routing: Routing = b""
+
+
+class AckRequest(Message):
+    """The daemon wants an ack of ``version``."""
+
+    session: Count
+    version: Count
+
+
+class Complete(Message):
+    """Every block of the pool in ``segment`` is resident, and none will be evicted from this generation."""
+
+    session: Count
+    segment: Count
+
+
+class RoutingLog(Message):
+    """What the routers chose since the last report (PROTOCOL.md, "Routing log")."""
+
+    session: Count
+    routing: Routing
+
+
+class Detach(Message):
+    """Close the session."""
+
+    session: Count
+
+
+class Detached(Message):
+    """Answer to Detach."""
+
+    session: Count
+
+
+# -- asking and steering: clients <-> daemon ---------------------------------------------------------------------------
+
+
+class AskStatus(Message):
+    """Ask for the daemon's state."""
+
+
+class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One session, as ``expertd status --json`` prints it."""
+
+    id: int
+    pid: int
+    mode: str
+    waiting: bool
+    fetches: int
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event."""
+
+    id: str
+    path: str
+    family: str
+    moe_layers: int
+    experts: int
+    top_k: int
+    block_bytes: int
+    blocks: int
+    slots: int
+    resident_blocks: int
+    hits: int
+    misses: int
+    bytes_read: int
+    evictions: int
+    pool_bytes: int
+    sessions: list[SessionStatus]
+
+
+class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon itself."""
+
+    pid: int
+    version: str
+    uptime_s: float
+    rss_bytes: int
+
+
+class Status(Message):
+    """Answer to AskStatus: the object that ``expertd status --json`` prints."""
+
+    protocol: int
+    home: str
+    daemon: DaemonStatus
+    budget_bytes: int
+    used_bytes: int
+    pressure: str
+    frames_dropped: int
+    models: list[ModelStatus]
+
+
+class Stop(Message):
+    """Ask the daemon to end."""
+
+
+class Stopping(Message):
+    """Answer to Stop, sent before it ends."""
+
+
+# -- generation: gateway <-> worker ------------------------------------------------------------------------------------
+
+
+class WorkerReady(Message):
+    """A worker has loaded its model and takes requests.  ``context`` is the longest prompt and answer, in tokens."""
+
+    pid: Count
+    model: Name
+    context: Count
+
+
+class WorkerFailed(Message):
+    """A worker cannot load its model, and ends."""
+
+    pid: Count
+    code: Name
+    message: Text
+
+
+class Generate(Message):
+    """Start generating.  ``messages`` are chat messages as the tokenizer's template takes them."""
+
+    request: Count
+    messages: list[dict[str, Any]]
+    max_tokens: Annotated[int, Meta(ge=1)]
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    stop: list[Name] = []
+
+
+class Cancel(Message):
+    """Stop generating; no further message about the request follows."""
+
+    request: Count
+
+
+class Delta(Message):
+    """More text of an answer (empty while a character is incomplete); ``tokens`` counts those since the last."""
+
+    request: Count
+    text: Text
+    tokens: Count
+
+
+class Finished(Message):
+    """An answer is complete: ``reason`` is OpenAI's."""
+
+    request: Count
+    reason: Literal["stop", "length"]
+    prompt_tokens: Count
+    completion_tokens: Count
+
+
+class Refused(Message):
+    """A request cannot be served or failed on the way."""
+
+    request: Count
+    code: Name
+    message: Text
+    param: Name | None = None
+
+
+class Shutdown(Message):
+    """The gateway ends its worker."""
+
+
+MESSAGES: tuple[type[Message], ...] = (
+    Hello, Welcome, Error,
+    Attach, Attached, Fetch, Resident, Ack, AckRequest, Complete, RoutingLog, Detach, Detached,
+    AskStatus, Status, Stop, Stopping,
+    WorkerReady, WorkerFailed, Generate, Cancel, Delta, Finished, Refused, Shutdown,
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
+    Hello | Welcome | Error
+    | Attach | Attached | Fetch | Resident | Ack | AckRequest | Complete | RoutingLog | Detach | Detached
+    | AskStatus | Status | Stop | Stopping
+    | WorkerReady | WorkerFailed | Generate | Cancel | Delta | Finished | Refused | Shutdown
+)  # fmt: skip
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    """The frame of ``message``."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes) -> Message:
+    """The message in ``frame``.
+
+    Raises:
+        MessageInvalid: not msgpack, unknown type, missing field, wrong type, out of bounds, or too long.
+    """
+    if len(frame) > FRAME_LIMIT:
+        raise MessageInvalid(f"a frame of {len(frame)} bytes is longer than the {FRAME_LIMIT} that are allowed")
+    try:
+        return _decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MessageInvalid(f"a message was not understood: {error}") from error
+
+
+def expect(message: Message, kind: type[M]) -> M:
+    """``message`` if it is of ``kind``; the error that it carries, or MessageInvalid, otherwise."""
+    if isinstance(message, Error):
+        raise message.exception()
+    if not isinstance(message, kind):
+        raise MessageInvalid(f"{kind.__name__} was expected and {type(message).__name__} came")
+    return message

@@ -1,0 +1,98 @@
+"""Shared-memory segments: POSIX shared memory that has no name by the time anybody else hears of it.
+
+A segment is created under a name, opened a second time read-only, and unlinked at once; from then on it lives through
+descriptors and mappings alone, so that nothing is left behind however its processes end.  What a segment contains is
+``expertd.protocol.layout``; how descriptors travel is ``expertd.protocol.lifeline``.
+"""
+
+from __future__ import annotations
+
+import _posixshmem  # the C half of multiprocessing.shared_memory, without its resource tracker
+import hashlib
+import mmap
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertd.protocol.errors import SegmentFailed
+from expertd.protocol.sizes import show_size
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A new segment: ``mapping`` is writable, ``readonly`` is the descriptor to hand out.  The creator owns both."""
+
+    mapping: mmap.mmap
+    readonly: int
+    size: int
+
+    def close(self) -> None:
+        """Give up the creator's hold; the memory goes when the last other process has unmapped it too.
+
+        A mapping that is still exported (a read is filling it) is left to the garbage collector.
+        """
+        os.close(self.readonly)
+        try:
+            self.mapping.close()
+        except BufferError:
+            return
+
+
+def segment_name(home: Path) -> str:
+    """The name that a home's daemon uses for the instant between creating a segment and unlinking it.
+
+    One fixed name for each home (at most 31 bytes, macOS's limit): a daemon that was killed in that instant leaves at
+    most this one behind, and its successor's first segment takes it over.
+    """
+    return f"/expertd-{hashlib.sha256(os.fsencode(home)).hexdigest()[:12]}"
+
+
+def create(name: str, size: int) -> Segment:
+    """A zeroed segment of ``size`` bytes, already unlinked, its pages reserved where the system can do that.
+
+    Raises:
+        SegmentFailed: the system has no room for it (a full /dev/shm is this error and not a later SIGBUS).
+    """
+    try:
+        try:
+            descriptor = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
+        except FileExistsError:
+            _posixshmem.shm_unlink(name)
+            descriptor = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
+        try:
+            readonly = _posixshmem.shm_open(name, os.O_RDONLY, mode=0o600)
+        finally:
+            _posixshmem.shm_unlink(name)
+        try:
+            os.ftruncate(descriptor, size)
+            if sys.platform == "linux":
+                os.posix_fallocate(descriptor, 0, size)
+            mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError:
+            os.close(readonly)
+            raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise SegmentFailed(
+            f"the system gave no {show_size(size)} of shared memory ({error.strerror}); lower the budget, or give "
+            "/dev/shm more room"
+        ) from error
+    return Segment(mapping, readonly, size)
+
+
+def map_readonly(descriptor: int, size: int) -> mmap.mmap:
+    """Map a segment that was handed over, and close ``descriptor``.  Writing through the mapping is impossible.
+
+    Raises:
+        SegmentFailed: the descriptor is no segment of that size.
+    """
+    try:
+        if os.fstat(descriptor).st_size < size:
+            raise SegmentFailed(f"a segment has {os.fstat(descriptor).st_size} bytes where {size} were announced")
+        return mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    except OSError as error:
+        raise SegmentFailed(f"a segment of {show_size(size)} could not be mapped ({error.strerror})") from error
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,38 @@
+"""Sizes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from expertd.protocol.errors import SizeInvalid
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS[_letter] = _UNITS[_letter + "b"] = 1000**_power
+    _UNITS[_letter + "ib"] = 1024**_power
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``512MB``, ``2GiB``, ``1.5G`` or ``1048576`` (decimal and binary units as written).
+
+    Raises:
+        SizeInvalid: anything else, or nothing above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match.group(2).lower()) if match else None
+    if match is None or unit is None:
+        raise SizeInvalid(f"'{text}' is not a size; write for example 512MB, 2GiB or a number of bytes")
+    size = int(float(match.group(1)) * unit) if "." in match.group(1) else int(match.group(1)) * unit
+    if size <= 0:
+        raise SizeInvalid(f"'{text}' is no size to work with; write for example 512MB, 2GiB or a number of bytes")
+    return size
+
+
+def show_size(size_bytes: float) -> str:
+    """``size_bytes`` in the decimal unit that leaves one to three digits: ``1.3 GB``."""
+    value = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

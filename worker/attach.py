@@ -1,0 +1,303 @@
+"""A session: one process's hold on one model's pools, and the conversation with the daemon about it.
+
+Two sockets, because ZeroMQ sockets belong to one thread: whoever computes uses one (Fetch, acks within a forward), and
+a control thread the other (acks while idle, news).  No mlx here: arrays over the pools are ``expertd.worker.alias``,
+the layer that looks blocks up is ``expertd.worker.experts``.
+
+The rule it keeps (PROTOCOL.md, "Acks"): an ack names a version that the daemon *told* in a message, and is sent only
+when nothing that was looked up before is still to be read.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import secrets
+import socket
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import zmq
+from expertd.protocol import lifeline, messages
+from expertd.protocol.connection import Connection
+from expertd.protocol.errors import AliasFailed, DaemonLost, ExpertdError, SessionClosed
+from expertd.protocol.layout import PoolLayout, pool_layout, read_header
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.paths import Home
+from expertd.protocol.segments import map_readonly
+from numpy.typing import NDArray
+
+log = logging.getLogger("expertd.worker")
+
+ATTACH_S = 600.0
+"""Attaching reserves the pool's memory, which takes seconds for large pools."""
+
+RESEND_S = 5.0
+"""An unanswered Fetch is sent again after so long: it is idempotent, and a ROUTER may drop an answer."""
+
+FLUSH_FORWARDS = 100
+"""The routing log is sent after so many forwards, or with the next Fetch or ack, or when idle."""
+
+IDLE_FLUSH_S = 1.0
+
+_FORKED = "a model that was loaded before a fork cannot be used in the child; load it there"
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@dataclass
+class MappedPool:
+    """One pool as this process sees it: read-only pages, and the table ``slot[row, expert]`` in them.
+
+    ``complete`` is set by the control thread once the daemon has said so; it never goes back.
+    """
+
+    segment: int
+    layers: list[int]
+    layout: PoolLayout
+    mapping: mmap.mmap
+    table: NDArray[np.int32]
+    complete: bool
+
+
+class Session:
+    """Open from construction to ``close``.
+
+    One forward at a time: between ``begin`` and ``end`` the caller may look blocks up in the tables and read the slots
+    that it found.  ``end``, ``ack`` and ``fetch`` promise that whatever was looked up before them is evaluated.
+    """
+
+    def __init__(self, home: Home, manifest: Manifest, mode: Literal["shm", "copy"]) -> None:
+        """Attach.
+
+        Raises:
+            DaemonNotRunning, ProtocolMismatch, BudgetTooSmall, CheckpointError, SegmentFailed: as the daemon says.
+        """
+        self._process = os.getpid()
+        self._closed: ExpertdError | None = None
+        self._forward = threading.Lock()
+        self._asked = 0
+        self._told = 0
+        self._sequence = 0
+        self._routing: list[bytes] = []
+        self._forwards = 0
+        self._home = home
+        token = secrets.token_bytes(16)
+        self._control = Connection(home.daemon_socket, "worker")
+        self._data = Connection(home.daemon_socket, "worker")
+        self._line = lifeline.connect(home.lifeline_socket, token)
+        self._wake, self._woken = socket.socketpair()
+        try:
+            request = messages.Attach(token=token, pid=os.getpid(), mode=mode, manifest=manifest)
+            self._line.settimeout(ATTACH_S)
+            attached = self._control.ask(request, messages.Attached, timeout_s=ATTACH_S)
+            self.number = attached.session
+            self._told = attached.version
+            self.pools = self._map(manifest, attached)
+        except BaseException:
+            self._close_sockets()
+            raise
+        self.mode = mode
+        self._thread = threading.Thread(target=self._run, name=f"session-{self.number}", daemon=True)
+        _sessions.add(self)
+        self._thread.start()
+
+    def _map(self, manifest: Manifest, attached: messages.Attached) -> list[MappedPool]:
+        descriptors: dict[int, tuple[int, int]] = {}
+        for _ in attached.pools:
+            segment, size, descriptor = lifeline.receive_segment(self._line)
+            descriptors[segment] = (size, descriptor)
+        pools = []
+        for info in attached.pools:
+            first = manifest.layers[info.layers[0]]
+            layout = pool_layout(len(info.layers), first.experts, first.parts, info.slots)
+            size, descriptor = descriptors[info.segment]
+            mapping = map_readonly(descriptor, size)
+            if size != layout.size or read_header(memoryview(mapping)) != (info.nonce, info.generation):
+                raise AliasFailed("the segment that the daemon handed over is not the one that it announced")
+            count = layout.layers * layout.experts
+            table = np.frombuffer(mapping, np.int32, count, layout.table_offset).reshape(layout.layers, layout.experts)
+            pools.append(MappedPool(info.segment, info.layers, layout, mapping, table, info.complete))
+        return pools
+
+    # -- the computing thread ------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start a forward (waits for one of another thread).
+
+        Raises:
+            SessionClosed: the session was closed, or this process is a fork of its owner.
+        """
+        self._forward.acquire()
+        if self._closed is not None:
+            self._forward.release()
+            raise self._closed
+
+    def end(self) -> None:
+        """Finish a forward: nothing that was looked up in it is still to be read."""
+        self._forwards += 1
+        if self._forwards >= FLUSH_FORWARDS:
+            self._forwards = 0
+            if self._routing and self._closed is None:
+                self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
+        while True:
+            self.ack()
+            self._forward.release()
+            # The control thread may have noted a request after the ack and found the lock still taken.
+            if not self._asked or not self._forward.acquire(blocking=False):
+                return
+
+    def ack(self) -> None:
+        """Answer a request for an ack, if there is one: everything that was looked up until now is evaluated."""
+        if self._asked:
+            self._asked = 0
+            self._data.send(self._ack_message())
+
+    def log_routing(self, record: bytes) -> None:
+        """Add one record of ``expertd.protocol.routing`` to the log."""
+        self._routing.append(record)
+
+    def fetch(self, layer: int, experts: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Make the blocks (``layer``, ``experts``) resident and lease them until the next fetch or ack.
+
+        Args:
+            experts: distinct ids, shape ``[n]``, at most as many as the layer's pool has slots.
+        Returns:
+            Their slots, shape ``[n]``.
+        Raises:
+            ReadFailed, FileChanged: the disk or the file failed; the next fetch may work.
+            DaemonLost: the daemon is gone.
+        """
+        self._asked = 0  # a Fetch acks everything that was told
+        self._sequence += 1
+        request = messages.Fetch(
+            session=self.number,
+            sequence=self._sequence,
+            layer=layer,
+            experts=experts.tolist(),
+            routing=self._take_routing(),
+        )
+        self._data.send(request)
+        waited = 0.0
+        while True:
+            answer = self._data.receive(0.5)
+            if answer is None:
+                if self._closed is not None:
+                    raise self._closed
+                waited += 0.5
+                if waited >= RESEND_S:
+                    waited = 0.0
+                    self._data.send(request)
+            elif isinstance(answer, messages.Resident) and answer.sequence == self._sequence:
+                self._told = max(self._told, answer.version)
+                return np.array(answer.slots, np.int32)
+            elif isinstance(answer, messages.Error) and answer.sequence in (None, self._sequence):
+                raise answer.exception()
+
+    def _take_routing(self) -> bytes:
+        taken, self._routing = b"".join(self._routing), []
+        return taken
+
+    def _ack_message(self) -> messages.Ack:
+        return messages.Ack(
+            session=self.number, version=self._told, sequence=self._sequence, routing=self._take_routing()
+        )
+
+    # -- the control thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._control.socket, zmq.POLLIN)
+        poller.register(self._line.fileno(), zmq.POLLIN)
+        poller.register(self._woken.fileno(), zmq.POLLIN)
+        try:
+            while True:
+                ready = dict(poller.poll(round(IDLE_FLUSH_S * 1000)))
+                if self._woken.fileno() in ready:
+                    return
+                if self._line.fileno() in ready and not self._line.recv(64):
+                    raise DaemonLost(f"the daemon of {self._home.root} has ended; load the model again")
+                if self._control.socket in ready:
+                    self._listen()
+                elif not ready:
+                    self._flush_idle()
+        except (ExpertdError, OSError) as error:
+            lost = error if isinstance(error, ExpertdError) else DaemonLost(f"the daemon was lost ({error})")
+            log.warning("%s", lost)
+            self._closed = self._closed or lost
+
+    def _listen(self) -> None:
+        match self._control.receive(0):
+            case messages.AckRequest(version=version):
+                self._told = max(self._told, version)
+                self._asked = version
+                if self._forward.acquire(blocking=False):
+                    try:
+                        if self._asked:
+                            self._asked = 0
+                            self._control.send(self._ack_message())
+                    finally:
+                        self._forward.release()
+            case messages.Complete(segment=segment):
+                for pool in self.pools:
+                    if pool.segment == segment:
+                        pool.complete = True
+            case messages.Error() as error:
+                raise error.exception()
+            case _:
+                pass
+
+    def _flush_idle(self) -> None:
+        if self._routing and self._forward.acquire(blocking=False):
+            try:
+                self._control.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
+            finally:
+                self._forward.release()
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    @property
+    def frames(self) -> int:
+        """Frames that passed between this session and the daemon, both ways, since it was opened."""
+        return sum(c.frames_sent + c.frames_received for c in (self._control, self._data))
+
+    def close(self) -> None:
+        """Detach.  Waits for a forward that is under way; later ones raise SessionClosed.
+
+        The pages stay mapped: arrays over them, and graphs of complete pools, may outlive the session.
+        """
+        if self._process != os.getpid():
+            return
+        with self._forward:
+            if self._closed is None:
+                self._closed = SessionClosed("the model was closed; load it again")
+        if self._wake.fileno() >= 0:
+            self._wake.send(b"x")
+            self._thread.join()
+            self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        self._control.close()
+        self._data.close()
+        for end in (self._line, self._wake, self._woken):
+            end.close()
+
+
+def _void_after_fork() -> None:
+    """In a forked child sessions are the parent's: hang up nothing, send nothing, refuse to compute."""
+    for session in _sessions:
+        session._closed = SessionClosed(_FORKED)
+        session._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
+
+
+def close_all() -> None:
+    """Close every session of this process (at exit)."""
+    for session in list(_sessions):
+        session.close()
+
+
+os.register_at_fork(after_in_child=_void_after_fork)

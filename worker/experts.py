@@ -1,0 +1,184 @@
+"""The layer that stands in for SwitchGLU / SwitchMLP: look blocks up, fetch what is absent, compute on the slabs.
+
+The model's own switch module does the arithmetic, unchanged; its tensors are the pool's slabs, and the router's expert
+ids are mapped to slots before it sees them (it sorts by the ids that it is given).
+
+What makes reclaim safe is here too: the output of each event is remembered and evaluated before the next lookup, fetch
+or ack and before the forward returns.  So whatever a session acks, no unevaluated graph reads a pool, in any model and
+whatever its caller does with its logits and caches.  Only complete pools are computed from lazily: nothing is ever
+evicted from them.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from expertd.protocol.routing import pack
+from expertd.worker.alias import Slabs
+from expertd.worker.attach import MappedPool, Session
+from numpy.typing import NDArray
+
+_RECORD = struct.Struct("<HH")
+LOG_AFTER_CALLS = 2
+"""The routing of complete layers is read so many calls later, when it has long been computed."""
+
+
+class Events:
+    """What the layers of one model share while it runs: the session, the last event's output, and the lazy log.
+
+    Used under the session's forward lock only.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.unevaluated: Any = None
+        self._lazy: list[list[tuple[int, Any]]] = [[]]
+
+    def settle(self) -> None:
+        """Evaluate the last event's output: after this no graph reads a partial pool."""
+        if self.unevaluated is not None:
+            mx.eval(self.unevaluated)
+            self.unevaluated = None
+
+    def begin_call(self) -> None:
+        """A forward starts: read what the complete layers' routers chose some calls ago."""
+        self._lazy.append([])
+        if len(self._lazy) > LOG_AFTER_CALLS:
+            for layer, indices in self._lazy.pop(0):
+                self.log(layer, np.array(indices, copy=False))
+
+    def log_lazily(self, layer: int, indices: Any) -> None:
+        """Log the choice of a complete layer without evaluating it now."""
+        self._lazy[-1].append((layer, indices))
+
+    def log(self, layer: int, ids: NDArray[np.integer]) -> None:
+        """Log an event that was all hits; ``ids`` of any shape, repeated where several tokens chose the same."""
+        if ids.size == ids.shape[-1]:  # one token: a router names no expert twice
+            self.session.log_routing(_RECORD.pack(layer, ids.size) + ids.astype("<u2").tobytes())
+        else:
+            self.session.log_routing(pack(layer, np.unique(ids)))
+
+
+class CachedExperts(nn.Module):  # type: ignore[misc]
+    """Called as the switch it replaces: ``(x[..., hidden], indices[..., k]) -> [..., k, hidden]``."""
+
+    def __init__(
+        self, events: Events, layer: int, switch: Any, pool: MappedPool, slabs: Slabs, *, last: bool
+    ) -> None:
+        """``layer`` counts the model's MoE layers in forward order; ``last`` is true for the last of them."""
+        super().__init__()
+        # Kept outside the module's tree: the slabs are no parameters of this model, they belong to everybody.
+        self._parts = _Parts(events, layer, switch, pool, slabs, pool.table[pool.layers.index(layer)], last)
+
+    def __call__(self, x: Any, indices: Any) -> Any:
+        parts = self._parts
+        if parts.slots_of is not None or parts.become_complete():
+            if not (parts.last and indices.shape[-2] > 1):
+                # In a prompt's chunks mlx-lm never evaluates the last layer, so its choice must not be asked for.
+                parts.events.log_lazily(parts.layer, indices)
+            return parts.switch(x, parts.slots_of[indices])
+        return parts.event(x, indices)
+
+
+class _Parts:
+    """The state of one CachedExperts, and its event in a partially resident pool."""
+
+    def __init__(
+        self,
+        events: Events,
+        layer: int,
+        switch: Any,
+        pool: MappedPool,
+        slabs: Slabs,
+        row: NDArray[np.int32],
+        last: bool,
+    ) -> None:
+        self.events = events
+        self.layer = layer
+        self.switch = switch
+        self.last = last
+        self.slots_of: Any = None
+        self._pool = pool
+        self._slabs = slabs
+        self._row = row
+
+    def become_complete(self) -> bool:
+        """Go over to computing without looking, once the daemon has said that the pool is complete."""
+        if not self._pool.complete:
+            return False
+        self.events.settle()
+        slots = self._row.copy()
+        self._slabs.bring(self.layer, np.arange(slots.size), slots)
+        self.slots_of = mx.array(slots)
+        return True
+
+    def event(self, x: Any, indices: Any) -> Any:
+        """One event of a partial pool: evaluate the router, look up, fetch what is absent, compute."""
+        events = self.events
+        if events.unevaluated is None:
+            mx.eval(indices)
+        else:
+            mx.eval(events.unevaluated, indices)
+            events.unevaluated = None
+        ids = np.array(indices, copy=False)
+        events.session.ack()
+        slots = self._row[ids]
+        if ids.size and slots.min() < 0:
+            wanted = np.unique(ids)
+            room = self._pool.layout.slots
+            if wanted.size > room:
+                return self._in_groups(x, indices, ids, wanted, room)
+            slots = self._fetch(wanted)[ids]
+        else:
+            events.log(self.layer, ids)
+        self._slabs.bring(self.layer, ids, slots)
+        out = self.switch(x, mx.array(slots))
+        events.unevaluated = out
+        return out
+
+    def _fetch(self, wanted: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Fetch ``wanted`` and return ``slot[expert]`` (-1 for the others)."""
+        slot_of = np.full(self._row.size, -1, np.int32)
+        slot_of[wanted] = self.events.session.fetch(self.layer, wanted)
+        return slot_of
+
+    def _in_groups(self, x: Any, indices: Any, ids: NDArray[np.integer], wanted: NDArray[np.integer], room: int) -> Any:
+        """An event that needs more blocks than the pool holds: group after group, resident blocks first.
+
+        Each group computes its own (token, k) rows, which are put in their places at the end.  Rows are independent of
+        each other in every kernel, so this is bit-equal to computing them together; adding up partial sums is not.
+        """
+        flat = ids.ravel()
+        resident = self._row[wanted] >= 0
+        order = np.concatenate((wanted[resident], wanted[~resident]))
+        group_of = np.empty(self._row.size, np.int64)
+        group_of[order] = np.arange(order.size) // room
+        group_of_row = group_of[flat]
+        tokens = mx.broadcast_to(x, (*indices.shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
+        rows, outs = [], []
+        for group in range(-(-order.size // room)):
+            mine = np.flatnonzero(group_of_row == group)
+            slot_of = self._fetch(order[group * room : (group + 1) * room])
+            slots = slot_of[flat[mine]]
+            self._slabs.bring(self.layer, flat[mine], slots)
+            out = self.switch(tokens[mx.array(mine // ids.shape[-1])], mx.array(slots[:, None]))
+            mx.eval(out)  # the next fetch gives these slots away
+            rows.append(mine)
+            outs.append(out)
+        place = np.argsort(np.concatenate(rows))
+        together = mx.concatenate(outs)[mx.array(place)]
+        return together.reshape(*indices.shape, together.shape[-1])
+
+
+def place_slabs(switch: Any, slabs: Slabs) -> None:
+    """Make the slabs the tensors of ``switch`` (part names are paths below it)."""
+    for name, array in slabs.arrays.items():
+        *path, last = name.split(".")
+        module = switch
+        for step in path:
+            module = getattr(module, step)
+        setattr(module, last, array)

@@ -1,0 +1,151 @@
+"""``expertd.load``: a model whose experts are in the daemon's pools.  A drop-in for ``mlx_lm.load``."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+import weakref
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+from expertd.protocol.errors import AliasFailed, SessionClosed
+from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import connect_or_start
+from expertd.worker import attach
+from expertd.worker.alias import CopiedSlabs, SharedSlabs, self_test
+from expertd.worker.experts import CachedExperts, Events, place_slabs
+from expertd.worker.manifest import LazyModel, load_lazily, replace_module
+from mlx_lm.utils import load_tokenizer
+
+log = logging.getLogger("expertd.worker")
+
+Alias = Literal["auto", "shm", "copy"]
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    *,
+    lazy: bool = False,
+    return_config: bool = False,
+    trust_remote_code: bool = False,
+    home: Home | None = None,
+    budget: str | None = None,
+    alias: Alias = "auto",
+) -> Any:
+    """Load a model and its tokenizer as ``mlx_lm.load`` does, with its experts in the shared cache.
+
+    Works with ``mlx_lm.generate``, ``stream_generate`` and ``BatchGenerator`` unchanged; starts a daemon if none runs.
+
+    Args:
+        path_or_hf_repo: the folder of a checkpoint.
+        tokenizer_config, model_config, lazy, return_config, trust_remote_code: as in ``mlx_lm.load``.
+        home: whose daemon to use, by default that of EXPERTD_HOME.
+        budget: for a daemon that has to be started, for example ``"8GiB"``.
+        alias: ``"shm"`` computes out of the shared pages, ``"copy"`` out of a copy, ``"auto"`` tries the first.
+    Returns:
+        ``(model, tokenizer)``, and the config where asked for.
+    Raises:
+        ExpertdError: with a code for each reason (see ``expertd.protocol.errors``).
+    """
+    folder = Path(path_or_hf_repo).expanduser().resolve()
+    home = home or Home.current()
+    home.check()
+    loaded = load_lazily(folder, model_config=model_config or {}, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, tokenizer_config or {}, eos_token_ids=loaded.config.get("eos_token_id"))
+    mode = _mode(alias)
+    connect_or_start(home, "worker", budget=budget, announce=_announce).close()
+    model = _attach(loaded, home, mode)
+    if not lazy:
+        mx.eval(model.parameters())
+    return (model, tokenizer, loaded.config) if return_config else (model, tokenizer)
+
+
+def unload(model: Any) -> None:
+    """Close the session of a model that ``load`` returned; calling the model afterwards raises SessionClosed."""
+    session_of(model).close()
+
+
+def session_of(model: Any) -> attach.Session:
+    """The session of a model that ``load`` returned.
+
+    Raises:
+        SessionClosed: it is not such a model.
+    """
+    events = getattr(model, "_expertd_events", None)
+    if not isinstance(events, Events):
+        raise SessionClosed("this model was not loaded by expertd.load")
+    return events.session
+
+
+def _announce(sentence: str) -> None:
+    print(f"expertd: {sentence}", file=sys.stderr)
+
+
+def _mode(alias: Alias) -> Literal["shm", "copy"]:
+    if alias == "copy":
+        return "copy"
+    problem = self_test()
+    if problem is None:
+        return "shm"
+    if alias == "shm":
+        raise AliasFailed(f"MLX cannot compute out of shared pages here ({problem}); use alias='copy'")
+    log.warning("MLX cannot compute out of shared pages here (%s): this worker copies each block that it uses", problem)
+    return "copy"
+
+
+def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"]) -> Any:
+    """Open a session and put its slabs in the place of the model's experts."""
+    session = attach.Session(home, loaded.manifest, mode)
+    try:
+        make = SharedSlabs if mode == "shm" else CopiedSlabs
+        events = Events(session)
+        for pool in session.pools:
+            slabs = make(pool.mapping, pool.layout)
+            for layer in pool.layers:
+                switch = loaded.switches[layer]
+                place_slabs(switch.module, slabs)
+                last = layer == len(loaded.switches) - 1
+                stand_in = CachedExperts(events, layer, switch.module, pool, slabs, last=last)
+                replace_module(loaded.model, switch.path, stand_in)
+    except BaseException:
+        session.close()
+        raise
+    model = loaded.model
+    model.__class__ = _cached(type(model))
+    model._expertd_events = events
+    weakref.finalize(model, session.close)
+    return model
+
+
+_classes: dict[type, type] = {}
+
+
+def _cached(cls: type) -> type:
+    """``cls`` with its call bracketed by the session.
+
+    A subclass of the model's own class, because Python looks ``__call__`` up on the class, and callers may look at the
+    class.
+    """
+    if cls not in _classes:
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            events: Events = self._expertd_events
+            events.session.begin()
+            try:
+                events.begin_call()
+                try:
+                    return cls.__call__(self, *args, **kwargs)  # type: ignore[operator]
+                finally:
+                    events.settle()
+            finally:
+                events.session.end()
+
+        _classes[cls] = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    return _classes[cls]
+
+
+atexit.register(attach.close_all)
