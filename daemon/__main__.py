@@ -8,6 +8,7 @@ import logging
 import sys
 
 import psutil
+
 from expertd.daemon.server import Server
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home

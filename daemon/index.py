@@ -64,8 +64,10 @@ def build_index(manifest: Manifest) -> BlockIndex:
 
 
 def _header(path: Path, mark: FileMark) -> Header:
-    if Path(mark.name).name != mark.name:
+    if Path(mark.name).name != mark.name or mark.name in ("", ".."):
         raise HeaderInvalid(f"the manifest names a file outside its folder: {mark.name}")
+    if "\0" in str(path):
+        raise HeaderInvalid(f"the manifest names a file that cannot exist: {str(path)!r}")
     try:
         header = read_header(path)
     except OSError as error:
@@ -94,4 +96,6 @@ def _starts(layer: Layer, part: Part, headers: list[Header]) -> tuple[int, ...]:
                 f"tensor {name} is {tensor.dtype} {list(tensor.shape)} where {part.dtype} {list(expected)} was expected"
             )
         starts.append(tensor.start)
+    if part.block_bytes == 0:
+        raise HeaderInvalid(f"the manifest of {layer.path} names {part.name}, which has no bytes")
     return tuple(starts)

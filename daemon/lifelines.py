@@ -6,6 +6,7 @@ What is said on a lifeline is ``expertd.protocol.lifeline``; what a death means 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -71,7 +72,8 @@ class Lifelines:
         line = self._lines.pop(token, None)
         if line is not None:
             line.session = None
-            line.socket.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # the other end may have hung up in this moment (macOS: ENOTCONN)
+                line.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Hang up on everybody."""
@@ -91,7 +93,12 @@ class Lifelines:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            accepted, _ = await loop.sock_accept(listener)
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError as error:  # out of descriptors, or the other end has gone already
+                log.warning("a lifeline could not be accepted (%s)", error)
+                await asyncio.sleep(0.1)
+                continue
             accepted.setblocking(False)
             self._spawn(self._follow(accepted))
 

@@ -6,9 +6,10 @@ import secrets
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from expertd.protocol.layout import ABSENT, PoolLayout, write_header
 from expertd.protocol.segments import Segment, create
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)

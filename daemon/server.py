@@ -22,6 +22,7 @@ import msgspec
 import psutil
 import zmq
 import zmq.asyncio
+
 from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.index import build_index
 from expertd.daemon.lifelines import Lifelines
@@ -191,7 +192,10 @@ class Server:
             return
         number = next(self._numbers)
         if not self._lifelines.bind(message.token, number):
-            return  # it died while the headers were read
+            # It died while the headers were read (and nobody hears this), or it has a session already.
+            taken = MessageInvalid("an Attach came whose lifeline has a session already")
+            self._send(identity, messages.Error.of(taken))
+            return
         self._peers[number] = _Peer(identity, identity, message.token)
         if message.manifest.key not in self._files:
             self._files[message.manifest.key] = OpenFiles(index)
@@ -304,15 +308,8 @@ class Server:
             self._send(self._peers[session].control, message)
 
     def _send(self, identity: bytes, message: messages.Message) -> None:
-        # A ROUTER drops what is for a peer that is gone, and queues for one that is slow.
-        self._spawn_send([identity, messages.encode(message)])
-
-    def _spawn_send(self, frames: list[bytes]) -> None:
-        sent = self._router.send_multipart(frames)
-        if not sent.done():
-            task = asyncio.ensure_future(sent)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        # A ROUTER never blocks: it drops what is for a peer that is gone, so nothing is left to await.
+        self._router.send_multipart([identity, messages.encode(message)])
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = self._loop.create_task(work)

@@ -11,11 +11,13 @@ import hashlib
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
+
 from expertd.protocol.errors import CheckpointTruncated, FileChanged, HeaderInvalid, NotACheckpoint
 
 ITEM_BYTES = {
@@ -82,6 +84,8 @@ def read_header(path: Path) -> Header:
         CheckpointTruncated: the file ends before its header or its tensors do.
         HeaderInvalid: the header is not safetensors, or its offsets overlap, leave the file or contradict the shapes.
     """
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
+        raise HeaderInvalid(f"{path} is not a regular file")
     with path.open("rb") as file:
         return _parse(path, file)
 
@@ -112,7 +116,7 @@ def _parse(path: Path, file: BinaryIO) -> Header:
             )
             for name, entry in entries.items()
         }
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise HeaderInvalid(f"{path} has a header that is not safetensors ({error})") from error
     _check(path, tensors, data, status.st_size)
     digest = hashlib.sha256(raw).hexdigest()

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import zmq
+
 from expertd.protocol import PROTOCOL
 from expertd.protocol.errors import DaemonLost, DaemonNotRunning, ProtocolMismatch
 from expertd.protocol.messages import Hello, Message, Welcome, decode, encode, expect
@@ -39,7 +40,7 @@ class Connection:
         self.frames_received = 0
         if not path.exists():
             raise DaemonNotRunning(f"no daemon runs in {path.parent.parent}; start one with: expertd daemon run")
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.connect(f"ipc://{path}")

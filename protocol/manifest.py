@@ -6,6 +6,7 @@ import hashlib
 import math
 
 import msgspec
+
 from expertd.protocol.checkpoint import ITEM_BYTES, FileMark
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
+
 from expertd.protocol.errors import ExpertdError, MessageInvalid, from_code
 from expertd.protocol.manifest import Manifest
-from msgspec import Meta
 
 FRAME_LIMIT = 64 << 20
 """Longest frame that anybody accepts, in bytes (a manifest of 100,000 separate tensors takes about 10 MB)."""
@@ -26,7 +27,7 @@ Experts = Annotated[list[Annotated[int, Meta(ge=0, lt=65536)]], Meta(min_length=
 AliasMode = Literal["shm", "copy"]
 
 
-class Message(msgspec.Struct, tag_field="type", tag=str.lower, frozen=True, kw_only=True):
+class Message(msgspec.Struct, tag_field="type", tag=str.lower, kw_only=True):
     """Base of all messages; the tag is the class name in lower case."""
 
 
@@ -320,13 +321,13 @@ def decode(frame: bytes) -> Message:
     """The message in ``frame``.
 
     Raises:
-        MessageInvalid: not msgpack, unknown type, missing field, wrong type, out of bounds, or too long.
+        MessageInvalid: not msgpack, unknown type, missing field, wrong type, out of bounds, too deep, or too long.
     """
     if len(frame) > FRAME_LIMIT:
         raise MessageInvalid(f"a frame of {len(frame)} bytes is longer than the {FRAME_LIMIT} that are allowed")
     try:
         return _decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MessageInvalid(f"a message was not understood: {error}") from error
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from expertd.protocol.errors import MessageInvalid
 from numpy.typing import NDArray
+
+from expertd.protocol.errors import MessageInvalid
 
 
 def pack(layer: int, experts: NDArray[np.integer]) -> bytes:

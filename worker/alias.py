@@ -17,11 +17,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
+
 from expertd.protocol.errors import AliasFailed, SegmentFailed
 from expertd.protocol.layout import PAGE, PoolLayout
 from expertd.protocol.segments import create, map_readonly
 from expertd.worker.dtypes import MLX_TYPE, NUMPY_TYPE
-from numpy.typing import NDArray
 
 _bases: dict[str, tuple[Any, int]] = {}
 

@@ -22,6 +22,8 @@ from typing import Literal
 
 import numpy as np
 import zmq
+from numpy.typing import NDArray
+
 from expertd.protocol import lifeline, messages
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import AliasFailed, DaemonLost, ExpertdError, SessionClosed
@@ -29,7 +31,6 @@ from expertd.protocol.layout import PoolLayout, pool_layout, read_header
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.segments import map_readonly
-from numpy.typing import NDArray
 
 log = logging.getLogger("expertd.worker")
 
@@ -140,10 +141,8 @@ class Session:
     def end(self) -> None:
         """Finish a forward: nothing that was looked up in it is still to be read."""
         self._forwards += 1
-        if self._forwards >= FLUSH_FORWARDS:
-            self._forwards = 0
-            if self._routing and self._closed is None:
-                self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
+        if self._forwards % FLUSH_FORWARDS == 0 and self._routing and self._closed is None:
+            self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
         while True:
             self.ack()
             self._forward.release()
@@ -214,6 +213,7 @@ class Session:
         poller.register(self._control.socket, zmq.POLLIN)
         poller.register(self._line.fileno(), zmq.POLLIN)
         poller.register(self._woken.fileno(), zmq.POLLIN)
+        forwards = 0
         try:
             while True:
                 ready = dict(poller.poll(round(IDLE_FLUSH_S * 1000)))
@@ -224,7 +224,7 @@ class Session:
                 if self._control.socket in ready:
                     self._listen()
                 elif not ready:
-                    self._flush_idle()
+                    forwards = self._flush_idle(forwards)
         except (ExpertdError, OSError) as error:
             lost = error if isinstance(error, ExpertdError) else DaemonLost(f"the daemon was lost ({error})")
             log.warning("%s", lost)
@@ -251,12 +251,14 @@ class Session:
             case _:
                 pass
 
-    def _flush_idle(self) -> None:
-        if self._routing and self._forward.acquire(blocking=False):
+    def _flush_idle(self, forwards_before: int) -> int:
+        """Send the routing log if no forward ran since there were ``forwards_before``; returns how many there are."""
+        if self._routing and self._forwards == forwards_before and self._forward.acquire(blocking=False):
             try:
                 self._control.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
             finally:
                 self._forward.release()
+        return self._forwards
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

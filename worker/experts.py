@@ -76,12 +76,12 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: Any, indices: Any) -> Any:
         parts = self._parts
-        if parts.slots_of is not None or parts.become_complete():
-            if not (parts.last and indices.shape[-2] > 1):
-                # In a prompt's chunks mlx-lm never evaluates the last layer, so its choice must not be asked for.
-                parts.events.log_lazily(parts.layer, indices)
-            return parts.switch(x, parts.slots_of[indices])
-        return parts.event(x, indices)
+        if not (parts.complete or parts.become_complete()):
+            return parts.event(x, indices)
+        if not (parts.last and indices.shape[-2] > 1):
+            # In a prompt's chunks mlx-lm never evaluates the last layer, so its choice must not be asked for.
+            parts.events.log_lazily(parts.layer, indices)
+        return parts.switch(x, indices)
 
 
 class _Parts:
@@ -101,19 +101,25 @@ class _Parts:
         self.layer = layer
         self.switch = switch
         self.last = last
-        self.slots_of: Any = None
+        self.complete = False
         self._pool = pool
         self._slabs = slabs
         self._row = row
 
     def become_complete(self) -> bool:
-        """Go over to computing without looking, once the daemon has said that the pool is complete."""
+        """Go over to computing without looking, once the daemon has said that the pool is complete.
+
+        There every block has its natural place, so this layer's rows of the slabs are its experts in order, and the
+        switch computes what plain mlx-lm would: same ids, same shapes, same kernels.
+        """
         if not self._pool.complete:
             return False
         self.events.settle()
-        slots = self._row.copy()
-        self._slabs.bring(self.layer, np.arange(slots.size), slots)
-        self.slots_of = mx.array(slots)
+        experts = self._row.size
+        start = self._pool.layers.index(self.layer) * experts
+        self._slabs.bring(self.layer, np.arange(experts), np.arange(start, start + experts))
+        place_slabs(self.switch, {name: slab[start : start + experts] for name, slab in self._slabs.arrays.items()})
+        self.complete = True
         return True
 
     def event(self, x: Any, indices: Any) -> Any:
@@ -174,9 +180,10 @@ class _Parts:
         return together.reshape(*indices.shape, together.shape[-1])
 
 
-def place_slabs(switch: Any, slabs: Slabs) -> None:
-    """Make the slabs the tensors of ``switch`` (part names are paths below it)."""
-    for name, array in slabs.arrays.items():
+def place_slabs(switch: Any, arrays: dict[str, Any]) -> None:
+    """Make ``arrays`` the tensors of ``switch`` (part names are paths below it)."""
+    mx.eval(arrays)
+    for name, array in arrays.items():
         *path, last = name.split(".")
         module = switch
         for step in path:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+from mlx_lm.utils import load_tokenizer
+
 from expertd.protocol.errors import AliasFailed, SessionClosed
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start
@@ -17,7 +19,6 @@ from expertd.worker import attach
 from expertd.worker.alias import CopiedSlabs, SharedSlabs, self_test
 from expertd.worker.experts import CachedExperts, Events, place_slabs
 from expertd.worker.manifest import LazyModel, load_lazily, replace_module
-from mlx_lm.utils import load_tokenizer
 
 log = logging.getLogger("expertd.worker")
 
@@ -107,7 +108,7 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"]) -> Any:
             slabs = make(pool.mapping, pool.layout)
             for layer in pool.layers:
                 switch = loaded.switches[layer]
-                place_slabs(switch.module, slabs)
+                place_slabs(switch.module, slabs.arrays)
                 last = layer == len(loaded.switches) - 1
                 stand_in = CachedExperts(events, layer, switch.module, pool, slabs, last=last)
                 replace_module(loaded.model, switch.path, stand_in)
@@ -138,7 +139,7 @@ def _cached(cls: type) -> type:
             try:
                 events.begin_call()
                 try:
-                    return cls.__call__(self, *args, **kwargs)  # type: ignore[operator]
+                    return cls.__call__(self, *args, **kwargs)
                 finally:
                     events.settle()
             finally:

@@ -21,14 +21,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from expertd.protocol.checkpoint import Header, check_unchanged, read_header, weight_files
-from expertd.protocol.errors import CheckpointError, ConfigMissing, DenseModel, DerivedExperts, UnknownFamily
-from expertd.protocol.manifest import Layer, Manifest, Part
-from expertd.worker.dtypes import SAFETENSORS_NAME
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.utils import load_model
+
+from expertd.protocol.checkpoint import Header, check_unchanged, read_header, weight_files
+from expertd.protocol.errors import CheckpointError, ConfigMissing, DenseModel, DerivedExperts, UnknownFamily
+from expertd.protocol.manifest import Layer, Manifest, Part
+from expertd.worker.dtypes import SAFETENSORS_NAME
 
 Origin = tuple[tuple[int, str], ...]
 """Where an array came from: (file number, tensor name), once, or once for each expert that was stacked."""
@@ -134,10 +135,11 @@ def _tracing(numbers: dict[str, int]) -> Iterator[tuple[dict[int, Origin], list[
     """
     origins: dict[int, Origin] = {}
     kept: list[Any] = []
-    plain_load, plain_stack = mx.load, mx.stack
+    mlx: Any = mx
+    plain_load, plain_stack = mlx.load, mlx.stack
     def load(file: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = plain_load(file, *args, **kwargs)
-        arrays = loaded[0] if isinstance(loaded, tuple) else loaded
+        arrays: dict[str, Any] = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, array in arrays.items():
             origins[id(array)] = ((numbers[Path(file).name], name),)
             kept.append(array)
@@ -152,11 +154,11 @@ def _tracing(numbers: dict[str, int]) -> Iterator[tuple[dict[int, Origin], list[
         return stacked
 
     with _hooking:
-        mx.load, mx.stack = load, stack
+        mlx.load, mlx.stack = load, stack
         try:
             yield origins, kept
         finally:
-            mx.load, mx.stack = plain_load, plain_stack
+            mlx.load, mlx.stack = plain_load, plain_stack
 
 
 class _Probe(nn.Module):  # type: ignore[misc]

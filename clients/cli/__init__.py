@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import click
+
 from expertd.protocol.connection import package_version
 from expertd.protocol.errors import ExpertdError
 

@@ -90,12 +90,12 @@ class Core:
                 self._out.append(instructions.Refuse(event.session, error, None))
                 return
         elif event.mode == "copy" and model.size > self.budget - self.used:
-            error = BudgetTooSmall(
+            refusal = BudgetTooSmall(
                 f"a session in copy mode needs {show_size(model.size)} of its own beside the shared pools, and "
                 f"{show_size(max(0, self.budget - self.used))} of the budget are free; "
                 f"start the daemon with --budget {self.used + model.size} or more"
             )
-            self._out.append(instructions.Refuse(event.session, error, None))
+            self._out.append(instructions.Refuse(event.session, refusal, None))
             return
         model.opening.append(event)
         if model.ready:
@@ -277,12 +277,12 @@ class Core:
         layer = waiting.fetch.layer
         wanted = {(layer, expert) for expert in waiting.fetch.experts}
         absent = [block for block in sorted(wanted) if block not in pool.where]
-        short = len(absent) - len(pool.free) - len(pool.retired)
+        short = len(absent) - pool.spare - len(pool.retired)
         if short > 0:
             self._evict(model, pool, short, wanted)
-        if len(pool.free) < len(absent):
+        if pool.spare < len(absent):
             self._reap(model, pool)
-        if len(pool.free) < len(absent):
+        if pool.spare < len(absent):
             self._ask_acks(model, pool)
             return False
         session = self.sessions[waiting.fetch.session]
@@ -327,9 +327,8 @@ class Core:
             slot = pool.slots[number]
             if slot.retired_at <= acked:
                 slot.move(SlotState.FREE)
-                slot.block = None
                 pool.retired.discard(number)
-                pool.free.append(number)
+                pool.give_back(slot)
 
     def _ask_acks(self, model: Model, pool: Pool) -> None:
         """Ask every session that stands in the way of a grant, once for each version."""
@@ -343,7 +342,7 @@ class Core:
                 self._out.append(instructions.AskAck(session.number, model.version))
 
     def _start_read(self, model: Model, pool: Pool, block: Block, *, demand: bool) -> None:
-        slot = pool.slots[pool.free.pop()]
+        slot = pool.take(block)
         slot.block = block
         slot.move(SlotState.FILLING)
         pool.where[block] = slot.number
@@ -402,10 +401,9 @@ class Core:
             pool.background.discard(block)
             pool.fill_failed = True
         slot.move(SlotState.FREE)
-        slot.block = None
         slot.leases.clear()
         del pool.where[block]
-        pool.free.append(slot.number)
+        pool.give_back(slot)
         for waiting in [entry for entry in pool.queue if block in entry.missing]:
             session = self.sessions[waiting.fetch.session]
             self._release(session)

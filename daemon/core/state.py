@@ -73,7 +73,7 @@ class Pool:
     Attributes:
         layers: the model's MoE layers that share it, in forward order.
         where: the slot of each block that is sealed or filling.
-        free: numbers of free slots.
+        free: numbers of free slots (unused where the pool holds all: there each block has its own slot).
         retired: numbers of retired slots.
         queue: fetches in the order of arrival; those granted leave it only when answered.
         background: blocks that the background fill has on their way.
@@ -109,9 +109,30 @@ class Pool:
         """Whether every block is resident (only such a generation is immutable)."""
         return self.holds_all and self.sealed == self.layout.layers * self.layout.experts
 
+    @property
+    def spare(self) -> int:
+        """Number of free slots."""
+        return self.layout.slots - len(self.where) - len(self.retired)
+
     def row(self, layer: int) -> int:
         """The place of ``layer`` in the pool's table."""
         return self.layers.index(layer)
+
+    def take(self, block: Block) -> Slot:
+        """A free slot for ``block``.
+
+        A pool that holds all keeps every block in its natural place, ``row x experts + expert``: so a layer's slots are
+        its experts in order, and a worker computes on them without mapping ids.
+        """
+        if self.holds_all:
+            return self.slots[self.row(block[0]) * self.layout.experts + block[1]]
+        return self.slots[self.free.pop()]
+
+    def give_back(self, slot: Slot) -> None:
+        """``slot`` has become free."""
+        slot.block = None
+        if not self.holds_all:
+            self.free.append(slot.number)
 
 
 @dataclass

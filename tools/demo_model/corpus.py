@@ -22,7 +22,9 @@ END = "<|im_end|>"
 _ROLE = re.compile(r":[a-zA-Z:+-]+:`[~!]?([^`<]*?)\s*(?:<[^`]*>)?`")
 _LITERAL = re.compile(r"``([^`]+)``")
 _EMPHASIS = re.compile(r"(?<![\w*])\*([^*\s][^*\n]*?)\*(?![\w*])")
-_NOISE = re.compile(r"^\s*\.\. (index|_|highlight|sectionauthor|moduleauthor|versionadded|versionchanged|deprecated|XXX).*$")
+_NOISE = re.compile(
+    r"^\s*\.\. (index|_|highlight|sectionauthor|moduleauthor|versionadded|versionchanged|deprecated|XXX).*$"
+)
 _DIRECTIVE = re.compile(r"^( *)\.\. (?:(?:function|class|method|classmethod|staticmethod|attribute|data|exception|"
                         r"decorator|opcode|c:function|describe))::\s*(\S.*)$")
 _MODULE = re.compile(r"^\.\. (?:module|currentmodule):: (\S+)", re.M)

@@ -112,8 +112,10 @@ def main() -> None:
                 curve.writerow([step + 1, tokens, f"{mean:.4f}", "" if measured is None else f"{measured:.4f}"])
                 file.flush()
                 speed = seen / (time.monotonic() - began)
-                print(f"step {step + 1}: loss {mean:.3f} balance {float(balance.detach()):.2f} {speed:.0f} tokens/s"
-                      + (f" held out {measured:.3f} (perplexity {math.exp(measured):.1f})" if measured else ""), flush=True)
+                said = f"step {step + 1}: loss {mean:.3f} balance {float(balance.detach()):.2f} {speed:.0f} tokens/s"
+                if measured is not None:
+                    said += f" held out {measured:.3f} (perplexity {math.exp(measured):.1f})"
+                print(said, flush=True)
                 window.clear()
             if (step + 1) % 200 == 0 or last:
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, state)

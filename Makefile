@@ -1,0 +1,34 @@
+# What users and CI call.  Each target sets up what it needs: a virtual environment with the package and its tools.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo demo-large test check bench clean
+
+demo: .venv/ready
+	$(BIN)/python -m tools.demo
+
+demo-large: .venv/ready
+	$(BIN)/python -m tools.demo --large
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+# mypy reads the package as it is installed, because the folders are mapped into it only then.
+check: .venv/ready
+	$(BIN)/ruff check .
+	rm -rf .check build && $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .check .
+	rm -rf build && MYPYPATH=.check $(BIN)/python -m mypy -p expertd
+	$(BIN)/python -m pytest -q tests/test_arrows.py tests/test_protocol_document.py
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks exactness
+	$(BIN)/python -m benchmarks hitpath
+
+clean:
+	rm -rf .venv .check build *.egg-info
+
+.venv/ready: pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@

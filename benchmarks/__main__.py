@@ -1,0 +1,39 @@
+"""``python -m benchmarks NAME [--quick] [--json FILE]``: run one benchmark from the repository's root.
+
+Each benchmark is a module with ``run(quick) -> dict`` of named figures; it prints a table as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import benchmarks
+
+
+def names() -> list[str]:
+    """The benchmarks: modules of this folder that can be run."""
+    found = [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]
+    return [name for name in found if not name.startswith("_")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=names())
+    parser.add_argument("--quick", action="store_true", help="a version that ends within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one flat object")
+    arguments = parser.parse_args()
+    figures = importlib.import_module(f"benchmarks.{arguments.name}").run(quick=arguments.quick)
+    width = max(len(name) for name in figures)
+    print()
+    for name, figure in figures.items():
+        print(f"{name:<{width}}  {figure}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

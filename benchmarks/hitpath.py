@@ -1,0 +1,137 @@
+"""What a hit costs: speed with everything resident, time added by a partially resident layer that hits, and frames.
+
+Plain and cached runs alternate, so that a busy machine slows both.  Noise on a shared machine only ever adds time, so
+the ratio of the minima estimates the code and the ratio of the medians the day; both are reported, and
+``resident_ratio`` is that of the minima (docs/benchmarks.md argues it).
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+import expertd
+from expertd.worker.load import session_of
+from expertd.worker.manifest import find_switches, load_lazily, replace_module
+from tools.factory import write_checkpoint
+from tools.stage import ask_status, budget_for, running_daemon, temporary_home
+
+PROMPT = np.arange(5, 21)
+
+
+class _Evaluating(nn.Module):  # type: ignore[misc]
+    """A switch behind an evaluated router: what any exact cache has to pay in a layer that may miss."""
+
+    def __init__(self, switch: Any) -> None:
+        super().__init__()
+        self.switch = switch
+
+    def __call__(self, x: Any, indices: Any) -> Any:
+        mx.eval(indices)
+        return self.switch(x, indices)
+
+
+def decode(model: Any, tokens: int) -> list[float]:
+    """Seconds each of ``tokens`` greedy tokens took, through mlx-lm's own pipelined ``generate_step``."""
+    times = []
+    steps = generate_step(mx.array(PROMPT), model, max_tokens=tokens + 1)
+    next(steps)
+    for _ in range(tokens):
+        began = time.perf_counter()
+        next(steps)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def step_by_step(model: Any, tokens: int) -> list[float]:
+    """Seconds each of ``tokens`` greedy tokens took, each evaluated before the next is begun."""
+    cache = make_prompt_cache(model)
+    last = model(mx.array(PROMPT)[None], cache=cache)[:, -1]
+    times = []
+    for _ in range(tokens):
+        token = mx.argmax(last, axis=-1)
+        mx.eval(token)
+        began = time.perf_counter()
+        last = model(token[:, None], cache=cache)[:, -1]
+        mx.eval(last)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def interleaved(measure: Callable[[Any, int], list[float]], models: list[Any], rounds: int, tokens: int) -> Any:
+    """Times ``[model, round, token]``; the order of the models turns around from round to round."""
+    times = np.zeros((len(models), rounds, tokens))
+    for number in range(rounds):
+        order = range(len(models)) if number % 2 == 0 else reversed(range(len(models)))
+        for place in order:
+            times[place, number] = measure(models[place], tokens)
+    return times
+
+
+def wait_until_complete(home: Any, model: Any) -> None:
+    """Return when the daemon has filled the pool and the session has heard of it."""
+    deadline = time.monotonic() + 120
+    while not all(pool.complete for pool in session_of(model).pools):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the pool was not filled: {ask_status(home).models}")
+        time.sleep(0.05)
+
+
+def run(quick: bool = False) -> dict[str, Any]:
+    """See the module."""
+    rounds, tokens = (6, 24) if quick else (30, 32)
+    forwards = 200 if quick else 1000
+    with tempfile.TemporaryDirectory(prefix="expertd-") as folder, temporary_home() as home:
+        path = write_checkpoint(Path(folder) / "model", "qwen3_moe", hidden=512, layers=8, n_experts=64, top_k=8,
+                                expert_width=256, vocab=2048)  # fmt: skip
+        manifest = load_lazily(path).manifest
+        plain, _ = load_model(path)
+        layers, blocks = len(manifest.layers), len(manifest.layers) * manifest.layers[0].experts
+
+        with running_daemon(home, budget_for(manifest, blocks)):
+            model, _ = expertd.load(path)
+            wait_until_complete(home, model)
+            times = interleaved(decode, [plain, model], rounds, tokens)
+            before = session_of(model).frames
+            for _ in range(forwards // 50):
+                decode(model, 49)  # a forward for the prompt's last token, and one for each of 49 tokens
+            frames = (session_of(model).frames - before) * 1000 / forwards
+            expertd.unload(model)
+        plain_s, cached_s = times.reshape(2, -1)
+
+        with running_daemon(home, budget_for(manifest, blocks - 1)):
+            model, _ = expertd.load(path)
+            step_by_step(model, tokens)  # brings in what the run needs
+            misses = ask_status(home).models[0].misses
+            for switch in find_switches(plain):
+                replace_module(plain, switch.path, _Evaluating(switch.module))
+            partial = interleaved(step_by_step, [plain, model], rounds, tokens)
+            assert ask_status(home).models[0].misses == misses, "a run that was to hit has missed"
+            expertd.unload(model)
+        # Each token of a round has its counterpart in the other model: the same token, seconds apart.
+        added_us = (partial[1] - partial[0]).reshape(-1) / layers * 1e6
+        floor_us = (partial[1].min(axis=0) - partial[0].min(axis=0)) / layers * 1e6
+
+    print(f"tokens/s, plain:  best {1 / plain_s.min():.1f}, median {1 / np.median(plain_s):.1f}")
+    print(f"tokens/s, worker: best {1 / cached_s.min():.1f}, median {1 / np.median(cached_s):.1f}")
+    return {
+        "resident_ratio": round(plain_s.min() / cached_s.min(), 4),
+        "resident_ratio_minima": round(plain_s.min() / cached_s.min(), 4),
+        "resident_ratio_medians": round(float(np.median(plain_s) / np.median(cached_s)), 4),
+        "resident_ratio_paired": round(statistics.median((times[0].sum(axis=1) / times[1].sum(axis=1)).tolist()), 4),
+        "partial_hit_us": round(float(np.median(added_us)), 1),
+        "partial_hit_us_minima": round(float(np.median(floor_us)), 1),
+        "frames_per_1000_forwards": round(frames, 1),
+        "pairs": rounds * tokens,
+    }

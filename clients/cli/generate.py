@@ -1,0 +1,33 @@
+"""``expertd generate``: text from a prompt, through a worker in this process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
+@click.option("--budget", metavar="SIZE", help="Memory for expert weights, if a daemon has to be started.")
+def generate(model: Path, prompt: str, max_tokens: int, temperature: float, raw: bool, budget: str | None) -> None:
+    """Generate text from PROMPT with the checkpoint in the folder MODEL ('-' reads the prompt from standard input)."""
+    from mlx_lm.generate import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    import expertd
+
+    loaded, tokenizer = expertd.load(model, budget=budget)
+    text: str | list[int] = sys.stdin.read() if prompt == "-" else prompt
+    if not raw and tokenizer.has_chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    sampler = make_sampler(temp=temperature)
+    for response in stream_generate(loaded, tokenizer, text, max_tokens=max_tokens, sampler=sampler):
+        click.echo(response.text, nl=False)
+    click.echo()
+    expertd.unload(loaded)

@@ -1,0 +1,51 @@
+"""``expertd serve MODEL``: an OpenAI API over one model, until it is stopped.
+
+Output: one line on stdout once requests are taken, ``expertd: serving NAME at URL``.  Exit status 0 after SIGTERM or
+Ctrl-C; 2 where MODEL is no checkpoint; 5 where the port is taken; otherwise that of the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from expertd.protocol.checkpoint import weight_files
+from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import connect_or_start
+from expertd.protocol.sizes import parse_size
+
+
+@click.command()
+@click.argument("model")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--budget", metavar="SIZE", help="Memory for a daemon that has to be started, as 8GB.")
+def serve(model: str, port: int, host: str, budget: str | None) -> None:
+    """Serve the checkpoint in the folder MODEL over an OpenAI API."""
+    from expertd.clients.gateway import lifetime
+
+    logging.basicConfig(
+        stream=sys.stderr, level=os.environ.get("EXPERTD_LOG", "warning").upper(), format="expertd: %(message)s"
+    )
+    path = Path(model).expanduser()
+    weight_files(path)
+    if budget is not None:
+        parse_size(budget)
+    home = Home.current()
+    home.prepare()
+    # The port comes first: whoever cannot listen should not have started anything.
+    with lifetime.listen(host, port) as listener:
+        connect_or_start(
+            home, "gateway", budget=budget, announce=lambda line: click.echo(f"expertd: {line}", err=True)
+        ).close()
+
+        def announce(url: str) -> None:
+            click.echo(f"expertd: serving {path.resolve().name} at {url}")
+            sys.stdout.flush()
+
+        asyncio.run(lifetime.serve(listener, host, path, home=home, budget=budget, ready=announce))

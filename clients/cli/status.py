@@ -1,0 +1,83 @@
+"""``expertd status``: what the daemon holds and how well it does."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import msgspec
+
+from expertd.protocol.connection import Connection
+from expertd.protocol.messages import AskStatus, ModelStatus, Status
+from expertd.protocol.paths import Home
+from expertd.protocol.sizes import show_size
+
+
+def ask_status(home: Home) -> Status:
+    """The state of the home's daemon.
+
+    Raises:
+        DaemonNotRunning: there is none.
+    """
+    with Connection(home.daemon_socket, "cli") as connection:
+        return connection.ask(AskStatus(), Status)
+
+
+def as_object(status: Status) -> dict[str, object]:
+    """The object that ``--json`` prints: the Status message without its type."""
+    found = msgspec.to_builtins(status)
+    assert isinstance(found, dict)
+    del found["type"]
+    return found
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(as_json: bool) -> None:
+    """Show what the daemon holds and how well it does.
+
+    Exits with 3 if no daemon runs in this home.
+    """
+    found = ask_status(Home.current())
+    if as_json:
+        click.echo(json.dumps(as_object(found), indent=2))
+        return
+    for line in table(found):
+        click.echo(line)
+
+
+def table(found: Status) -> list[str]:
+    """The status as lines for a person."""
+    minutes, seconds = divmod(round(found.daemon.uptime_s), 60)
+    lines = [
+        f"daemon    process {found.daemon.pid}, up {minutes} min {seconds} s, home {found.home}",
+        f"budget    {show_size(found.budget_bytes)}, in use {show_size(found.used_bytes)}, pressure {found.pressure}",
+    ]
+    for model in found.models:
+        lines += ["", *_model(model)]
+    if not found.models:
+        lines.append("models    none yet")
+    return lines
+
+
+def _model(model: ModelStatus) -> list[str]:
+    looked = model.hits + model.misses
+    rate = f"{100 * model.hits / looked:.1f} % hits" if looked else "no lookup yet"
+    share = 100 * model.resident_blocks / model.blocks
+    lines = [
+        f"model     {model.path} ({model.family})",
+        f"  experts   {model.moe_layers} layers x {model.experts}, {model.top_k} a token, "
+        f"{show_size(model.block_bytes)} each",
+        f"  resident  {model.resident_blocks} of {model.blocks} blocks ({share:.0f} %), room for {model.slots}, "
+        f"{show_size(model.pool_bytes)}",
+        f"  lookups   {rate} ({model.hits} hits, {model.misses} misses), {model.evictions} evictions, "
+        f"{show_size(model.bytes_read)} read",
+    ]
+    for session in model.sessions:
+        waits = ", waits for a read" if session.waiting else ""
+        lines.append(
+            f"  session   {session.id}: process {session.pid}, mode {session.mode}, {session.fetches} fetches{waits}"
+        )
+    if not model.sessions:
+        lines.append("  session   none")
+    return lines

@@ -1,0 +1,630 @@
+"""The gateway as its users meet it: a real process, a real worker and daemon, and OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+import openai
+import psutil
+import pytest
+from aiohttp import web
+
+from expertd.clients.gateway import chat
+from expertd.clients.gateway.app import Gateway
+from expertd.clients.gateway.lifetime import listen
+from expertd.clients.gateway.workers import Worker
+from expertd.protocol.connection import Connection
+from expertd.protocol.errors import DaemonNotRunning, ExpertdError, PortInUse, QueueFull, WorkerUnavailable
+from expertd.protocol.messages import Delta, Stop
+from expertd.protocol.paths import Home
+
+DEADLINE_S = 60.0
+HELLO = [{"role": "user", "content": "Hello there."}]
+ENDLESS = 30_000
+"""An answer that would take minutes."""
+
+
+class Served:
+    """A running gateway."""
+
+    def __init__(self, process: subprocess.Popen[str], home: Home, model: Path) -> None:
+        self.process = process
+        self.home = home
+        self.model = model.name
+        self.line = ""
+        self.url = ""
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        assert self.line, f"the gateway ended with {self.process.wait(5)}: {self.errors()}"
+        self.url = self.line.split()[-1]
+
+    def errors(self) -> str:
+        return (self.home.root / "stderr").read_text()
+
+    @property
+    def port(self) -> int:
+        return int(self.url.split(":")[2].removesuffix("/v1"))
+
+    @property
+    def worker(self) -> psutil.Process:
+        (worker,) = self.workers()
+        return worker
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker, once it is started; the daemon is a child too until the gateway ends."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "--gateway" in child.cmdline()]
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=DEADLINE_S)
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], Any]:
+        """One plain HTTP request: status, headers in lower case, decoded body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, json.loads(answer.read() or b"null")
+        finally:
+            connection.close()
+
+    def raw_chat(self, **fields: Any) -> socket.socket:
+        """A connection on which a chat request was sent and nothing was read."""
+        body = json.dumps({"model": self.model, "messages": HELLO} | fields).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        return connection
+
+
+def start(home: Home, model: Path, *options: str) -> Served:
+    command = [sys.executable, "-m", "expertd.clients.cli", "serve", str(model), "--port", "0", "--budget", "64MiB"]
+    environment = {**os.environ, "EXPERTD_HOME": str(home.root)}
+    with (home.root / "stderr").open("w") as errors:
+        process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
+    return Served(process, home, model)
+
+
+@contextmanager
+def serving(home: Home, model: Path, *options: str) -> Iterator[Served]:
+    served = start(home, model, *options)
+    try:
+        served.wait_ready()
+        yield served
+    finally:
+        if served.process.poll() is None:
+            served.process.send_signal(signal.SIGTERM)
+        served.process.wait(DEADLINE_S)
+        assert served.process.stdout is not None
+        served.process.stdout.close()
+
+
+def stop_daemon(home: Home) -> None:
+    """End the daemon that a gateway started."""
+    try:
+        with Connection(home.daemon_socket, "test", handshake_s=1.0) as connection:
+            daemon = psutil.Process(connection.daemon.pid)
+            connection.send(Stop())
+            daemon.wait(DEADLINE_S)
+    except (DaemonNotRunning, psutil.NoSuchProcess):
+        pass
+
+
+def eventually(condition: Callable[[], bool], deadline_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def idle(worker: psutil.Process) -> bool:
+    """Whether the worker computes nothing for half a second."""
+
+    def used_s() -> float:
+        times = worker.cpu_times()
+        return times.user + times.system
+
+    before = used_s()
+    time.sleep(0.5)
+    return used_s() - before < 0.1
+
+
+@pytest.fixture
+def own_home(home: Home) -> Iterator[Home]:
+    """A home whose daemon is stopped afterwards."""
+    yield home
+    stop_daemon(home)
+
+
+@pytest.fixture(scope="module")
+def served(checkpoints: dict[str, Path]) -> Iterator[Served]:
+    """One gateway for all tests that leave it as it was."""
+    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as root:
+        home = Home(Path(root))
+        home.prepare()
+        try:
+            with serving(home, checkpoints["stacked"]) as served:
+                yield served
+        finally:
+            stop_daemon(home)
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with served.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def plain_text(checkpoints: dict[str, Path]) -> str:
+    """What plain mlx-lm says to HELLO."""
+    model, tokenizer = mlx_lm.load(str(checkpoints["stacked"]))
+    prompt = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True)
+    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
+
+
+def say(client: openai.OpenAI, served: Served, **options: Any) -> Any:
+    given: dict[str, Any] = {"model": served.model, "messages": HELLO, "temperature": 0, "max_tokens": 24} | options
+    return client.chat.completions.create(**given)
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_start_line_tells_the_name_and_the_url(served: Served) -> None:
+    assert served.line == f"expertd: serving {served.model} at http://127.0.0.1:{served.port}/v1\n"
+
+
+def test_an_answer_is_that_of_plain_mlx_lm(client: openai.OpenAI, served: Served, plain_text: str) -> None:
+    answer = say(client, served)
+    assert answer.choices[0].message.content == plain_text
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.id.startswith("chatcmpl-")
+    assert (answer.object, answer.model) == ("chat.completion", served.model)
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 24
+    assert abs(answer.created - time.time()) < DEADLINE_S
+
+
+def test_a_stream_says_the_same_in_pieces(client: openai.OpenAI, served: Served, plain_text: str) -> None:
+    chunks = list(say(client, served, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(delta.content or "" for delta in deltas) == plain_text
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_usage_comes_last_in_a_stream_that_asks_for_it(client: openai.OpenAI, served: Served) -> None:
+    *others, last = say(client, served, stream=True, stream_options={"include_usage": True})
+    assert last.choices == []
+    assert last.usage.completion_tokens == 24
+    assert all(chunk.usage is None for chunk in others)
+
+
+def test_the_wire_of_a_stream(served: Served) -> None:
+    with served.raw_chat(stream=True, max_tokens=3) as connection:
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += connection.recv(65536)
+    head, _, body = received.partition(b"\r\n\r\n")
+    headers = head.decode().lower().split("\r\n")
+    assert headers[0] == "http/1.1 200 ok"
+    assert "content-type: text/event-stream; charset=utf-8" in headers
+    assert "cache-control: no-cache" in headers
+    assert "x-accel-buffering: no" in headers
+    assert not any(header.startswith("access-control") for header in headers)
+    assert body.count(b'"role"') == 1
+    assert body.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+def test_a_stop_string_is_honoured(client: openai.OpenAI, served: Served, plain_text: str) -> None:
+    stop = plain_text[4:7]
+    answer = say(client, served, stop=stop)
+    assert answer.choices[0].message.content == plain_text[: plain_text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_several_clients_at_once_each_get_their_answer(client: openai.OpenAI, served: Served, plain_text: str) -> None:
+    async def all_at_once() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0) as several:
+            answers = await asyncio.gather(
+                *(
+                    several.chat.completions.create(
+                        model=served.model,
+                        messages=HELLO,  # type: ignore[arg-type]
+                        temperature=0,
+                        max_tokens=24,
+                    )
+                    for _ in range(6)
+                )
+            )
+        return [answer.choices[0].message.content for answer in answers]
+
+    assert asyncio.run(all_at_once()) == [plain_text] * 6
+
+
+def test_models(client: openai.OpenAI, served: Served) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.object, model.owned_by) == (served.model, "model", "expertd")
+    assert isinstance(model.created, int)
+    assert client.models.retrieve(served.model) == model
+
+
+def test_the_folder_is_a_name_too(client: openai.OpenAI, served: Served, checkpoints: dict[str, Path]) -> None:
+    answer = say(client, served, model=str(checkpoints["stacked"]), max_tokens=1)
+    assert answer.model == served.model
+
+
+def test_health(served: Served) -> None:
+    assert served.request("GET", "/health/live")[::2] == (200, {"status": "live"})
+    assert served.request("GET", "/health/ready")[::2] == (200, {"status": "ready"})
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_not_found_and_not_fetched(client: openai.OpenAI, served: Served) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        say(client, served, model="somebody/some-model")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("somebody/some-model")
+
+
+def test_a_parameter_without_effect_is_refused_by_name(client: openai.OpenAI, served: Served) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        say(client, served, seed=5)
+    assert (caught.value.code, caught.value.param) == ("parameter_unsupported", "seed")
+    assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("max_tokens", "param"), [(32_760, "messages"), (40_000, "max_tokens")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_does_not_fit_is_refused_before_a_stream_begins(
+    client: openai.OpenAI, served: Served, max_tokens: int, param: str, stream: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        say(client, served, max_tokens=max_tokens, stream=stream)
+    assert (caught.value.code, caught.value.param) == ("prompt_too_long", param)
+    assert "32768" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("GET", "/v1/nothing", None, 404, "route_not_found"),
+        ("GET", "/", None, 404, "route_not_found"),
+        ("GET", "/v1/chat/completions", None, 405, "method_not_allowed"),
+        ("POST", "/v1/models", b"{}", 405, "method_not_allowed"),
+        ("POST", "/v1/chat/completions", b"{not json", 400, "request_invalid"),
+        ("POST", "/v1/chat/completions", b"", 400, "request_invalid"),
+        ("POST", "/v1/chat/completions", b"[" * 100_000, 400, "request_invalid"),
+        ("POST", "/v1/chat/completions", b'"\\ud800"', 400, "request_invalid"),
+        ("POST", "/v1/chat/completions", b"[]", 400, "request_invalid"),
+    ],
+)
+def test_every_error_has_the_shape_of_openai(
+    served: Served, method: str, path: str, body: bytes | None, status: int, code: str
+) -> None:
+    answered, headers, error = served.request(method, path, body)
+    assert answered == status
+    assert error["error"].keys() == {"message", "type", "param", "code"}
+    assert (error["error"]["type"], error["error"]["code"]) == ("invalid_request_error", code)
+    assert headers["x-should-retry"] == "false"
+
+
+def test_a_long_body_is_taken_and_a_huge_one_refused(served: Served) -> None:
+    long = json.dumps({"model": "other", "messages": HELLO, "user": "x" * (8 << 20)}).encode()
+    assert served.request("POST", "/v1/chat/completions", long)[0] == 404
+    with socket.create_connection(("127.0.0.1", served.port), timeout=DEADLINE_S) as connection:
+        length = 65 << 20
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode())
+        try:
+            for _ in range(length >> 20):
+                connection.sendall(bytes(1 << 20))
+        except ConnectionError:
+            pass
+        received = connection.recv(65536)
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert b'"code":"request_too_large"' in received
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "192.168.0.7", "localhost.evil.example", ""])
+def test_a_strange_host_is_refused(served: Served, host: str) -> None:
+    status, _, error = served.request("GET", "/v1/models", headers={"Host": host})
+    assert (status, error["error"]["code"]) == (400, "request_invalid")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:9", "[::1]:80", "[::1]"])
+def test_the_machine_itself_is_no_strange_host(served: Served, host: str) -> None:
+    assert served.request("GET", "/v1/models", headers={"Host": host})[0] == 200
+
+
+# -- clients that leave ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_the_worker_stops_when_its_client_is_gone(served: Served, stream: bool) -> None:
+    connection = served.raw_chat(stream=stream, max_tokens=ENDLESS)
+    worker = served.worker
+    assert eventually(lambda: not idle(worker)), "the worker works"
+    connection.close()
+    assert eventually(lambda: idle(worker)), "the worker has stopped"
+
+
+def test_the_worker_stops_in_the_middle_of_a_prompt(served: Served) -> None:
+    long = [{"role": "user", "content": "a b c d " * 7_000}]
+    connection = served.raw_chat(messages=long, max_tokens=1)
+    worker = served.worker
+    assert eventually(lambda: not idle(worker)), "the worker works"
+    connection.close()
+    began = time.monotonic()
+    assert eventually(lambda: idle(worker)), "the worker has stopped"
+    assert time.monotonic() - began < 10
+
+
+def test_an_answer_comes_while_another_is_under_way(client: openai.OpenAI, served: Served, plain_text: str) -> None:
+    with served.raw_chat(stream=True, max_tokens=ENDLESS) as other:
+        assert other.recv(1)
+        assert say(client, served).choices[0].message.content == plain_text
+
+
+class EndlessWorker:
+    """Answers every request with text for ever, and counts who is let go."""
+
+    def __init__(self, text: str = "x" * 100_000) -> None:
+        self.text = text
+        self.released = 0
+        self.silent_after: int | None = None
+
+    def open(self, wanted: chat.ChatRequest) -> EndlessWorker:
+        self.sent = 0
+        return self
+
+    def __enter__(self) -> EndlessWorker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.released += 1
+
+    async def receive(self, timeout_s: float) -> Delta | None:
+        self.sent += 1
+        if self.silent_after is not None and self.sent > self.silent_after:
+            await asyncio.sleep(timeout_s)
+            return None
+        await asyncio.sleep(0)
+        return Delta(request=1, text=self.text, tokens=1)
+
+
+async def with_endless_worker(
+    worker: EndlessWorker, use: Callable[[asyncio.StreamReader], Any], **limits: float
+) -> None:
+    """Stream from a gateway in this process, configured as the real one is."""
+    gateway = Gateway(worker, Path("endless"), "127.0.0.1", **limits)  # type: ignore[arg-type]
+    runner = web.AppRunner(gateway.app, handler_cancellation=True, access_log=None)
+    await runner.setup()
+    with listen("127.0.0.1", 0) as listener:
+        await web.SockSite(runner, listener).start()
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        body = json.dumps({"model": "endless", "messages": HELLO, "stream": True}).encode()
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        try:
+            await use(reader)
+        finally:
+            writer.close()
+            await runner.cleanup()
+
+
+def test_a_client_that_does_not_read_is_let_go() -> None:
+    worker = EndlessWorker()
+
+    async def read_nothing(reader: asyncio.StreamReader) -> None:
+        async with asyncio.timeout(20):
+            while not worker.released:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(with_endless_worker(worker, read_nothing, stall_s=0.3))
+
+
+def test_a_silent_stream_carries_comments() -> None:
+    worker = EndlessWorker("hello")
+    worker.silent_after = 1
+
+    async def read_comments(reader: asyncio.StreamReader) -> None:
+        async with asyncio.timeout(20):
+            await reader.readuntil(b": keepalive\n\n")
+            await reader.readuntil(b": keepalive\n\n")
+
+    asyncio.run(with_endless_worker(worker, read_comments, keepalive_s=0.1))
+
+
+# -- the worker --------------------------------------------------------------------------------------------------------
+
+
+def test_more_requests_than_may_wait_are_refused(own_home: Home, checkpoints: dict[str, Path]) -> None:
+    async def fill() -> None:
+        worker = Worker(own_home, checkpoints["stacked"], budget="64MiB", queue_limit=2)
+        wanted = chat.parse({"model": "m", "messages": HELLO, "max_tokens": 2})
+        try:
+            await worker.start()
+            with pytest.raises(WorkerUnavailable, match="loading"):
+                worker.open(wanted)
+            assert (await worker.ready()).context == worker.context == 32768
+            first, second = worker.open(wanted), worker.open(wanted)
+            with pytest.raises(QueueFull):
+                worker.open(wanted)
+            for answer in (first, second):
+                while not answer.ended:
+                    await answer.receive(1.0)
+                worker.release(answer)
+            with worker.open(wanted):
+                pass
+        finally:
+            await worker.stop()
+
+    asyncio.run(fill())
+
+
+def test_a_full_queue_and_a_missing_worker_are_worth_another_try() -> None:
+    class Full(EndlessWorker):
+        def __init__(self, error: ExpertdError) -> None:
+            super().__init__()
+            self.error = error
+
+        def open(self, wanted: chat.ChatRequest) -> EndlessWorker:
+            raise self.error
+
+    async def head(reader: asyncio.StreamReader) -> None:
+        heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+
+    heads: list[str] = []
+    for error in (QueueFull("full"), WorkerUnavailable("loading")):
+        asyncio.run(with_endless_worker(Full(error), head))
+    assert [head.split()[1] for head in heads] == ["429", "503"]
+    assert all("\r\nRetry-After: " in head for head in heads)
+
+
+def test_when_the_worker_dies_requests_fail_and_say_so(own_home: Home, checkpoints: dict[str, Path]) -> None:
+    with serving(own_home, checkpoints["stacked"]) as served, served.client() as client:
+        stream = say(client, served, stream=True, max_tokens=ENDLESS)
+        next(stream)
+        served.worker.kill()
+        with pytest.raises(openai.APIError, match="killed by signal 9"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError) as caught:
+            say(client, served)
+        assert (caught.value.status_code, caught.value.code) == (503, "worker_unavailable")
+        assert int(caught.value.response.headers["retry-after"]) > 0
+        assert served.request("GET", "/health/live")[0] == 200
+        assert served.request("GET", "/health/ready")[0] == 503
+
+
+def test_when_the_gateway_is_killed_its_worker_ends(own_home: Home, checkpoints: dict[str, Path]) -> None:
+    with serving(own_home, checkpoints["stacked"]) as served:
+        worker = served.worker
+        served.process.kill()
+        served.process.wait(DEADLINE_S)
+        assert eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+        left = own_home.gateway_socket(served.process.pid)
+        assert left.exists(), "nobody was there to remove it"
+        with serving(own_home, checkpoints["stacked"]):
+            assert not left.exists(), "the next gateway does"
+
+
+# -- start and end -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "sigint"])
+def test_a_signal_ends_it_and_leaves_nothing_behind(
+    own_home: Home, checkpoints: dict[str, Path], number: signal.Signals
+) -> None:
+    with serving(own_home, checkpoints["stacked"]) as served:
+        worker = served.worker
+        began = time.monotonic()
+        served.process.send_signal(number)
+        assert served.process.wait(DEADLINE_S) == 0
+        assert time.monotonic() - began < 5
+        assert not worker.is_running()
+        assert not list(own_home.run.glob("gateway-*"))
+        assert served.process.stdout is not None
+        assert served.process.stdout.read() == "", "one line is all it says"
+        assert "started a daemon" in served.errors()
+        assert len(served.errors().splitlines()) == 1
+
+
+def test_running_requests_are_ended_when_it_stops(own_home: Home, checkpoints: dict[str, Path]) -> None:
+    with serving(own_home, checkpoints["stacked"]) as served, served.client() as client:
+        stream = say(client, served, stream=True, max_tokens=ENDLESS)
+        next(stream)
+        served.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="being stopped"):
+            list(stream)
+        assert served.process.wait(DEADLINE_S) == 0
+
+
+def test_it_can_be_stopped_while_the_model_loads(own_home: Home, checkpoints: dict[str, Path]) -> None:
+    served = start(own_home, checkpoints["stacked"])
+    assert eventually(lambda: bool(served.workers()))
+    served.process.terminate()
+    output, _ = served.process.communicate(timeout=DEADLINE_S)
+    assert (served.process.returncode, output) == (0, "")
+    assert not list(own_home.run.glob("gateway-*"))
+
+
+def refused(home: Home, *arguments: str) -> tuple[int, str]:
+    """Exit status and standard error of a serve command that does not get far."""
+    command = [sys.executable, "-m", "expertd.clients.cli", "serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def test_a_taken_port_is_told_before_anything_starts(own_home: Home, checkpoints: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        status, errors = refused(own_home, str(checkpoints["stacked"]), "--port", str(port))
+    assert status == PortInUse.exit_status == 5
+    assert errors.endswith("[port_in_use]\n")
+    assert str(port) in errors
+    assert not own_home.daemon_socket.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "code"),
+    [(["--budget", "much"], 2, "size_invalid"), (["--host", "203.0.113.1"], 1, "internal")],
+    ids=["budget", "host"],
+)
+def test_options_are_checked_before_anything_starts(
+    own_home: Home, checkpoints: dict[str, Path], options: list[str], status: int, code: str
+) -> None:
+    assert refused(own_home, str(checkpoints["stacked"]), "--port", "0", *options)[0] == status
+    assert not own_home.daemon_socket.exists()
+
+
+def test_a_missing_folder_is_told_at_once(own_home: Home, tmp_path: Path) -> None:
+    status, errors = refused(own_home, str(tmp_path / "nothing"))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "[not_a_checkpoint]" in errors
+    assert not own_home.daemon_socket.exists()
+
+
+def test_why_a_model_cannot_be_loaded_is_told_in_one_sentence(
+    own_home: Home, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.safetensors").symlink_to(checkpoints["stacked"] / "model.safetensors")
+    status, errors = refused(own_home, str(broken), "--port", "0")
+    assert status == 2
+    last = errors.splitlines()[-1]
+    assert last.startswith("expertd: ")
+    assert last.endswith("[config_missing]")
+    assert "Traceback" not in errors
+    assert not list(own_home.run.glob("gateway-*"))

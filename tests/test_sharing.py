@@ -1,0 +1,285 @@
+"""Sessions and what they share: one copy, no frames on hits, death and detachment, forks and threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tools.factory import write_checkpoint
+from tools.memory import memory_of
+from tools.stage import ask_status, budget_for
+
+import expertd
+from expertd.protocol.errors import BudgetTooSmall, DaemonLost, FileChanged, SessionClosed
+from expertd.protocol.paths import Home
+from expertd.worker.load import session_of
+from expertd.worker.manifest import load_lazily
+from expertd.worker.verify import greedy
+from tests.conftest import DEADLINE_S, StartDaemon
+
+PROMPT = np.arange(3, 20)[None]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # A row of a slab fills a page: so a budget gives just the slots that it should.
+    return write_checkpoint(
+        tmp_path_factory.mktemp("sharing") / "model", "qwen3_moe", hidden=128, expert_width=256
+    )
+
+
+@pytest.fixture(scope="module")
+def manifest(model_path: Path) -> Any:
+    return load_lazily(model_path).manifest
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Return when ``condition`` holds; fail after the deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@contextmanager
+def holder(model: Path, tokens: int = 8) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """Another process that has loaded ``model``, generated ``tokens``, and holds on; with what it said."""
+    command = [sys.executable, "-m", "tools.hold", str(model), str(tokens)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, json.loads(process.stdout.readline())
+        process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def complete(model: Any) -> bool:
+    return all(pool.complete for pool in session_of(model).pools)
+
+
+def test_a_hit_costs_no_message(model_path: Path, manifest: Any, start_daemon: StartDaemon) -> None:
+    start_daemon(str(budget_for(manifest, 48)))
+    model, _ = expertd.load(model_path)
+    wait_for(lambda: complete(model))
+    greedy(model, PROMPT, 3)
+    before = session_of(model).frames
+    for _ in range(10):
+        greedy(model, PROMPT, 100)  # a forward for the prompt, and one for each of the tokens but the last
+    assert session_of(model).frames - before <= 20
+    expertd.unload(model)
+
+
+def test_hits_in_a_partial_pool_cost_no_message_either(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    start_daemon(str(budget_for(manifest, 47)))
+    model, _ = expertd.load(model_path)
+    token = mx.array([[7]])
+    mx.eval(model(token))
+    misses, before = ask_status(home).models[0].misses, session_of(model).frames
+    for _ in range(1000):
+        mx.eval(model(token))
+    assert ask_status(home).models[0].misses == misses
+    assert session_of(model).frames - before <= 20
+    expertd.unload(model)
+
+
+def test_every_lookup_is_counted_as_a_hit_or_a_miss(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    start_daemon(str(budget_for(manifest, 20)))
+    model, _ = expertd.load(model_path)
+    mx.eval(model(mx.array(PROMPT[:, :1])))
+    expertd.unload(model)
+    wait_for(lambda: not ask_status(home).models[0].sessions)
+    found = ask_status(home).models[0]
+    assert found.hits + found.misses == len(manifest.layers) * manifest.layers[0].top_k
+    assert found.misses == found.resident_blocks
+    assert found.bytes_read == found.misses * found.block_bytes
+
+
+def test_two_processes_share_one_copy(model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(str(budget_for(manifest, 48)))
+    with holder(model_path) as (first, said):
+        wait_for(lambda: ask_status(home).models[0].resident_blocks == 48)
+        one = memory_of(daemon.pid).shared + memory_of(first.pid).shared
+        with holder(model_path) as (second, said_too):
+            assert said["tokens"] == said_too["tokens"]
+            two = sum(memory_of(pid).shared for pid in (daemon.pid, first.pid, second.pid))
+            assert len(ask_status(home).models[0].sessions) == 2
+        assert two <= one * 1.02
+    assert ask_status(home).models[0].bytes_read == 48 * manifest.layers[0].block_bytes  # each block once
+
+
+def test_two_sessions_alternate_in_a_pool_that_is_too_small_for_both(
+    model_path: Path, manifest: Any, start_daemon: StartDaemon
+) -> None:
+    start_daemon(str(budget_for(manifest, 5)))
+    expected = [int(token[0]) for token in greedy(plain_model(model_path), np.arange(3, 60)[None], 24).tokens]
+    with holder(model_path, 24) as (_, said), holder(model_path, 24) as (_, said_too):
+        assert said["tokens"] == said_too["tokens"] == expected
+
+
+def plain_model(path: Path) -> Any:
+    from mlx_lm.utils import load_model
+
+    return load_model(path)[0]
+
+
+def test_threads_with_one_model_take_turns(model_path: Path, manifest: Any, start_daemon: StartDaemon) -> None:
+    start_daemon(str(budget_for(manifest, 6)))
+    model, _ = expertd.load(model_path)
+    chosen = [np.arange(start, start + 12)[None] for start in (3, 40, 90)]
+    plain = plain_model(model_path)
+    expected = [greedy(plain, prompt, 12).tokens for prompt in chosen]
+    found: dict[int, Any] = {}
+
+    def run(number: int) -> None:
+        found[number] = greedy(model, chosen[number], 12).tokens
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for number in range(3):
+        assert np.array_equal(found[number], expected[number])
+    expertd.unload(model)
+
+
+def test_the_death_of_a_process_ends_its_session(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    start_daemon(str(budget_for(manifest, 6)))
+    with holder(model_path) as (process, _):
+        assert len(ask_status(home).models[0].sessions) == 1
+        process.send_signal(signal.SIGKILL)
+        wait_for(lambda: not ask_status(home).models[0].sessions)
+        process.wait()
+        process.returncode = 0  # it was to be killed
+    with holder(model_path, 24) as (_, said):  # its leases are gone: the next one gets the same few slots
+        assert len(said["tokens"]) == 24
+
+
+def test_an_unloaded_model_refuses_to_compute(model_path: Path, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    model, _ = expertd.load(model_path)
+    expertd.unload(model)
+    expertd.unload(model)
+    with pytest.raises(SessionClosed, match="load it again"):
+        model(mx.array(PROMPT))
+
+
+def test_a_forked_child_refuses_and_its_parent_goes_on(
+    model_path: Path, manifest: Any, start_daemon: StartDaemon
+) -> None:
+    start_daemon(str(budget_for(manifest, 8)))
+    code = (
+        "import os, sys, numpy as np, mlx.core as mx, expertd\n"
+        "from expertd.worker.verify import greedy\n"
+        "model, _ = expertd.load(sys.argv[1])\n"
+        "prompt = np.arange(3, 20)[None]\n"
+        "first = greedy(model, prompt, 4).tokens\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    try:\n"
+        "        model(mx.array(prompt))\n"
+        "    except expertd.ExpertdError as error:\n"
+        "        os._exit(7 if error.code == 'session_closed' else 8)\n"
+        "    os._exit(9)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
+        "assert np.array_equal(greedy(model, prompt, 4).tokens, first)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(model_path)], check=True, timeout=60)
+
+
+def test_without_its_daemon_a_session_says_so(model_path: Path, manifest: Any, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(str(budget_for(manifest, 8)))
+    model, _ = expertd.load(model_path)
+    daemon.kill()
+    daemon.wait()
+    with pytest.raises(DaemonLost, match="load the model again"):
+        greedy(model, PROMPT, 40)
+    expertd.unload(model)
+
+
+def test_a_file_that_changes_fails_the_fetch_and_publishes_nothing(
+    tmp_path: Path, home: Home, start_daemon: StartDaemon
+) -> None:
+    path = write_checkpoint(tmp_path / "model", "qwen3_moe")
+    start_daemon(str(budget_for(load_lazily(path).manifest, 8)))
+    model, _ = expertd.load(path)
+    weights = path / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(FileChanged, match="load the model again"):
+        model(mx.array(PROMPT))
+    assert ask_status(home).models[0].resident_blocks == 0
+    expertd.unload(model)
+
+
+def test_a_failed_read_leaves_the_session_usable(tmp_path: Path, home: Home, start_daemon: StartDaemon) -> None:
+    path = write_checkpoint(tmp_path / "model", "qwen3_moe")
+    start_daemon(str(budget_for(load_lazily(path).manifest, 8)))
+    model, _ = expertd.load(path)
+    weights = path / "model.safetensors"
+    times = (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(FileChanged):
+        model(mx.array(PROMPT))
+    os.utime(weights, ns=times)
+    expected = greedy(plain_model(path), PROMPT, 8).tokens
+    assert np.array_equal(greedy(model, PROMPT, 8).tokens, expected)
+    expertd.unload(model)
+
+
+def test_a_second_model_is_refused_while_the_first_holds_the_budget(
+    tmp_path: Path, model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    other = write_checkpoint(tmp_path / "model", "qwen3_moe", seed=1)
+    start_daemon(str(budget_for(manifest, 48)))
+    first, _ = expertd.load(model_path)
+    with pytest.raises(BudgetTooSmall, match="models in use hold"):
+        expertd.load(other)
+    expertd.unload(first)
+    wait_for(lambda: not ask_status(home).models[0].sessions)
+    second, _ = expertd.load(other)  # the first is idle now and gives way
+    expected = greedy(plain_model(other), PROMPT, 8).tokens
+    assert np.array_equal(greedy(second, PROMPT, 8).tokens, expected)
+    assert [model.path for model in ask_status(home).models] == [str(other)]
+    expertd.unload(second)
+
+
+def test_the_smallest_budget_that_is_named_works(
+    model_path: Path, home: Home, start_daemon: StartDaemon
+) -> None:
+    daemon = start_daemon("100000")
+    with pytest.raises(BudgetTooSmall) as refused:
+        expertd.load(model_path)
+    named = str(refused.value).split("--budget ")[1].split()[0]
+    daemon.terminate()
+    daemon.wait()
+    start_daemon(str(int(named) - 1))
+    with pytest.raises(BudgetTooSmall):
+        expertd.load(model_path)
+    subprocess.run([sys.executable, "-m", "expertd.clients.cli", "daemon", "stop"], check=True, capture_output=True)
+    start_daemon(named)
+    model, _ = expertd.load(model_path)
+    expected = greedy(plain_model(model_path), PROMPT, 8).tokens
+    assert np.array_equal(greedy(model, PROMPT, 8).tokens, expected)
+    expertd.unload(model)

@@ -1,0 +1,273 @@
+"""Generation: many requests at a time over one model, driven step by step by whoever owns the engine.
+
+Continuous batching is mlx-lm's ``BatchGenerator``; this adds what a server needs around it: the chat template, text
+instead of tokens, stop strings, cancelling, limits, and failures that end requests and not the engine.  No sockets, no
+threads, no clock: see ``expertd.worker.process`` for the loop.  Reasoning and tool calls are not parsed; they are text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from expertd.protocol.errors import ExpertdError, MessageInvalid, PromptTooLong, RequestInvalid
+from expertd.protocol.messages import Delta, Finished, Generate, Refused
+from expertd.worker.sequential import SequentialGenerator
+from expertd.worker.stops import StopText
+
+__all__ = ["Engine", "Event", "context_length"]
+
+log = logging.getLogger(__name__)
+
+Event = Delta | Finished | Refused
+
+DEFAULT_CONTEXT = 32768
+PREFILL_TOKENS = 512
+"""Longest piece of a prompt that one step computes, so that a cancel never waits for more than that."""
+PREFILL_REQUESTS = 4
+"""Prompts that are computed side by side: they share each expert that a step fetches."""
+DECODE_REQUESTS = 32
+COLDEST = 1e-5
+"""Below this a temperature is greedy: its inverse would overflow to NaN on the way to the same token."""
+
+
+@dataclass
+class _Request:
+    """One request between ``submit`` and its last event."""
+
+    id: int
+    prompt: list[int]
+    max_tokens: int
+    sampler: Any
+    stops: StopText
+    detokenizer: Any
+    prefilling: bool = True
+    tokens: int = 0
+    unreported: int = field(default=0)
+
+
+def context_length(model: Any) -> int:
+    """Longest prompt and answer together, in tokens, by the model's config; 32768 where it does not say."""
+    arguments = getattr(model, "args", None)
+    for holder in (arguments, getattr(arguments, "text_config", None)):
+        found = (
+            holder.get("max_position_embeddings")
+            if isinstance(holder, dict)
+            else getattr(holder, "max_position_embeddings", None)
+        )
+        if isinstance(found, int) and found > 0:
+            return found
+    return DEFAULT_CONTEXT
+
+
+class Engine:
+    """Not thread-safe: one thread submits, cancels and steps.
+
+    Every submitted request gets any number of ``Delta`` and then one ``Finished`` or ``Refused``, unless it is
+    cancelled.  The ``tokens`` of its deltas add up to ``completion_tokens``, which counts the eos token too.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, context: int | None = None) -> None:
+        """Take a model and its tokenizer as ``mlx_lm.load`` returns them; ``context`` overrides the config's."""
+        self.context = context or context_length(model)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batchable = all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
+        self._generator = self._new_generator()
+        self._waiting: deque[_Request] = deque()
+        self._running: dict[int, _Request] = {}
+        self._outbox: list[Event] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return bool(self._waiting or self._running or self._outbox)
+
+    def submit(self, message: Generate) -> None:
+        """Queue a request.  One that cannot be served is answered by the next ``step``.
+
+        ``max_tokens`` equal to the context means as many as fit behind the prompt.
+
+        Raises:
+            MessageInvalid: the request's number is in use.
+        """
+        if any(request.id == message.request for request in (*self._waiting, *self._running.values())):
+            raise MessageInvalid(f"a request numbered {message.request} is running already")
+        try:
+            self._waiting.append(self._prepare(message))
+        except ExpertdError as error:
+            self._outbox.append(_refused(message.request, error))
+
+    def cancel(self, request: int) -> None:
+        """Forget a request: no event about it follows.  An unknown one has just ended, which is no error."""
+        self._outbox = [event for event in self._outbox if event.request != request]
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.id != request)
+        self._drop([uid for uid, running in self._running.items() if running.id == request])
+
+    def step(self) -> list[Event]:
+        """Compute one token of every running answer and at most ``PREFILL_TOKENS`` of every running prompt.
+
+        A prompt in progress yields an empty ``Delta``, so that whoever waits sees that there is work.  An exception out
+        of the model ends all requests that were in this step, since their caches are half written.
+        """
+        events, self._outbox = self._outbox, []
+        self._admit()
+        if not self._running:
+            return events
+        try:
+            prompts, answers = self._generator.next()
+        except Exception as error:
+            return events + self._fail(error)
+        for progress in prompts:
+            request = self._running.get(progress.uid)
+            if request is not None and progress.end_of_prompt:
+                request.prefilling = False
+            elif request is not None:
+                events.append(Delta(request=request.id, text="", tokens=0))
+        for answer in answers:
+            events += self._advance(answer)
+        if not self._running:
+            # Nothing is generating: give the buffers of its caches back to the system.
+            mx.clear_cache()
+        return events
+
+    def close(self) -> None:
+        """Drop all requests and what they hold."""
+        self._waiting.clear()
+        self._running.clear()
+        self._outbox.clear()
+        self._generator.close()
+
+    def _new_generator(self) -> Any:
+        ends = set(self._tokenizer.eos_token_ids)
+        if not self._batchable:
+            return SequentialGenerator(self._model, ends, PREFILL_TOKENS)
+        return BatchGenerator(
+            self._model,
+            stop_tokens=[[end] for end in sorted(ends)],
+            completion_batch_size=DECODE_REQUESTS,
+            prefill_batch_size=PREFILL_REQUESTS,
+            prefill_step_size=PREFILL_TOKENS,
+        )
+
+    def _prepare(self, message: Generate) -> _Request:
+        prompt = self._encode(message.messages)
+        room = self.context - len(prompt)
+        if message.max_tokens < self.context and message.max_tokens > room:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {message.max_tokens}, which is more than the "
+                f"model's context of {self.context}; shorten the prompt or lower max_tokens",
+                param="messages",
+            )
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}; "
+                "shorten the prompt",
+                param="messages",
+            )
+        return _Request(
+            id=message.request,
+            prompt=prompt,
+            max_tokens=min(message.max_tokens, room),
+            sampler=make_sampler(message.temperature, top_p=message.top_p) if message.temperature > COLDEST else None,
+            stops=StopText(message.stop),
+            detokenizer=self._tokenizer.detokenizer,
+        )
+
+    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        if not self._tokenizer.has_chat_template:
+            raise RequestInvalid("the model's tokenizer has no chat template, so it takes no chat messages")
+        try:
+            prompt = list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        except Exception as error:
+            # A template is a program of the model's author: it may raise anything, about what the messages contain.
+            raise RequestInvalid(
+                f"the model's chat template refused the messages ({error})", param="messages"
+            ) from error
+        if not prompt:
+            raise RequestInvalid("the model's chat template made no tokens of the messages", param="messages")
+        return prompt
+
+    def _admit(self) -> None:
+        """Hand waiting requests to the generator, no more than its next step computes, so that only those can fail."""
+        prefilling = sum(request.prefilling for request in self._running.values())
+        while self._waiting and prefilling < PREFILL_REQUESTS and len(self._running) < DECODE_REQUESTS:
+            request = self._waiting.popleft()
+            (uid,) = self._generator.insert([request.prompt], [request.max_tokens], samplers=[request.sampler])
+            self._running[uid] = request
+            prefilling += 1
+
+    def _advance(self, answer: Any) -> list[Event]:
+        """The events of one more token of an answer."""
+        request = self._running.get(answer.uid)
+        if request is None:
+            return []
+        request.tokens += 1
+        request.unreported += 1
+        reason = answer.finish_reason
+        try:
+            if reason != "stop":
+                request.detokenizer.add_token(answer.token)
+            if reason is not None:
+                request.detokenizer.finalize()
+            text, stopped = request.stops.feed(request.detokenizer.last_segment)
+        except Exception as error:
+            log.exception("the text of request %d could not be made", request.id)
+            self._drop([answer.uid])
+            return [_refused(request.id, error)]
+        if stopped:
+            reason = "stop"
+        elif reason is not None:
+            text += request.stops.flush()
+        events: list[Event] = [Delta(request=request.id, text=text, tokens=request.unreported)]
+        request.unreported = 0
+        if reason is not None:
+            events.append(
+                Finished(
+                    request=request.id,
+                    reason=reason,
+                    prompt_tokens=len(request.prompt),
+                    completion_tokens=request.tokens,
+                )
+            )
+            self._drop([answer.uid])
+        return events
+
+    def _drop(self, uids: list[int]) -> None:
+        for uid in uids:
+            del self._running[uid]
+        if uids:
+            self._generator.remove(uids)
+
+    def _fail(self, error: Exception) -> list[Event]:
+        """End all that was in the step, and begin again with a new generator."""
+        if isinstance(error, ExpertdError):
+            log.warning("%d requests failed: %s [%s]", len(self._running), error.message, error.code)
+        else:
+            log.error("%d requests failed", len(self._running), exc_info=error)
+        failed: list[Event] = [_refused(request.id, error) for request in self._running.values()]
+        self._running.clear()
+        with contextlib.suppress(Exception):
+            # It waits for the device, which may be what failed.
+            self._generator.close()
+        self._generator = self._new_generator()
+        mx.clear_cache()
+        return failed
+
+
+def _refused(request: int, error: Exception) -> Refused:
+    if isinstance(error, ExpertdError):
+        return Refused(request=request, code=error.code, message=error.message, param=error.param)
+    return Refused(
+        request=request,
+        code=ExpertdError.code,
+        message=f"the worker failed while generating ({type(error).__name__}: {error}); its log says where",
+    )
