@@ -11,12 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from expertd.protocol.checkpoint import weight_files
+from expertd.worker.manifest import load_lazily
 from tools.factory import write_checkpoint
 from tools.memory import memory_of
 from tools.stage import ask_status, budget_for, running_daemon, temporary_home
-
-from expertd.protocol.checkpoint import weight_files
-from expertd.worker.manifest import load_lazily
 
 
 class Holder:

@@ -33,6 +33,7 @@ from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import package_version
 from expertd.protocol.errors import (
     DaemonAlreadyRunning,
+    DaemonBusy,
     ExpertdError,
     MessageInvalid,
     ProtocolMismatch,
@@ -142,7 +143,12 @@ class Server:
     async def _take(self, identity: bytes, message: messages.Message) -> None:
         match message:
             case messages.Fetch():
-                self._peer(message.session).fetcher = identity
+                peer = self._peers.get(message.session)
+                if peer is None:
+                    error = SessionUnknown(f"session {message.session} is not attached here; load the model again")
+                    self._send(identity, messages.Error.of(error, message.sequence))
+                    return
+                peer.fetcher = identity
                 routing = tuple(unpack(message.routing))
                 experts = tuple(message.experts)
                 self._feed(events.Fetch(message.session, message.sequence, message.layer, experts, routing))
@@ -160,7 +166,9 @@ class Server:
                 self._send(identity, messages.Detached(session=message.session))
             case messages.AskStatus():
                 self._send(identity, self._status())
-            case messages.Stop():
+            case messages.Stop(if_idle=if_idle):
+                if if_idle and self._peers:
+                    raise DaemonBusy(f"the daemon (process {os.getpid()}) has {len(self._peers)} sessions")
                 self._send(identity, messages.Stopping())
                 self._ending.set()
             case _:
@@ -175,12 +183,6 @@ class Server:
             )
         welcome = messages.Welcome(protocol=PROTOCOL, package=package_version(), pid=os.getpid())
         self._send(identity, welcome)
-
-    def _peer(self, session: int) -> _Peer:
-        peer = self._peers.get(session)
-        if peer is None:
-            raise SessionUnknown(f"session {session} is not attached to this daemon; load the model again")
-        return peer
 
     async def _attach(self, identity: bytes, message: messages.Attach) -> None:
         try:

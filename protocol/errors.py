@@ -18,6 +18,7 @@
     |-- DaemonNotRunning              daemon_not_running
     |   `-- DaemonLost                daemon_lost
     |-- DaemonAlreadyRunning          daemon_already_running
+    |-- DaemonBusy                    daemon_busy
     |-- DaemonStartFailed             daemon_start_failed
     |-- ProtocolMismatch              protocol_mismatch
     |-- MessageInvalid                message_invalid
@@ -180,6 +181,12 @@ class DaemonAlreadyRunning(ExpertdError):
 
     code = "daemon_already_running"
     exit_status = 5
+
+
+class DaemonBusy(ExpertdError):
+    """The daemon was asked to end if nobody uses it, and somebody does."""
+
+    code = "daemon_busy"
 
 
 class DaemonStartFailed(ExpertdError):

@@ -221,7 +221,9 @@ class Status(Message):
 
 
 class Stop(Message):
-    """Ask the daemon to end."""
+    """Ask the daemon to end; with ``if_idle`` only if no session is open or being opened."""
+
+    if_idle: bool = False
 
 
 class Stopping(Message):
@@ -253,7 +255,7 @@ class Generate(Message):
     request: Count
     messages: list[dict[str, Any]]
     max_tokens: Annotated[int, Meta(ge=1)]
-    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     stop: list[Name] = []
 

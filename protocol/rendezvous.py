@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 
 from expertd.protocol.connection import Connection
-from expertd.protocol.errors import DaemonAlreadyRunning, DaemonNotRunning, DaemonStartFailed
+from expertd.protocol.errors import DaemonAlreadyRunning, DaemonBusy, DaemonNotRunning, DaemonStartFailed
+from expertd.protocol.messages import Stop, Stopping
 from expertd.protocol.paths import Home
 
 IDLE_EXIT_S = 900
@@ -26,8 +27,10 @@ def connect_or_start(
     budget: str | None = None,
     announce: Callable[[str], None] | None = None,
     start_s: float = 20.0,
-) -> Connection:
-    """A connection to the home's daemon; if there is none, start one in a process group of its own and say so.
+) -> tuple[Connection, bool]:
+    """A connection to the home's daemon, and whether it had to be started (in a process group of its own).
+
+    Whoever started one and then cannot use it owes the user a ``stop_if_idle``.
 
     Args:
         budget: size for a daemon that has to be started; one that runs keeps its own.
@@ -37,7 +40,7 @@ def connect_or_start(
     """
     home.prepare()
     try:
-        return Connection(home.daemon_socket, role)
+        return Connection(home.daemon_socket, role), False
     except DaemonNotRunning:
         pass
     command = [sys.executable, "-m", "expertd.daemon", "--idle-exit", str(IDLE_EXIT_S)]
@@ -64,15 +67,25 @@ def connect_or_start(
                 break
             time.sleep(0.02)
             continue
-        if announce is not None and process.poll() is None:
+        started = process.poll() is None
+        if announce is not None and started:
             announce(
                 f"started a daemon (process {process.pid}); it ends after {IDLE_EXIT_S // 60} idle minutes, "
                 "or with: expertd daemon stop"
             )
-        return connection
+        return connection, started
     with home.daemon_log.open("rb") as log:
         log.seek(said_before)
         words = log.read().decode(errors="replace").strip().splitlines()
     last = words[-1] if words else "it said nothing"
     raise DaemonStartFailed(f"the daemon did not come up ({last}); its log is {home.daemon_log}")
 
+
+
+def stop_if_idle(home: Home) -> None:
+    """End the home's daemon unless somebody has a session, or it has ended already."""
+    try:
+        with Connection(home.daemon_socket, "worker") as connection:
+            connection.ask(Stop(if_idle=True), Stopping)
+    except (DaemonBusy, DaemonNotRunning):
+        return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,42 @@ from expertd.protocol.paths import Home
 
 DEADLINE_S = 20.0
 """How long a test waits for anything before it fails."""
+
+
+def launch_daemon(home: Home, budget: str = "64MiB", *options: str) -> subprocess.Popen[bytes]:
+    """A daemon in ``home`` that already answers; ``options`` go to ``python -m expertd.daemon``.
+
+    What it says is in ``home.daemon_log``.  The caller sees to it that it ends (``end``).
+    """
+    command = [sys.executable, "-m", "expertd.daemon", "--budget", budget, *options]
+    environment = {**os.environ, "EXPERTD_HOME": str(home.root)}
+    with home.daemon_log.open("ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=environment
+        )
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            Connection(home.daemon_socket, "test", handshake_s=1.0).close()
+            return process
+        except DaemonNotRunning:
+            said = home.daemon_log.read_text(encoding="utf-8", errors="replace")
+            if process.poll() is not None:
+                raise AssertionError(f"the daemon ended with status {process.returncode}: {said}") from None
+            if time.monotonic() > deadline:
+                end(process)
+                raise AssertionError(f"the daemon did not answer in {DEADLINE_S:.0f} s: {said}") from None
+            time.sleep(0.02)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, in order if it can."""
+    process.terminate()
+    try:
+        process.wait(10.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class StartDaemon(Protocol):
@@ -40,39 +77,16 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
 
 @pytest.fixture
 def start_daemon(home: Home) -> Iterator[StartDaemon]:
-    """Start daemons in ``home``; whatever happens, each of them has ended when the test is over.
-
-    ``options`` go to ``python -m expertd.daemon``.  What a daemon says is in ``home.daemon_log``.
-    """
+    """Start daemons in ``home`` (see ``launch_daemon``); each of them has ended when the test is over."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(budget: str = "64MiB", *options: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "expertd.daemon", "--budget", budget, *options]
-        with home.daemon_log.open("ab") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
-        started.append(process)
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            try:
-                Connection(home.daemon_socket, "test", handshake_s=1.0).close()
-                return process
-            except DaemonNotRunning:
-                said = home.daemon_log.read_text(encoding="utf-8", errors="replace")
-                assert process.poll() is None, f"the daemon ended with status {process.returncode}: {said}"
-                assert time.monotonic() < deadline, f"the daemon did not answer in {DEADLINE_S:.0f} s: {said}"
-                time.sleep(0.02)
+        started.append(launch_daemon(home, budget, *options))
+        return started[-1]
 
-    try:
-        yield start
-    finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            try:
-                process.wait(10.0)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    yield start
+    for process in started:
+        end(process)
 
 
 @pytest.fixture(scope="session")

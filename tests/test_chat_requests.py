@@ -189,7 +189,8 @@ def test_parts_that_are_not_text_are_refused() -> None:
 
 
 def test_an_answer_can_be_sent_back_as_it_came() -> None:
-    given = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": []}
+    given: dict[str, Any] = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None}
+    given["annotations"] = []
     assert chat.parse(body(messages=[given])).messages == [{"role": "assistant", "content": "hi"}]
 
 

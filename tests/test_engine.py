@@ -1,4 +1,4 @@
-"""The engine: mlx-lm's greedy tokens for any number of requests, and text, limits, cancelling and failures around them."""
+"""The engine: mlx-lm's greedy tokens for any number of requests; text, limits, cancelling and failures around them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ LONG = "Tell me about the sea. " * 120
 @pytest.fixture(scope="module")
 def loaded(checkpoints: dict[str, Path]) -> tuple[Any, Any]:
     """Plain mlx-lm: what the engine adds does not depend on where the weights are."""
-    return mlx_lm.load(str(checkpoints["stacked"]))
+    model, tokenizer = mlx_lm.load(str(checkpoints["stacked"]))
+    return model, tokenizer
 
 
 @pytest.fixture
@@ -68,11 +69,11 @@ def run(engine: Engine, *requests: Generate) -> dict[int, Answer]:
 
 
 def prompt_of(loaded: tuple[Any, Any], text: str) -> list[int]:
-    return loaded[1].apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    return list(loaded[1].apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True))
 
 
 def expected(loaded: tuple[Any, Any], text: str = SHORT, max_tokens: int = 40) -> str:
-    return mlx_lm.generate(*loaded, prompt_of(loaded, text), max_tokens=max_tokens)
+    return str(mlx_lm.generate(*loaded, prompt_of(loaded, text), max_tokens=max_tokens))
 
 
 def expected_tokens(loaded: tuple[Any, Any], text: str = SHORT, max_tokens: int = 40) -> list[int]:
@@ -145,7 +146,7 @@ def test_temperature_changes_what_is_chosen(loaded: tuple[Any, Any], engine: Eng
 
 @pytest.mark.parametrize("options", [{"temperature": 1e-30}, {"temperature": 1.0, "top_p": 1e-6}])
 def test_a_vanishing_temperature_or_nucleus_is_greedy(
-    loaded: tuple[Any, Any], engine: Engine, options: dict[str, float]
+    loaded: tuple[Any, Any], engine: Engine, options: dict[str, Any]
 ) -> None:
     assert run(engine, generate(1, **options))[1].text == expected(loaded)
 
@@ -196,7 +197,8 @@ def test_a_character_of_several_tokens_comes_in_one_piece(loaded: tuple[Any, Any
     tokens = tokenizer.encode("naïve 東京 🎉 done", add_special_tokens=False)
 
     class Dictated:
-        left = list(tokens)
+        def __init__(self) -> None:
+            self.left = list(tokens)
 
         def insert(self, prompts: Any, max_tokens: Any, samplers: Any) -> list[int]:
             return [0]

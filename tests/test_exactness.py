@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.utils import load_model
-from tools.factory import write_checkpoint
-from tools.stage import ask_status, budget_for
 
 import expertd
 from expertd.protocol.errors import DerivedExperts
@@ -24,6 +22,8 @@ from expertd.worker.load import session_of
 from expertd.worker.manifest import load_lazily
 from expertd.worker.verify import compare_layers, first_difference, greedy
 from tests.conftest import StartDaemon
+from tools.factory import write_checkpoint
+from tools.stage import ask_status, budget_for
 
 CELLS = [
     ("qwen3_moe", "mxfp4", "stacked"),

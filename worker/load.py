@@ -14,7 +14,7 @@ from mlx_lm.utils import load_tokenizer
 
 from expertd.protocol.errors import AliasFailed, SessionClosed
 from expertd.protocol.paths import Home
-from expertd.protocol.rendezvous import connect_or_start
+from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.worker import attach
 from expertd.worker.alias import CopiedSlabs, SharedSlabs, self_test
 from expertd.worker.experts import CachedExperts, Events, place_slabs
@@ -58,8 +58,14 @@ def load(
     loaded = load_lazily(folder, model_config=model_config or {}, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, tokenizer_config or {}, eos_token_ids=loaded.config.get("eos_token_id"))
     mode = _mode(alias)
-    connect_or_start(home, "worker", budget=budget, announce=_announce).close()
-    model = _attach(loaded, home, mode)
+    connection, started = connect_or_start(home, "worker", budget=budget, announce=_announce)
+    connection.close()
+    try:
+        model = _attach(loaded, home, mode)
+    except BaseException:
+        if started:
+            stop_if_idle(home)
+        raise
     if not lazy:
         mx.eval(model.parameters())
     return (model, tokenizer, loaded.config) if return_config else (model, tokenizer)

@@ -60,7 +60,7 @@ def run(
     """
     logging.basicConfig(
         stream=sys.stderr,
-        level=os.environ.get("EXPERTD_LOG", "warning").upper(),
+        level=logging.getLevelNamesMapping().get(os.environ.get("EXPERTD_LOG", "").upper(), logging.WARNING),
         format="expertd worker %(process)d: %(message)s",
     )
     # The model is a folder on this machine: nothing that loads it may ask the network, or chat about the attempt.

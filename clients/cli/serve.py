@@ -15,8 +15,9 @@ from pathlib import Path
 import click
 
 from expertd.protocol.checkpoint import weight_files
+from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
-from expertd.protocol.rendezvous import connect_or_start
+from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.protocol.sizes import parse_size
 
 
@@ -30,7 +31,9 @@ def serve(model: str, port: int, host: str, budget: str | None) -> None:
     from expertd.clients.gateway import lifetime
 
     logging.basicConfig(
-        stream=sys.stderr, level=os.environ.get("EXPERTD_LOG", "warning").upper(), format="expertd: %(message)s"
+        stream=sys.stderr,
+        level=logging.getLevelNamesMapping().get(os.environ.get("EXPERTD_LOG", "").upper(), logging.WARNING),
+        format="expertd: %(message)s",
     )
     path = Path(model).expanduser()
     weight_files(path)
@@ -40,12 +43,18 @@ def serve(model: str, port: int, host: str, budget: str | None) -> None:
     home.prepare()
     # The port comes first: whoever cannot listen should not have started anything.
     with lifetime.listen(host, port) as listener:
-        connect_or_start(
+        connection, started = connect_or_start(
             home, "gateway", budget=budget, announce=lambda line: click.echo(f"expertd: {line}", err=True)
-        ).close()
+        )
+        connection.close()
 
         def announce(url: str) -> None:
             click.echo(f"expertd: serving {path.resolve().name} at {url}")
             sys.stdout.flush()
 
-        asyncio.run(lifetime.serve(listener, host, path, home=home, budget=budget, ready=announce))
+        try:
+            asyncio.run(lifetime.serve(listener, host, path, home=home, budget=budget, ready=announce))
+        except ExpertdError:
+            if started:
+                stop_if_idle(home)
+            raise

@@ -53,7 +53,7 @@ class Gateway:
     def __init__(
         self, worker: Worker, model: Path, host: str, *, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S
     ) -> None:
-        """Serve ``model`` by its folder's name.  ``host`` is what the gateway listens on, and so a ``Host`` it accepts."""
+        """Serve ``model`` by its folder's name; ``host`` is what the gateway listens on, and so a ``Host`` it takes."""
         self.name = model.resolve().name
         self.app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
         self.app.add_routes(

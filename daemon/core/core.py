@@ -205,20 +205,17 @@ class Core:
             self._out.append(instructions.Refuse(event.session, error, event.sequence))
             return
         if event.sequence <= session.sequence:
-            if event.sequence == session.sequence and session.answer is not None:
-                version = session.answered_version
-                self._out.append(instructions.Answer(session.number, event.sequence, version, session.answer))
+            self._repeat(session, event.sequence)
             return
         model = self.models[session.model]
         session.sequence = event.sequence
         session.fetches += 1
-        session.answer = None
+        session.answer = session.refusal = None
         self._observe_hits(model, event.routing)
         self._release(session)
         pool = model.pool_of_layer.get(event.layer)
         if problem := _problem(event, pool):
-            session.acked = model.version
-            self._out.append(instructions.Refuse(session.number, FetchInvalid(problem), event.sequence))
+            self._refuse_fetch(model, session, FetchInvalid(problem))
             self._pump_all(model)
             return
         assert pool is not None
@@ -229,6 +226,21 @@ class Core:
         session.waiting = Waiting(event)
         pool.queue.append(session.waiting)
         self._pump_all(model)
+
+    def _repeat(self, session: Session, sequence: int) -> None:
+        """The same Fetch again: its answer was lost, or is on its way."""
+        if sequence != session.sequence:
+            return
+        if session.answer is not None:
+            version = session.answered_version
+            self._out.append(instructions.Answer(session.number, sequence, version, session.answer))
+        elif session.refusal is not None:
+            self._out.append(instructions.Refuse(session.number, session.refusal, sequence))
+
+    def _refuse_fetch(self, model: Model, session: Session, error: ExpertdError) -> None:
+        session.acked = model.version
+        session.refusal = error
+        self._out.append(instructions.Refuse(session.number, error, session.sequence))
 
     def _ack(self, event: events.Ack) -> None:
         session = self.sessions.get(event.session)
@@ -409,8 +421,7 @@ class Core:
             self._release(session)
             self._leave_queue(model, waiting)
             session.waiting = None
-            session.acked = model.version
-            self._out.append(instructions.Refuse(session.number, event.error, waiting.fetch.sequence))
+            self._refuse_fetch(model, session, event.error)
         self._pump_all(model)
 
     def _answer(self, model: Model, pool: Pool, waiting: Waiting) -> None:

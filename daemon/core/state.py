@@ -8,6 +8,7 @@ from enum import Enum
 
 from expertd.daemon.core import events
 from expertd.daemon.policy import Block, Policy
+from expertd.protocol.errors import ExpertdError
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AliasMode
@@ -144,7 +145,7 @@ class Session:
         asked: the version and the Fetch for which it was last asked to ack.
         sequence: of its newest Fetch.
         waiting: that Fetch while it is not answered; a waiting session holds nothing and counts as acked.
-        answer: the slots that answered it, to be repeated if the answer was lost.
+        answer: the slots that answered it, or ``refusal``: the error; to be repeated if the answer was lost.
         leased: slots leased to it, all in ``leased_pool``.
     """
 
@@ -158,6 +159,7 @@ class Session:
     fetches: int = 0
     waiting: Waiting | None = None
     answer: tuple[int, ...] | None = None
+    refusal: ExpertdError | None = None
     answered_version: int = 0
     leased: list[int] = field(default_factory=list)
     leased_pool: Pool | None = None
