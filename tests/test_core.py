@@ -835,6 +835,19 @@ def test_nothing_leaves_a_pool_that_holds_all() -> None:
     assert not of(AskAck, daemon.said)
 
 
+def test_a_pool_that_holds_all_keeps_every_block_in_its_natural_place() -> None:
+    """Workers compute on a complete pool without mapping ids to slots."""
+    daemon = Daemon(8)
+    daemon.attach(1, manifest())
+    daemon.fetch(1, 1, 1, 3, 1)
+    daemon.fail(1, 3)
+    daemon.finish()
+    daemon.get(1, 2, 1, 3)
+    assert {(publish.row, publish.expert): publish.slot for publish in of(Publish, daemon.said)} == {
+        (row, expert): 4 * row + expert for row in range(2) for expert in range(4)
+    }
+
+
 def test_filling_rests_while_nobody_is_attached() -> None:
     daemon = Daemon(8)
     daemon.attach(1, manifest())

@@ -27,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.core.core import BACKGROUND_READS
+from expertd.daemon.core.state import SlotState
 from expertd.protocol.errors import (
     BudgetTooSmall,
     ExpertdError,
@@ -103,6 +104,7 @@ class Worker:
     answer_lost: bool = False
     requests: dict[int, events.Fetch] = field(default_factory=dict)
     answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    refusals: dict[int, ExpertdError] = field(default_factory=dict)
     reading: dict[Place, tuple[Block, int]] = field(default_factory=dict)
     leased: dict[Place, Block] = field(default_factory=dict)
     complete: set[int] = field(default_factory=set)
@@ -151,7 +153,8 @@ def _deaf(channel: Channel) -> Callable[[CacheMachine], list[int]]:
 
 _layer = st.integers(0, LAYERS - 1)
 _experts = st.sets(st.integers(0, 3), min_size=1, max_size=4)
-_late = st.booleans()
+_seldom = st.sampled_from([False, False, False, True])
+_late = _seldom
 _which = st.integers(0, 9)
 
 
@@ -167,25 +170,37 @@ class CacheMachine(RuleBasedStateMachine):
         self.ghosts: list[events.Event] = []
         self.abandoned: set[int] = set()
         self.attached = 0
+        self.broken = False
         self.steps = 0
+        self.ended_at = 0
 
-    @initialize(pages=st.integers(3, 30))
-    def start(self, pages: int) -> None:
+    @initialize(
+        pages=st.integers(3, 12) | st.integers(3, 30),
+        model=st.sampled_from(sorted(MODELS)),
+        prompt=st.lists(st.booleans(), min_size=1, max_size=3),
+    )
+    def start(self, pages: int, model: str, prompt: list[bool]) -> None:
+        """A core with a few sessions open, so that runs get somewhere."""
         self.core = Core(pages * PAGE)
+        for hears_at_once in prompt:
+            self.attach(model, copy=False, prompt=hears_at_once, slow=False)
 
     # -- the rules: sessions -------------------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.workers) < 4)
-    @rule(model=st.sampled_from(sorted(MODELS)), copy=st.sampled_from([False, False, True]), prompt=st.booleans())
-    def attach(self, model: str, copy: bool, prompt: bool) -> None:
+    @rule(model=st.sampled_from(sorted(MODELS)), copy=_seldom, prompt=st.booleans(), slow=_seldom)
+    def attach(self, model: str, copy: bool, prompt: bool, slow: bool) -> None:
         self.attached += 1
         mode: AliasMode = "copy" if copy else "shm"
         self.workers[self.attached] = Worker(self.attached, MODELS[model], mode, prompt)
         self.feed(events.Attach(self.attached, 100 + self.attached, mode, MODELS[model]))
+        while self.creating() and not slow:
+            self.create_pool(0)
 
-    @precondition(_any_of(_everybody))
+    @precondition(lambda self: self.workers and self.steps > self.ended_at + 10)
     @rule(session=_some(_everybody))
     def end(self, session: int) -> None:
+        self.ended_at = self.steps
         worker = self.workers.pop(session)
         self.ghosts += [message for channel in CHANNELS for message in worker.outbox[channel]]
         self.feed(events.Ended(session))
@@ -305,6 +320,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.feed(events.ReadDone(read.segment, read.slot, PAGE))
 
     @precondition(lambda self: self.reads)
+    @rule()
+    def finish_reads(self) -> None:
+        while self.reads:
+            self.finish_read(0)
+
+    @precondition(lambda self: self.reads)
     @rule(which=_which)
     def fail_read(self, which: int) -> None:
         place = sorted(self.reads)[which % len(self.reads)]
@@ -325,8 +346,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.hear_from_the_dead()
             while self.creating():
                 self.create_pool(0)
-            while self.reads:
-                self.finish_read(0)
+            self.finish_reads()
             for session in _open(self):
                 self.catch_up(self.workers[session])
         for worker in self.workers.values():
@@ -416,6 +436,7 @@ class CacheMachine(RuleBasedStateMachine):
     def feed(self, event: events.Event) -> None:
         self.steps += 1
         note(f"   {_short(event)}")
+        broken, self.broken = self.broken, True
         for instruction in self.core.handle(event):
             note(f"     -> {_short(instruction)}")
             self.carry_out(event, instruction)
@@ -423,6 +444,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.the_table_names_sealed_bytes_only()
         self.memory_stays_within_the_budget()
         self.slots_are_conserved()
+        self.broken = broken
 
     def carry_out(self, event: events.Event, instruction: instructions.Instruction) -> None:
         match instruction:
@@ -460,9 +482,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     def unlink(self, number: int) -> None:
         segment = self.segments.pop(number)
-        self.abandoned.discard(number)
         assert segment.created
         assert not any(place[0] == number for place in self.reads), "unlinked while a read fills it"
+        if number in self.abandoned:
+            self.abandoned.discard(number)
+            return
         for worker in self.workers.values():
             assert not (worker.granted and worker.manifest.key == segment.model), "unlinked while in use"
 
@@ -477,6 +501,9 @@ class CacheMachine(RuleBasedStateMachine):
         ), "one block is read twice at once"
         assert (segment.layers.index(read.layer), read.expert) not in segment.table, "a resident block is read again"
         assert read.slot not in segment.table.values(), "a slot in the table is filled again"
+        if segment.layout.slots == segment.blocks:
+            row = segment.layers.index(read.layer)
+            assert read.slot == row * segment.layout.experts + read.expert, "not in its natural place"
         for worker in self.workers.values():
             assert place not in worker.reading, f"session {worker.number} may still read what is overwritten"
             assert place not in worker.leased, f"session {worker.number} has a lease on what is overwritten"
@@ -521,13 +548,17 @@ class CacheMachine(RuleBasedStateMachine):
         if number not in self.workers:
             assert isinstance(error, SessionUnknown)
             return
-        request = self.workers[number].requests[sequence]
-        if len(set(request.experts)) < len(request.experts):
+        worker = self.workers[number]
+        request = worker.requests[sequence]
+        if sequence in worker.refusals:
+            assert worker.refusals[sequence] is error, "a repeated refusal is another one"
+        elif len(set(request.experts)) < len(request.experts):
             assert isinstance(error, FetchInvalid)
         else:
             assert isinstance(event, events.ReadFailed)
             assert error is event.error
             assert self.failed in {(request.layer, expert) for expert in request.experts}, "refused for another's read"
+        worker.refusals[sequence] = error
         self.tell(number, "data", instructions.Refuse(number, error, sequence))
 
     def answer(self, answer: instructions.Answer) -> None:
@@ -562,10 +593,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     def memory_stays_within_the_budget(self) -> None:
         """Segments that were given up while they were being created are not counted: they go as soon as they come."""
-        used = sum(segment.layout.size for number, segment in self.segments.items() if number not in self.abandoned)
+        counted = [segment for number, segment in self.segments.items() if number not in self.abandoned]
+        used = sum(segment.layout.size for segment in counted)
         for worker in self.workers.values():
             if worker.granted and worker.mode == "copy":
-                used += sum(s.layout.size for s in self.segments.values() if s.model == worker.manifest.key)
+                used += sum(segment.layout.size for segment in counted if segment.model == worker.manifest.key)
         assert used <= self.core.budget
         assert self.core.used <= self.core.budget
 
@@ -573,11 +605,17 @@ class CacheMachine(RuleBasedStateMachine):
         """The one look into the core: every slot is free, retired, or some block's."""
         for model in self.core.models.values():
             for pool in model.pools:
-                held = [*pool.free, *pool.retired, *pool.where.values()]
-                assert sorted(held) == list(range(pool.layout.slots))
+                taken = {*pool.retired, *pool.where.values()}
+                assert len(taken) == len(pool.retired) + len(pool.where)
+                assert {slot.number for slot in pool.slots if slot.state is SlotState.FREE}.isdisjoint(taken)
+                assert len(taken) + pool.spare == pool.layout.slots
+                if not pool.holds_all:
+                    assert sorted([*taken, *pool.free]) == list(range(pool.layout.slots))
 
     def teardown(self) -> None:
         """Nobody waits for ever, and no slot was lost: fetching everything once fills every pool to the brim."""
+        if self.broken:
+            return
         self.quiesce()
         for session in _open(self):
             worker = self.workers[session]

@@ -283,3 +283,23 @@ def test_the_smallest_budget_that_is_named_works(
     expected = greedy(plain_model(model_path), PROMPT, 8).tokens
     assert np.array_equal(greedy(model, PROMPT, 8).tokens, expected)
     expertd.unload(model)
+
+
+def test_an_interrupted_fetch_is_answered_before_anything_is_looked_up(
+    model_path: Path, manifest: Any, start_daemon: StartDaemon
+) -> None:
+    """A daemon that is stopped cannot answer; the interrupt comes while a forward waits for it."""
+    daemon = start_daemon(str(budget_for(manifest, 8)))
+    model, _ = expertd.load(model_path)
+    expected = greedy(plain_model(model_path), PROMPT, 8).tokens
+    daemon.send_signal(signal.SIGSTOP)
+    timer = threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        model(mx.array(PROMPT))
+    timer.join()
+    assert session_of(model)._unanswered is not None
+    daemon.send_signal(signal.SIGCONT)
+    assert np.array_equal(greedy(model, PROMPT, 8).tokens, expected)
+    assert session_of(model)._unanswered is None
+    expertd.unload(model)

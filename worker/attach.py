@@ -46,6 +46,7 @@ FLUSH_FORWARDS = 100
 """The routing log is sent after so many forwards, or with the next Fetch or ack, or when idle."""
 
 IDLE_FLUSH_S = 1.0
+_POLL_S = 0.5
 
 _FORKED = "a model that was loaded before a fork cannot be used in the child; load it there"
 
@@ -86,6 +87,8 @@ class Session:
         self._asked = 0
         self._told = 0
         self._sequence = 0
+        self._unanswered: messages.Fetch | None = None
+        self._settled = True
         self._routing: list[bytes] = []
         self._forwards = 0
         self._home = home
@@ -153,12 +156,27 @@ class Session:
             SessionClosed: the session was closed, or this process is a fork of its owner.
         """
         self._forward.acquire()
-        if self._closed is not None:
+        try:
+            if self._closed is not None:
+                raise self._closed
+            if self._unanswered is not None:
+                self._await_answer(self._unanswered)
+        except BaseException:
             self._forward.release()
-            raise self._closed
+            raise
+        self._settled = False
 
-    def end(self) -> None:
-        """Finish a forward: nothing that was looked up in it is still to be read."""
+    def end(self, settled: bool) -> None:
+        """Finish a forward.
+
+        Args:
+            settled: nothing that was looked up in it is still to be read.  If that is not known (an interrupt came
+                between), the session acks nothing until a later forward has settled.
+        """
+        self._settled = settled
+        if not settled:
+            self._forward.release()
+            return
         self._forwards += 1
         if self._forwards % FLUSH_FORWARDS == 0 and self._routing and self._closed is None:
             self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
@@ -170,7 +188,7 @@ class Session:
                 return
 
     def ack(self) -> None:
-        """Answer a request for an ack, if there is one: everything that was looked up until now is evaluated."""
+        """Answer a request for an ack, if there is one; the caller has evaluated all that was looked up until now."""
         if self._asked:
             self._asked = 0
             self._data.send(self._ack_message())
@@ -199,22 +217,36 @@ class Session:
             experts=experts.tolist(),
             routing=self._take_routing(),
         )
+        self._unanswered = request
         self._data.send(request)
-        waited = 0.0
+        answer = self._await_answer(request)
+        if isinstance(answer, messages.Error):
+            raise answer.exception()
+        return np.array(answer.slots, np.int32)
+
+    def _await_answer(self, request: messages.Fetch) -> messages.Resident | messages.Error:
+        """The answer to ``request``.
+
+        A caller that is interrupted here (Ctrl-C) leaves ``_unanswered`` set: until the answer has come, the daemon
+        takes this session for one that looks nothing up, so nothing may be looked up.
+        """
+        waited_s = 0.0
         while True:
-            answer = self._data.receive(0.5)
+            answer = self._data.receive(_POLL_S)
             if answer is None:
                 if self._closed is not None:
                     raise self._closed
-                waited += 0.5
-                if waited >= RESEND_S:
-                    waited = 0.0
+                waited_s += _POLL_S
+                if waited_s >= RESEND_S:
+                    waited_s = 0.0
                     self._data.send(request)
-            elif isinstance(answer, messages.Resident) and answer.sequence == self._sequence:
+            elif isinstance(answer, messages.Resident) and answer.sequence == request.sequence:
+                self._unanswered = None
                 self._told = max(self._told, answer.version)
-                return np.array(answer.slots, np.int32)
-            elif isinstance(answer, messages.Error) and answer.sequence in (None, self._sequence):
-                raise answer.exception()
+                return answer
+            elif isinstance(answer, messages.Error) and answer.sequence in (None, request.sequence):
+                self._unanswered = None
+                return answer
 
     def _take_routing(self) -> bytes:
         taken, self._routing = b"".join(self._routing), []
@@ -256,7 +288,7 @@ class Session:
                 self._asked = version
                 if self._forward.acquire(blocking=False):
                     try:
-                        if self._asked:
+                        if self._asked and self._settled:
                             self._asked = 0
                             self._control.send(self._ack_message())
                     finally:

@@ -142,14 +142,16 @@ def _cached(cls: type) -> type:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             events: Events = self._expertd_events
             events.session.begin()
+            settled = False
             try:
-                events.begin_call()
                 try:
+                    events.begin_call()
                     return cls.__call__(self, *args, **kwargs)
                 finally:
                     events.settle()
+                    settled = True
             finally:
-                events.session.end()
+                events.session.end(settled)
 
         _classes[cls] = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
     return _classes[cls]

@@ -49,8 +49,11 @@ class Core:
     @property
     def used(self) -> int:
         """Bytes of all segments and of the copies that sessions in copy mode hold."""
-        copies = sum(self.models[s.model].size for s in self.sessions.values() if s.mode == "copy")
-        return sum(model.size for model in self.models.values()) + copies
+        total = 0
+        for model in self.models.values():
+            holders = [*model.sessions.values(), *model.opening]
+            total += model.size * (1 + sum(holder.mode == "copy" for holder in holders))
+        return total
 
     def handle(self, event: events.Event) -> list[instructions.Instruction]:
         """Take ``event`` in and return what has to be done about it, in order."""
@@ -191,9 +194,7 @@ class Core:
         model = self.models[session.model]
         del model.sessions[number]
         model.used_at = self._events
-        self._release(session)
-        if session.waiting is not None:
-            self._leave_queue(model, session.waiting)
+        self._abandon(model, session)
         self._pump_all(model)
 
     # -- fetch and ack -------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ class Core:
         session.fetches += 1
         session.answer = session.refusal = None
         self._observe_hits(model, event.routing)
-        self._release(session)
+        self._abandon(model, session)
         pool = model.pool_of_layer.get(event.layer)
         if problem := _problem(event, pool):
             self._refuse_fetch(model, session, FetchInvalid(problem))
@@ -265,6 +266,13 @@ class Core:
             for slot in session.leased:
                 session.leased_pool.slots[slot].leases.discard(session.number)
         session.leased, session.leased_pool = [], None
+
+    def _abandon(self, model: Model, session: Session) -> None:
+        """Nobody wants what this session waits for or holds: it ended, or went on to another Fetch."""
+        self._release(session)
+        if session.waiting is not None:
+            self._leave_queue(model, session.waiting)
+            session.waiting = None
 
     def _leave_queue(self, model: Model, waiting: Waiting) -> None:
         pool = model.pool_of_layer[waiting.fetch.layer]

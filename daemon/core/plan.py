@@ -75,10 +75,10 @@ def plan_pools(manifest: Manifest, size: int) -> list[PoolPlan]:
         first = layers[group[0]]
         share = floor + spare * len(group) * first.experts * first.block_bytes // total
         slots = most_slots(len(group), first.experts, first.parts, share)
-        pools = -(-slots // slot_limit(first.parts))
-        width = -(-len(group) // pools)
+        limit = slot_limit(first.parts)
+        width = -(-len(group) // -(-slots // limit))
         for start in range(0, len(group), width):
             run = tuple(group[start : start + width])
             held = most_slots(len(run), first.experts, first.parts, share * len(run) // len(group))
-            plans.append(PoolPlan(run, _layout(layers, run, held)))
+            plans.append(PoolPlan(run, _layout(layers, run, min(held, limit))))
     return plans
