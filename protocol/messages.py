@@ -250,11 +250,14 @@ class WorkerFailed(Message):
 
 
 class Generate(Message):
-    """Start generating.  ``messages`` are chat messages as the tokenizer's template takes them."""
+    """Start generating.  ``messages`` are chat messages as the tokenizer's template takes them.
+
+    ``max_tokens`` None: as many as fit into the context behind the prompt.
+    """
 
     request: Count
     messages: list[dict[str, Any]]
-    max_tokens: Annotated[int, Meta(ge=1)]
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     stop: list[Name] = []

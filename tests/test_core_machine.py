@@ -135,8 +135,8 @@ def _free(machine: CacheMachine) -> list[int]:
     return [number for number in _open(machine) if machine.workers[number].fetching is None]
 
 
-def _fetching(machine: CacheMachine) -> list[int]:
-    return [number for number in _open(machine) if machine.workers[number].fetching is not None]
+def _reading(machine: CacheMachine) -> list[int]:
+    return [number for number in _open(machine) if machine.workers[number].reading]
 
 
 def _with_requests(machine: CacheMachine) -> list[int]:
@@ -152,7 +152,7 @@ def _deaf(channel: Channel) -> Callable[[CacheMachine], list[int]]:
 
 
 _layer = st.integers(0, LAYERS - 1)
-_experts = st.sets(st.integers(0, 3), min_size=1, max_size=4)
+_experts = st.sets(st.integers(0, 3), min_size=1, max_size=2) | st.sets(st.integers(0, 3), min_size=1, max_size=4)
 _seldom = st.sampled_from([False, False, False, True])
 _late = _seldom
 _which = st.integers(0, 9)
@@ -172,12 +172,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.attached = 0
         self.broken = False
         self.steps = 0
-        self.ended_at = 0
+        self.last: dict[str, int] = {}
 
     @initialize(
-        pages=st.integers(3, 12) | st.integers(3, 30),
+        pages=st.integers(3, 9) | st.integers(8, 12) | st.integers(3, 30),
         model=st.sampled_from(sorted(MODELS)),
-        prompt=st.lists(st.booleans(), min_size=1, max_size=3),
+        prompt=st.lists(st.booleans(), min_size=2, max_size=3),
     )
     def start(self, pages: int, model: str, prompt: list[bool]) -> None:
         """A core with a few sessions open, so that runs get somewhere."""
@@ -185,11 +185,16 @@ class CacheMachine(RuleBasedStateMachine):
         for hears_at_once in prompt:
             self.attach(model, copy=False, prompt=hears_at_once, slow=False)
 
+    def is_time_for(self, what: str, steps: int) -> bool:
+        """Whether ``what`` was so many events ago: it would take up too much of a run."""
+        return self.steps > self.last.get(what, 0) + steps
+
     # -- the rules: sessions -------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.workers) < 4)
+    @precondition(lambda self: not self.workers or (len(self.workers) < 4 and self.is_time_for("attach", 5)))
     @rule(model=st.sampled_from(sorted(MODELS)), copy=_seldom, prompt=st.booleans(), slow=_seldom)
     def attach(self, model: str, copy: bool, prompt: bool, slow: bool) -> None:
+        self.last["attach"] = self.steps
         self.attached += 1
         mode: AliasMode = "copy" if copy else "shm"
         self.workers[self.attached] = Worker(self.attached, MODELS[model], mode, prompt)
@@ -197,10 +202,10 @@ class CacheMachine(RuleBasedStateMachine):
         while self.creating() and not slow:
             self.create_pool(0)
 
-    @precondition(lambda self: self.workers and self.steps > self.ended_at + 10)
+    @precondition(lambda self: self.workers and self.is_time_for("end", 10))
     @rule(session=_some(_everybody))
     def end(self, session: int) -> None:
-        self.ended_at = self.steps
+        self.last["end"] = self.steps
         worker = self.workers.pop(session)
         self.ghosts += [message for channel in CHANNELS for message in worker.outbox[channel]]
         self.feed(events.Ended(session))
@@ -216,7 +221,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Look the experts of an event up; fetch all of them if one is absent."""
         worker = self.workers[session]
         number, segment = self.pool_of(worker, layer)
-        wanted = sorted(expert % segment.layout.experts for expert in experts)
+        wanted = sorted({expert % segment.layout.experts for expert in experts})
         row = segment.layers.index(layer)
         slots = {expert: segment.table.get((row, expert)) for expert in wanted}
         for expert, slot in slots.items():
@@ -225,7 +230,28 @@ class CacheMachine(RuleBasedStateMachine):
                 return
             worker.reading[number, slot] = ((layer, expert), worker.told)
         note(f"   session {session} hits {slots} in segment {number}")
-        self.feed(events.Routed(session, ((layer, sorted(slots)),)))
+        self.feed(events.Routed(session, ((layer, wanted),)))
+
+    @precondition(_any_of(_free))
+    @rule(session=_some(_free))
+    def run_hits(self, session: int) -> None:
+        """An event in each layer, of one expert that is resident there."""
+        worker = self.workers[session]
+        for layer in range(LAYERS):
+            _, segment = self.pool_of(worker, layer)
+            for row, expert in sorted(segment.table):
+                if row == segment.layers.index(layer):
+                    self.run_event(session, layer, {expert}, late=False)
+                    break
+
+    @precondition(_any_of(_free))
+    @rule(session=_some(_free), experts=st.tuples(*[_experts] * LAYERS))
+    def run_forward(self, session: int, experts: tuple[set[int], ...]) -> None:
+        """Events of all layers, each fetched block read at once, until one has to wait for other sessions."""
+        for layer, chosen in enumerate(experts):
+            if self.workers[session].fetching is None:
+                self.run_event(session, layer, chosen, late=False)
+                self.finish_reads()
 
     @precondition(_any_of(_open))
     @rule(session=_some(_open), layer=_layer, experts=_experts, late=_late)
@@ -235,9 +261,10 @@ class CacheMachine(RuleBasedStateMachine):
         _, segment = self.pool_of(worker, layer)
         self.send_fetch(worker, layer, [expert % segment.layout.experts for expert in experts], late)
 
-    @precondition(_any_of(_open))
+    @precondition(lambda self: _open(self) and self.is_time_for("nonsense", 10))
     @rule(session=_some(_open), layer=st.sampled_from([0, LAYERS]), expert=st.integers(3, 5))
     def fetch_nonsense(self, session: int, layer: int, expert: int) -> None:
+        self.last["nonsense"] = self.steps
         worker = self.workers[session]
         self.send(worker, "data", self.new_fetch(worker, layer, (expert, 2, expert)), late=False)
 
@@ -254,8 +281,8 @@ class CacheMachine(RuleBasedStateMachine):
     def ack(self, session: int, channel: Channel, late: bool) -> None:
         self.send_ack(self.workers[session], channel, late)
 
-    @precondition(_any_of(_free))
-    @rule(session=_some(_free))
+    @precondition(_any_of(_reading))
+    @rule(session=_some(_reading))
     def evaluate(self, session: int) -> None:
         """Finish computing without telling anybody."""
         self.workers[session].reading.clear()
@@ -333,9 +360,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.failed = (read.layer, read.expert)
         self.feed(events.ReadFailed(read.segment, read.slot, ReadFailed("bad sector")))
 
+    @precondition(lambda self: self.is_time_for("quiesce", 25))
     @rule()
     def quiesce(self) -> None:
         """Everything under way arrives, everybody who is asked acks; then nobody may be left waiting."""
+        self.last["quiesce"] = self.steps
         before = -1
         rounds = 0
         while before != self.steps:
@@ -516,8 +545,9 @@ class CacheMachine(RuleBasedStateMachine):
         segment, key = self.segments[entry.segment], (entry.row, entry.expert)
         if entry.slot < 0:
             assert key in segment.table, "an absent block was removed from the table"
-            del segment.table[key]
+            place = (entry.segment, segment.table.pop(key))
             for worker in self.workers.values():
+                assert place not in worker.leased, f"what is leased to session {worker.number} was evicted"
                 assert entry.segment not in worker.complete, "something left a pool that was announced as complete"
         else:
             assert segment.content.get(entry.slot) == (segment.layers[entry.row], entry.expert), "published garbage"
@@ -648,7 +678,7 @@ def _short(thing: object) -> str:
 
 TestCore = CacheMachine.TestCase
 TestCore.settings = settings(
-    max_examples=120,
+    max_examples=400,
     stateful_step_count=60,
     deadline=None,
     derandomize=True,

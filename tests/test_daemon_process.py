@@ -55,7 +55,8 @@ from expertd.protocol.messages import (
     expect,
 )
 from expertd.protocol.paths import Home
-from tests.conftest import DEADLINE_S, StartDaemon, end, launch_daemon
+from tests.conftest import DEADLINE_S, StartDaemon
+from tools.stage import end, launch_daemon
 
 EXPERTS = 4
 
@@ -85,7 +86,7 @@ def shared() -> Iterator[Home]:
     """The home of one daemon that all tests of strangers use: it has to survive them all."""
     home = Home(Path(tempfile.mkdtemp(prefix="xd-", dir="/tmp")))
     home.prepare()
-    process = launch_daemon(home)
+    process = launch_daemon(home, "64MiB")
     yield home
     survived = process.poll() is None
     said = home.daemon_log.read_text(encoding="utf-8", errors="replace")

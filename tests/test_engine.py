@@ -261,14 +261,14 @@ def test_a_request_that_does_not_fit_is_refused_with_the_numbers(loaded: tuple[A
 
 def test_a_prompt_that_fills_the_context_is_refused(loaded: tuple[Any, Any]) -> None:
     engine = Engine(*loaded, context=len(prompt_of(loaded, SHORT)))
-    refused = run(engine, generate(1, max_tokens=engine.context))[1].end
+    refused = run(engine, generate(1, max_tokens=None))[1].end
     assert isinstance(refused, Refused)
     assert refused.code == "prompt_too_long"
 
 
-def test_max_tokens_of_the_whole_context_means_as_many_as_fit(loaded: tuple[Any, Any]) -> None:
+def test_without_max_tokens_as_many_are_generated_as_fit(loaded: tuple[Any, Any]) -> None:
     engine = Engine(*loaded, context=len(prompt_of(loaded, SHORT)) + 6)
-    end = run(engine, generate(1, max_tokens=engine.context))[1].end
+    end = run(engine, generate(1, max_tokens=None))[1].end
     assert isinstance(end, Finished)
     assert (end.reason, end.completion_tokens) == ("length", 6)
 

@@ -17,11 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from expertd.protocol.connection import Connection
-from expertd.protocol.errors import DaemonNotRunning
+from expertd.protocol.errors import DaemonNotRunning, DaemonStartFailed
 from expertd.protocol.layout import pool_layout
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.paths import Home
+
+START_S = 20.0
+END_S = 10.0
 
 
 @contextmanager
@@ -42,36 +45,51 @@ def temporary_home() -> Iterator[Home]:
         shutil.rmtree(folder)
 
 
-@contextmanager
-def running_daemon(home: Home, budget: int | str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon of ``budget`` in ``home``, ready; ended afterwards.  Its log is the home's."""
-    command = [sys.executable, "-m", "expertd.daemon", "--budget", str(budget), *arguments]
-    with home.daemon_log.open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "EXPERTD_HOME": str(home.root)})
-    try:
-        wait_for_daemon(home, process)
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait(20)
+def launch_daemon(home: Home, budget: int | str, *options: str) -> subprocess.Popen[bytes]:
+    """A daemon in ``home`` that already answers; ``options`` go to ``python -m expertd.daemon``.
 
-
-def wait_for_daemon(home: Home, process: subprocess.Popen[bytes], timeout_s: float = 20.0) -> None:
-    """Return when the daemon answers.
+    What it says is in ``home.daemon_log``.  The caller sees to it that it ends (``end``).
 
     Raises:
-        DaemonNotRunning: it ended or did not answer in time.
+        DaemonStartFailed: it ended or did not answer in time; with what it said.
     """
-    deadline = time.monotonic() + timeout_s
+    command = [sys.executable, "-m", "expertd.daemon", "--budget", str(budget), *options]
+    environment = {**os.environ, "EXPERTD_HOME": str(home.root)}
+    with home.daemon_log.open("ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=environment
+        )
+    deadline = time.monotonic() + START_S
     while True:
         try:
             Connection(home.daemon_socket, "stage", handshake_s=1.0).close()
-            return
+            return process
         except DaemonNotRunning:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise
+                end(process)
+                said = home.daemon_log.read_text(encoding="utf-8", errors="replace")
+                raise DaemonStartFailed(f"the daemon did not come up (status {process.returncode}): {said}") from None
             time.sleep(0.02)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, in order if it can."""
+    process.terminate()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def running_daemon(home: Home, budget: int | str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A daemon as ``launch_daemon`` starts it, ended afterwards."""
+    process = launch_daemon(home, budget, *options)
+    try:
+        yield process
+    finally:
+        end(process)
 
 
 def ask_status(home: Home) -> Status:

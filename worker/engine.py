@@ -94,8 +94,6 @@ class Engine:
     def submit(self, message: Generate) -> None:
         """Queue a request.  One that cannot be served is answered by the next ``step``.
 
-        ``max_tokens`` equal to the context means as many as fit behind the prompt.
-
         Raises:
             MessageInvalid: the request's number is in use.
         """
@@ -161,11 +159,11 @@ class Engine:
     def _prepare(self, message: Generate) -> _Request:
         prompt = self._encode(message.messages)
         room = self.context - len(prompt)
-        if message.max_tokens < self.context and message.max_tokens > room:
+        if message.max_tokens is not None and message.max_tokens > room > 0:
             raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {message.max_tokens}, which is more than the "
                 f"model's context of {self.context}; shorten the prompt or lower max_tokens",
-                param="messages",
+                param="max_tokens" if message.max_tokens >= self.context else "messages",
             )
         if room < 1:
             raise PromptTooLong(
@@ -176,7 +174,7 @@ class Engine:
         return _Request(
             id=message.request,
             prompt=prompt,
-            max_tokens=min(message.max_tokens, room),
+            max_tokens=message.max_tokens or room,
             sampler=make_sampler(message.temperature, top_p=message.top_p) if message.temperature > COLDEST else None,
             stops=StopText(message.stop),
             detokenizer=self._tokenizer.detokenizer,

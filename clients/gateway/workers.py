@@ -21,7 +21,6 @@ from expertd.clients.gateway.chat import ChatRequest
 from expertd.protocol.errors import (
     ExpertdError,
     MessageInvalid,
-    PromptTooLong,
     QueueFull,
     RequestTooLarge,
     WorkerUnavailable,
@@ -183,28 +182,18 @@ class Worker:
         Raises:
             WorkerUnavailable: see ``check``.
             QueueFull: ``queue_limit`` requests wait already.
-            PromptTooLong: ``max_tokens`` alone is more than the context.
             RequestTooLarge: the messages do not fit into a frame.
         """
         self.check()
         waiting = sum(not answer.begun for answer in self._answers.values())
         if waiting >= self._queue_limit:
             raise QueueFull(f"{waiting} requests wait already, which is the limit; try again later")
-        context = self.context
-        assert context is not None
-        if chat.max_tokens is not None and chat.max_tokens >= context:
-            raise PromptTooLong(
-                f"max_tokens is {chat.max_tokens}, and the model's context has {context} tokens for prompt and answer "
-                "together; lower max_tokens or leave it out",
-                param="max_tokens",
-            )
         self._requests += 1
         frame = encode(
             Generate(
                 request=self._requests,
                 messages=chat.messages,
-                # The context itself stands for as many as fit: only the worker knows how long the prompt is.
-                max_tokens=chat.max_tokens or context,
+                max_tokens=chat.max_tokens,
                 temperature=chat.temperature,
                 top_p=chat.top_p,
                 stop=chat.stop,
