@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Temporary files, MLX's compiled kernels among them, stay in the repository (homes with sockets are short-lived in /tmp).
+export TMPDIR := $(CURDIR)/.tmp
+
 .PHONY: demo demo-large test check bench clean
 
 demo: .venv/ready
@@ -25,9 +28,10 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks hitpath
 
 clean:
-	rm -rf .venv .check build *.egg-info
+	rm -rf .venv .check .tmp build *.egg-info
 
 .venv/ready: pyproject.toml
+	mkdir -p .tmp
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"

@@ -77,5 +77,5 @@ def receive_segment(line: socket.socket) -> tuple[int, int, int]:
 def peer_user(line: socket.socket) -> int:
     """The user id of the process at the other end, as the kernel knows it."""
     if sys.platform == "darwin":  # LOCAL_PEERCRED, struct xucred: version, uid, ...
-        return int(struct.unpack("II", line.getsockopt(0, 0x001, 8))[1])
+        return int(struct.unpack_from("II", line.getsockopt(0, 0x001, 76))[1])
     return int(struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])

@@ -242,6 +242,19 @@ def test_an_idle_model_stays_when_there_is_room_beside_it() -> None:
     assert not of(CreatePool, daemon.ask(3, manifest("a")))
 
 
+def test_a_newcomer_waits_for_the_last_reads_of_an_idle_model() -> None:
+    """Its memory cannot go while a read fills it, and "the budget is too small" would be no help."""
+    daemon = Daemon(8)
+    daemon.attach(1, manifest("a"))
+    assert daemon.reads
+    daemon.feed(Ended(1))
+    out = daemon.ask(2, manifest("b"))
+    assert not of(UnlinkPool, out)
+    assert not of(Refuse, out)
+    (create,) = of(CreatePool, daemon.finish())
+    assert [grant.session for grant in of(Grant, daemon.feed(PoolCreated(create.segment)))] == [2]
+
+
 def test_a_model_in_use_is_not_dropped_for_a_newcomer() -> None:
     daemon = Daemon(8)
     daemon.attach(1, manifest("a"))
@@ -573,12 +586,12 @@ def test_a_session_that_attached_after_an_eviction_needs_no_ack() -> None:
 
 
 def test_the_hits_of_an_event_are_not_evicted_for_its_misses() -> None:
-    daemon = Daemon(2)
-    daemon.attach(1, manifest())
-    first = daemon.get(1, 1, 0, 0, 1)
-    daemon.feed(Routed(1, ((0, [1]),)))  # now 0 is the least recently used
-    answer = daemon.get(1, 2, 0, 0, 2)
-    assert answer.slots == first.slots
+    daemon = two_sessions(2)
+    hit = daemon.get(1, 1, 0, 0)
+    daemon.get(2, 1, 0, 1)  # leased: all that could be evicted is the hit
+    assert daemon.fetch(1, 2, 0, 0, 2) == [AskAck(2, 0)]
+    out = daemon.ack(2, 0, 1) + daemon.ack(2, 1, 1) + daemon.finish()
+    assert [answer.slots[0] for answer in of(Answer, out)] == list(hit.slots)
 
 
 def test_slots_leased_to_another_session_are_not_evicted() -> None:
@@ -616,15 +629,13 @@ def test_an_ack_of_a_session_that_waits_frees_nothing_that_it_was_granted() -> N
 
 
 def test_grants_are_first_come_first_served() -> None:
-    daemon = two_sessions(2)
+    daemon = two_sessions(3)
     daemon.attach(3, manifest())
     daemon.get(1, 1, 0, 0, 1)
-    daemon.fetch(2, 1, 1, 0, 1)  # waits for session 1's lease
-    daemon.fetch(3, 1, 1, 2)
-    assert {(read.layer, read.expert) for read in of(StartRead, daemon.ack(1, 0, 1) + daemon.ack(1, 1, 1))} == {
-        (1, 0),
-        (1, 1),
-    }
+    daemon.fetch(2, 1, 1, 0, 1)  # one slot is free; waits for session 1's lease
+    assert not of(StartRead, daemon.fetch(3, 1, 1, 2))
+    out = daemon.ack(1, 0, 1) + daemon.ack(1, 1, 1)
+    assert [(read.layer, read.expert) for read in of(StartRead, out)][:2] == [(1, 0), (1, 1)]
 
 
 def test_two_sessions_that_want_more_than_half_of_a_pool_each_are_served_in_turn() -> None:
@@ -711,7 +722,7 @@ def test_a_failed_read_lets_those_who_queue_go_on() -> None:
     daemon = two_sessions(2)
     daemon.fetch(1, 1, 0, 0, 1)
     assert daemon.fetch(2, 1, 1, 0) == []
-    daemon.fail(0, 0)
+    assert [read.layer for read in of(StartRead, daemon.fail(0, 0))] == [1]
     assert [answer.session for answer in of(Answer, daemon.finish())] == [2]
 
 

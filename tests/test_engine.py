@@ -48,7 +48,7 @@ class Answer:
         self.end: Finished | Refused | None = None
 
 
-def generate(request: int, text: str = SHORT, max_tokens: int = 40, **options: Any) -> Generate:
+def generate(request: int, text: str = SHORT, max_tokens: int | None = 40, **options: Any) -> Generate:
     return Generate(request=request, messages=[{"role": "user", "content": text}], max_tokens=max_tokens, **options)
 
 

@@ -30,7 +30,7 @@ END_S = 10.0
 @contextmanager
 def temporary_home() -> Iterator[Home]:
     """A prepared home that EXPERTD_HOME names inside the body; removed afterwards, with the daemon that runs in it."""
-    folder = Path(tempfile.mkdtemp(prefix="expertd-"))  # short, because of the limit on sockets' paths
+    folder = Path(tempfile.mkdtemp(prefix="expertd-", dir="/tmp"))  # short, because of the limit on sockets' paths
     before = os.environ.get("EXPERTD_HOME")
     os.environ["EXPERTD_HOME"] = str(folder)
     home = Home(folder)

@@ -154,12 +154,6 @@ class Worker:
         """
         return await asyncio.shield(self._outcome)
 
-    @property
-    def context(self) -> int | None:
-        """Longest prompt and answer together, in tokens, once the model is loaded."""
-        loaded = self._outcome.done() and not self._outcome.cancelled() and self._outcome.exception() is None
-        return self._outcome.result().context if loaded else None
-
     def check(self) -> None:
         """Whether a request would be taken.
 

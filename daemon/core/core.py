@@ -51,8 +51,8 @@ class Core:
         """Bytes of all segments and of the copies that sessions in copy mode hold."""
         total = 0
         for model in self.models.values():
-            holders = [*model.sessions.values(), *model.opening]
-            total += model.size * (1 + sum(holder.mode == "copy" for holder in holders))
+            modes = [session.mode for session in model.sessions.values()] + [opening.mode for opening in model.opening]
+            total += model.size * (1 + modes.count("copy"))
         return total
 
     def handle(self, event: events.Event) -> list[instructions.Instruction]:

@@ -1,0 +1,130 @@
+"""The command line on good input, as installed: status, generate, verify, daemon.  Bad input: ``test_bad_input``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx_lm
+import pytest
+
+from expertd.protocol import PROTOCOL
+from expertd.protocol.connection import package_version
+from expertd.protocol.paths import Home
+from expertd.worker.manifest import load_lazily
+from tests.conftest import DEADLINE_S, StartDaemon
+from tools.factory import write_checkpoint
+from tools.stage import ask_status, budget_for
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # A row of a slab fills a page: so a budget gives just the slots that it should.
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "model", "qwen3_moe", hidden=128, expert_width=256)
+
+
+def expertd(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "expertd.clients.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_status_as_json_has_the_promised_shape(model_path: Path, home: Home, start_daemon: StartDaemon) -> None:
+    budget = budget_for(load_lazily(model_path).manifest, 12)
+    daemon = start_daemon(str(budget))
+    assert expertd("generate", str(model_path), "hello", "--max-tokens", "4").returncode == 0
+    found = json.loads(expertd("status", "--json").stdout)
+    assert found["protocol"] == PROTOCOL
+    assert found["home"] == str(home.root)
+    assert found["daemon"]["pid"] == daemon.pid
+    assert found["daemon"]["version"] == package_version()
+    assert found["daemon"]["uptime_s"] > 0
+    assert found["daemon"]["rss_bytes"] > 1_000_000
+    assert found["budget_bytes"] == found["used_bytes"] == budget
+    assert found["pressure"] == "normal"
+    (model,) = found["models"]
+    assert len(model["id"]) == 16
+    assert model["path"] == str(model_path)
+    assert (model["moe_layers"], model["experts"], model["top_k"]) == (3, 16, 4)
+    assert model["block_bytes"] == 3 * (128 * 256 // 2 + 128 * 256 // 32)  # 4 bits each, and a scale for 32 of them
+    assert model["resident_blocks"] == model["slots"] == 12
+    assert model["misses"] == model["evictions"] + model["resident_blocks"]
+    assert model["bytes_read"] == model["misses"] * model["block_bytes"]
+    assert model["hits"] > 0
+    assert model["sessions"] == []
+
+
+def test_status_names_the_sessions_and_their_mode(model_path: Path, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    command = [sys.executable, "-m", "tools.hold", str(model_path), "2", "copy"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        (session,) = json.loads(expertd("status", "--json").stdout)["models"][0]["sessions"]
+        assert (session["pid"], session["mode"], session["waiting"]) == (holder.pid, "copy", False)
+        said = expertd("status").stdout
+        assert f"process {holder.pid}, mode copy" in said
+        holder.communicate(timeout=DEADLINE_S)
+
+
+def test_status_of_an_empty_daemon_reads_well(home: Home, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon("64MB")
+    lines = expertd("status").stdout.splitlines()
+    assert lines[0].startswith(f"daemon    process {daemon.pid}, up 0 min ")
+    assert lines[1:] == ["budget    64.0 MB, in use 0 B, pressure normal", "models    none yet"]
+
+
+def test_generate_prints_the_text_of_plain_mlx_lm(model_path: Path, start_daemon: StartDaemon) -> None:
+    start_daemon(str(budget_for(load_lazily(model_path).manifest, 12)))
+    plain, tokenizer = mlx_lm.load(str(model_path))[:2]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    for options, prompt in (([], chat), (["--raw"], "hello")):
+        expected = mlx_lm.generate(plain, tokenizer, prompt, max_tokens=24)
+        done = expertd("generate", str(model_path), "hello", "--max-tokens", "24", *options)
+        assert done.stdout == expected + "\n"
+
+
+def test_generate_starts_a_daemon_and_says_so(model_path: Path, home: Home) -> None:
+    done = expertd("generate", str(model_path), "hello", "--max-tokens", "2", "--budget", "3MB")
+    pid = ask_status(home).daemon.pid
+    assert done.stderr == (
+        f"expertd: started a daemon (process {pid}); it ends after 15 idle minutes, or with: expertd daemon stop\n"
+    )
+    assert ask_status(home).budget_bytes == 3_000_000
+    assert expertd("daemon", "stop").stdout == f"stopped the daemon (process {pid})\n"
+    assert expertd("status").returncode == 3
+
+
+@pytest.mark.parametrize("options", [[], ["--by-layer"]], ids=["whole", "by-layer"])
+def test_verify_says_that_there_is_no_difference(
+    options: list[str], model_path: Path, start_daemon: StartDaemon
+) -> None:
+    start_daemon(str(budget_for(load_lazily(model_path).manifest, 12)))
+    done = expertd("verify", str(model_path), "--tokens", "8", *options)
+    assert done.returncode == 0
+    assert "mode shm, 12 slots for 48 blocks" in done.stdout
+    assert done.stdout.count("no difference") == (1 if options else 3)
+
+
+def test_daemon_run_serves_until_it_is_stopped(home: Home) -> None:
+    command = [sys.executable, "-m", "expertd.clients.cli", "daemon", "run", "--budget", "1MiB"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        deadline = time.monotonic() + DEADLINE_S
+        while not home.daemon_socket.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert ask_status(home).budget_bytes == 1 << 20
+        assert expertd("daemon", "stop").returncode == 0
+        assert daemon.wait(DEADLINE_S) == 0
+    assert [path.name for path in home.run.iterdir()] == ["daemon.lock"]
+
+
+def test_every_command_explains_itself() -> None:
+    listed = expertd("--help").stdout
+    for command in ("serve", "generate", "status", "daemon", "verify", "worker"):
+        assert f"\n  {command} " in listed
+        done = expertd(command, "--help")
+        assert done.returncode == 0
+        assert done.stdout.startswith("Usage: ")
