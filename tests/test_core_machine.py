@@ -63,6 +63,11 @@ LAYERS = 3
 """Of each model."""
 
 
+def _model_with(experts: int) -> str:
+    """The key of the model with so many experts in a layer: that tells them apart."""
+    return next(manifest.key for manifest in MODELS.values() if manifest.layers[0].experts == experts)
+
+
 @dataclass
 class Segment:
     """One pool as its memory: what the table says and what the slots hold (GARBAGE from StartRead to ReadDone)."""
@@ -478,9 +483,8 @@ class CacheMachine(RuleBasedStateMachine):
     def carry_out(self, event: events.Event, instruction: instructions.Instruction) -> None:
         match instruction:
             case instructions.CreatePool(number, _, layout):
-                assert isinstance(event, events.Attach)
                 assert number not in self.segments
-                self.segments[number] = Segment(event.manifest.key, layout)
+                self.segments[number] = Segment(_model_with(layout.experts), layout)
             case instructions.UnlinkPool(number):
                 self.unlink(number)
             case instructions.StartRead():
