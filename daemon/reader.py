@@ -7,6 +7,7 @@ background.  Pacing, merging and packed stores come with issue "Read at the spee
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import queue
 import threading
@@ -17,6 +18,8 @@ from expertd.daemon.files import drop_behind, open_uncached
 from expertd.daemon.index import BlockIndex
 from expertd.protocol.checkpoint import check_unchanged
 from expertd.protocol.errors import ExpertdError, FileChanged, ReadFailed
+
+log = logging.getLogger("expertd.daemon")
 
 THREADS = 4
 """Buffered reads need a queue depth of 4 to reach what the device gives (measured; docs/decisions.md)."""
@@ -116,6 +119,10 @@ class Reader:
                 size = read_block(job.files, job.layer, job.expert, job.rows)
             except ExpertdError as error:
                 job.done(0, error)
+            except Exception as error:
+                # Somebody waits for this block, whatever went wrong.
+                log.exception("a read failed in a way that was not foreseen")
+                job.done(0, ReadFailed(f"reading a block failed ({type(error).__name__}: {error})"))
             else:
                 job.done(size, None)
 

@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import logging
 import os
+import secrets
 import signal
 import time
 from collections import deque
@@ -69,7 +70,8 @@ class Server:
         self._files: dict[str, OpenFiles] = {}
         self._peers: dict[int, _Peer] = {}
         self._events: deque[events.Event] = deque()
-        self._numbers = itertools.count(1)
+        # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
+        self._numbers = itertools.count(secrets.randbits(48))
         self._tasks: set[asyncio.Task[None]] = set()
         self._creating = asyncio.Lock()
         self._ending = asyncio.Event()
@@ -221,9 +223,15 @@ class Server:
         self._events.append(event)
         if len(self._events) > 1:
             return
-        while self._events:
-            self._carry_out(self._core.handle(self._events[0]))
-            self._events.popleft()
+        try:
+            while self._events:
+                self._carry_out(self._core.handle(self._events[0]))
+                self._events.popleft()
+        except Exception:
+            # What the core believes is no longer what is: end, so that nobody computes on it.
+            log.critical("the daemon has an error in itself and ends", exc_info=True)
+            self._ending.set()
+            raise
 
     def _carry_out(self, todo: Iterable[instructions.Instruction]) -> None:
         for what in todo:
@@ -251,7 +259,7 @@ class Server:
                     self._spawn(self._create_pool(what))
                 case instructions.UnlinkPool(segment):
                     self._pools.pop(segment).close()
-        for key in self._files.keys() - self._core.models.keys():
+        for key in self._files.keys() - self._core.keys:
             self._files.pop(key).close()
 
     def _start_read(self, what: instructions.StartRead) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -303,3 +304,68 @@ def test_an_interrupted_fetch_is_answered_before_anything_is_looked_up(
     assert np.array_equal(greedy(model, PROMPT, 8).tokens, expected)
     assert session_of(model)._unanswered is None
     expertd.unload(model)
+
+
+def test_layers_that_are_called_without_the_model_are_exact_too(
+    model_path: Path, manifest: Any, start_daemon: StartDaemon
+) -> None:
+    """Nobody's forward is under way, and another session empties the pool before the result is evaluated."""
+    start_daemon(str(budget_for(manifest, 19)))
+    first, _ = expertd.load(model_path)
+    second, _ = expertd.load(model_path)
+    expected = plain_model(model_path).model(mx.array(PROMPT))
+    hidden = first.model(mx.array(PROMPT))
+    greedy(second, np.arange(200, 260)[None], 24)
+    assert mx.array_equal(hidden, expected).item()
+    expertd.unload(first)
+    expertd.unload(second)
+
+
+def test_a_session_of_a_dead_daemon_is_nobody_to_its_successor(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    budget = str(budget_for(manifest, 8))
+    daemon = start_daemon(budget)
+    old, _ = expertd.load(model_path)
+    greedy(old, PROMPT, 4)
+    daemon.kill()
+    daemon.wait()
+    start_daemon(budget)
+    new, _ = expertd.load(model_path)
+    expected = greedy(plain_model(model_path), PROMPT, 16).tokens
+    assert np.array_equal(greedy(new, PROMPT, 16).tokens, expected)
+    for _ in range(3):
+        with pytest.raises(DaemonLost):
+            greedy(old, np.arange(90, 120)[None], 4)
+    assert np.array_equal(greedy(new, PROMPT, 16).tokens, expected)
+    assert len(ask_status(home).models[0].sessions) == 1
+    expertd.unload(new)
+    expertd.unload(old)
+
+
+def test_a_model_that_is_forgotten_ends_its_session(model_path: Path, home: Home, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    model, _ = expertd.load(model_path)
+    greedy(model, PROMPT, 4)
+    del model
+    gc.collect()
+    wait_for(lambda: not ask_status(home).models[0].sessions)
+
+
+def test_a_forked_child_does_not_keep_its_parents_session_alive(
+    model_path: Path, home: Home, start_daemon: StartDaemon
+) -> None:
+    start_daemon()
+    code = (
+        "import os, sys, time, expertd\n"
+        "model, _ = expertd.load(sys.argv[1])\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    sys.stdin.read()\n"
+        "    os._exit(0)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(model_path)], stdin=subprocess.PIPE) as parent:
+        parent.wait(60)
+        wait_for(lambda: bool(ask_status(home).models) and not ask_status(home).models[0].sessions)
+        parent.communicate()

@@ -10,6 +10,7 @@ when nothing that was looked up before is still to be read.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -83,12 +84,18 @@ class Session:
         """
         self._process = os.getpid()
         self._closed: ExpertdError | None = None
+        self._abandoned = False
         self._forward = threading.Lock()
-        self._asked = 0
-        self._told = 0
+        # Written by one thread each: what the control thread was told, and what a Fetch was answered with; how often an
+        # ack was asked for (control), and up to which request it was given (whoever holds the forward lock).
+        self._told_by_request = 0
+        self._told_by_answer = 0
+        self._asks = 0
+        self._acked_asks = 0
         self._sequence = 0
         self._unanswered: messages.Fetch | None = None
         self._settled = True
+        self._owner = 0
         self._routing: list[bytes] = []
         self._forwards = 0
         self._home = home
@@ -102,7 +109,7 @@ class Session:
             self._line.settimeout(ATTACH_S)
             attached = self._await_attached(request)
             self.number = attached.session
-            self._told = attached.version
+            self._told_by_request = attached.version
             self.pools = self._map(manifest, attached)
         except BaseException:
             self._close_sockets()
@@ -165,6 +172,12 @@ class Session:
             self._forward.release()
             raise
         self._settled = False
+        self._owner = threading.get_ident()
+
+    @property
+    def computing(self) -> bool:
+        """Whether the calling thread is between ``begin`` and ``end``."""
+        return self._owner == threading.get_ident()
 
     def end(self, settled: bool) -> None:
         """Finish a forward.
@@ -174,6 +187,7 @@ class Session:
                 between), the session acks nothing until a later forward has settled.
         """
         self._settled = settled
+        self._owner = 0
         if not settled:
             self._forward.release()
             return
@@ -184,14 +198,13 @@ class Session:
             self.ack()
             self._forward.release()
             # The control thread may have noted a request after the ack and found the lock still taken.
-            if not self._asked or not self._forward.acquire(blocking=False):
+            if self._asks == self._acked_asks or not self._forward.acquire(blocking=False):
                 return
 
     def ack(self) -> None:
         """Answer a request for an ack, if there is one; the caller has evaluated all that was looked up until now."""
-        if self._asked:
-            self._asked = 0
-            self._data.send(self._ack_message())
+        if self._asks != self._acked_asks:
+            self._send_ack(self._data)
 
     def log_routing(self, record: bytes) -> None:
         """Add one record of ``expertd.protocol.routing`` to the log."""
@@ -208,7 +221,9 @@ class Session:
             ReadFailed, FileChanged: the disk or the file failed; the next fetch may work.
             DaemonLost: the daemon is gone.
         """
-        self._asked = 0  # a Fetch acks everything that was told
+        if self._closed is not None:
+            raise self._closed
+        self._acked_asks = self._asks  # a Fetch acks everything that was told
         self._sequence += 1
         request = messages.Fetch(
             session=self.number,
@@ -233,29 +248,37 @@ class Session:
         waited_s = 0.0
         while True:
             answer = self._data.receive(_POLL_S)
+            if self._closed is not None:
+                raise self._closed
             if answer is None:
-                if self._closed is not None:
-                    raise self._closed
                 waited_s += _POLL_S
                 if waited_s >= RESEND_S:
                     waited_s = 0.0
                     self._data.send(request)
             elif isinstance(answer, messages.Resident) and answer.sequence == request.sequence:
                 self._unanswered = None
-                self._told = max(self._told, answer.version)
+                self._told_by_answer = answer.version
                 return answer
-            elif isinstance(answer, messages.Error) and answer.sequence in (None, request.sequence):
+            elif isinstance(answer, messages.Error) and answer.sequence == request.sequence:
                 self._unanswered = None
                 return answer
+            elif isinstance(answer, messages.Error):
+                # Not about this Fetch: the two sides no longer agree on what was said.
+                self._closed = answer.exception()
 
     def _take_routing(self) -> bytes:
         taken, self._routing = b"".join(self._routing), []
         return taken
 
-    def _ack_message(self) -> messages.Ack:
-        return messages.Ack(
-            session=self.number, version=self._told, sequence=self._sequence, routing=self._take_routing()
+    def _send_ack(self, connection: Connection) -> None:
+        """Ack everything that was told; the caller holds the forward lock."""
+        asks = self._asks
+        version = max(self._told_by_request, self._told_by_answer)
+        routing = self._take_routing()
+        connection.send(
+            messages.Ack(session=self.number, version=version, sequence=self._sequence, routing=routing)
         )
+        self._acked_asks = asks
 
     # -- the control thread --------------------------------------------------------------------------------------------
 
@@ -280,17 +303,20 @@ class Session:
             lost = error if isinstance(error, ExpertdError) else DaemonLost(f"the daemon was lost ({error})")
             log.warning("%s", lost)
             self._closed = self._closed or lost
+            self._hang_up()
+        finally:
+            if self._abandoned:
+                self._close_sockets()
 
     def _listen(self) -> None:
         match self._control.receive(0):
             case messages.AckRequest(version=version):
-                self._told = max(self._told, version)
-                self._asked = version
+                self._told_by_request = version
+                self._asks += 1
                 if self._forward.acquire(blocking=False):
                     try:
-                        if self._asked and self._settled:
-                            self._asked = 0
-                            self._control.send(self._ack_message())
+                        if self._asks != self._acked_asks and self._settled:
+                            self._send_ack(self._control)
                     finally:
                         self._forward.release()
             case messages.Complete(segment=segment):
@@ -328,10 +354,28 @@ class Session:
         with self._forward:
             if self._closed is None:
                 self._closed = SessionClosed("the model was closed; load it again")
+            if not self._settled:
+                return  # a graph may still read the pool: the daemon has to keep it until this process ends
         if self._wake.fileno() >= 0:
             self._wake.send(b"x")
             self._thread.join()
             self._close_sockets()
+
+    def abandon(self) -> None:
+        """Close a session whose model was garbage-collected.
+
+        The collector runs on any thread and at any place, so this takes no lock and waits for nobody.
+        """
+        if self._process == os.getpid() and self._wake.fileno() >= 0:
+            self._abandoned = True
+            self._wake.send(b"x")
+
+    def _hang_up(self) -> None:
+        """Let the daemon know that nobody answers here any more, once nothing is computed out of its pools."""
+        with self._forward:
+            if self._settled and self._line.fileno() >= 0:
+                with contextlib.suppress(OSError):  # it may have hung up itself
+                    self._line.shutdown(socket.SHUT_RDWR)
 
     def _close_sockets(self) -> None:
         self._control.close()
@@ -345,6 +389,9 @@ def _void_after_fork() -> None:
     for session in _sessions:
         session._closed = SessionClosed(_FORKED)
         session._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
+        # The parent's death must reach the daemon as an end of file, so the child may not hold the line open.
+        for end in (session._line, session._wake, session._woken):
+            end.close()
 
 
 def close_all() -> None:

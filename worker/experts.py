@@ -77,9 +77,10 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: Any, indices: Any) -> Any:
         parts = self._parts
-        if not (parts.complete or parts.become_complete()):
-            return parts.event(x, indices)
-        if not (parts.last and indices.shape[-2] > 1):
+        computing = parts.events.session.computing
+        if not (parts.complete or (computing and parts.become_complete())):
+            return parts.event(x, indices) if computing else parts.lone_event(x, indices)
+        if computing and not (parts.last and indices.shape[-2] > 1):
             # In a prompt's chunks mlx-lm never evaluates the last layer, so its choice must not be asked for.
             parts.events.log_lazily(parts.layer, indices)
         return parts.switch(x, indices)
@@ -122,6 +123,19 @@ class _Parts:
         place_slabs(self.switch, {name: slab[start : start + experts] for name, slab in self._slabs.arrays.items()})
         self.complete = True
         return True
+
+    def lone_event(self, x: Any, indices: Any) -> Any:
+        """An event of somebody who calls a layer or an inner module and not the model: a forward of its own."""
+        session = self.events.session
+        session.begin()
+        settled = False
+        try:
+            out = self.event(x, indices)
+            self.events.settle()
+            settled = True
+        finally:
+            session.end(settled)
+        return out
 
     def event(self, x: Any, indices: Any) -> Any:
         """One event of a partial pool: evaluate the router, look up, fetch what is absent, compute."""

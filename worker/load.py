@@ -124,7 +124,7 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"]) -> Any:
     model = loaded.model
     model.__class__ = _cached(type(model))
     model._expertd_events = events
-    weakref.finalize(model, session.close)
+    weakref.finalize(model, session.abandon)
     return model
 
 

@@ -76,7 +76,7 @@ def _model(model: ModelStatus) -> list[str]:
     for session in model.sessions:
         waits = ", waits for a read" if session.waiting else ""
         lines.append(
-            f"  session   {session.id}: process {session.pid}, mode {session.mode}, {session.fetches} fetches{waits}"
+            f"  session   process {session.pid}, mode {session.mode}, {session.fetches} fetches{waits}"
         )
     if not model.sessions:
         lines.append("  session   none")

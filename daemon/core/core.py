@@ -44,6 +44,7 @@ class Core:
         self._policy = policy
         self._segments = 0
         self._events = 0
+        self._postponed: list[events.Attach] = []
         self._out: list[instructions.Instruction] = []
 
     @property
@@ -54,6 +55,11 @@ class Core:
             modes = [session.mode for session in model.sessions.values()] + [opening.mode for opening in model.opening]
             total += model.size * (1 + modes.count("copy"))
         return total
+
+    @property
+    def keys(self) -> set[str]:
+        """Keys of the models that exist or that somebody waits to open: their files are needed."""
+        return self.models.keys() | {attach.manifest.key for attach in self._postponed}
 
     def handle(self, event: events.Event) -> list[instructions.Instruction]:
         """Take ``event`` in and return what has to be done about it, in order."""
@@ -79,6 +85,9 @@ class Core:
                 self._read_failed(event)
             case events.Ended(session):
                 self._ended(session)
+        postponed, self._postponed = self._postponed, []
+        for attach in postponed:
+            self._attach(attach)
         out, self._out = self._out, []
         return out
 
@@ -92,6 +101,9 @@ class Core:
             except ExpertdError as error:
                 self._out.append(instructions.Refuse(event.session, error, None))
                 return
+            if model is None:
+                self._postponed.append(event)
+                return
         elif event.mode == "copy" and model.size > self.budget - self.used:
             refusal = BudgetTooSmall(
                 f"a session in copy mode needs {show_size(model.size)} of its own beside the shared pools, and "
@@ -104,13 +116,17 @@ class Core:
         if model.ready:
             self._open_sessions(model)
 
-    def _new_model(self, event: events.Attach) -> Model:
+    def _new_model(self, event: events.Attach) -> Model | None:
+        """A model for ``event``, or None if that has to wait until the last reads of unused models have ended."""
         manifest = event.manifest
         copies = 2 if event.mode == "copy" else 1
         wanted = largest(manifest) * copies
         needed = smallest(manifest) * copies
         idle = sum(model.size for model in self._idle())
         if needed > self.budget - self.used + idle:
+            unused = sum(model.size for model in self.models.values() if not model.sessions and not model.opening)
+            if needed <= self.budget - self.used + unused:
+                return None
             held = self.used - idle
             others = f", and models in use hold {show_size(held)} of it" if held else ""
             raise BudgetTooSmall(
@@ -183,9 +199,11 @@ class Core:
             )
             self._out.append(instructions.Grant(session.number, model.key, model.version, pools))
         for pool in model.pools:
+            pool.fill_from, pool.fill_failed = 0, False
             self._fill(model, pool)
 
     def _ended(self, number: int) -> None:
+        self._postponed = [attach for attach in self._postponed if attach.session != number]
         for model in self.models.values():
             model.opening = [attach for attach in model.opening if attach.session != number]
         session = self.sessions.pop(number, None)
@@ -237,6 +255,11 @@ class Core:
             self._out.append(instructions.Answer(session.number, sequence, version, session.answer))
         elif session.refusal is not None:
             self._out.append(instructions.Refuse(session.number, session.refusal, sequence))
+        else:  # it still waits: perhaps because a request for an ack was lost, or the ack
+            model = self.models[session.model]
+            for other in model.sessions.values():
+                other.asked = (0, 0)
+            self._pump_all(model)
 
     def _refuse_fetch(self, model: Model, session: Session, error: ExpertdError) -> None:
         session.acked = model.version

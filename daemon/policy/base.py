@@ -32,6 +32,8 @@ class Policy(Protocol):
     def victims(self, count: int, evictable: Callable[[Block], bool]) -> list[Block]:
         """Up to ``count`` blocks to evict, the least worth keeping first.
 
+        ``evictable`` may be asked about resident blocks only.
+
         MUST return only distinct resident blocks for which ``evictable`` is true, and MUST return ``count`` of them
         if that many exist.
         """
