@@ -369,3 +369,47 @@ def test_a_forked_child_does_not_keep_its_parents_session_alive(
         parent.wait(60)
         wait_for(lambda: bool(ask_status(home).models) and not ask_status(home).models[0].sessions)
         parent.communicate()
+
+
+def mapped_pools() -> int:
+    """How many segments this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("/dev/shm/expertd-")
+
+
+def test_unloading_unmaps_the_pools(model_path: Path, manifest: Any, start_daemon: StartDaemon) -> None:
+    start_daemon(str(budget_for(manifest, 48)))
+    gc.collect()
+    expertd.unload(expertd.load(model_path)[0])  # what other tests have forgotten goes with it
+    before = mapped_pools()
+    for forget in (False, True):
+        model, _ = expertd.load(model_path)
+        wait_for(lambda model=model: complete(model))  # type: ignore[misc]
+        greedy(model, PROMPT, 4)
+        assert mapped_pools() == before + 1
+        if not forget:
+            expertd.unload(model)
+        del model
+        gc.collect()
+    model, _ = expertd.load(model_path)  # a forgotten model's pages go with the next load
+    assert mapped_pools() == before + 1
+    expertd.unload(model)
+    assert mapped_pools() == before
+
+
+def test_a_result_may_be_evaluated_after_its_model_is_gone(
+    model_path: Path, manifest: Any, start_daemon: StartDaemon
+) -> None:
+    daemon = start_daemon(str(budget_for(manifest, 48)))
+    expected = plain_model(model_path)(mx.array(PROMPT))
+    for forget in (False, True):
+        model, _ = expertd.load(model_path)
+        wait_for(lambda model=model: complete(model))  # type: ignore[misc]
+        lazy = model(mx.array(PROMPT))
+        if not forget:
+            expertd.unload(model)
+        del model
+        gc.collect()
+        other, _ = expertd.load(model_path)
+        assert mx.array_equal(lazy, expected).item()
+        expertd.unload(other)
+    daemon.terminate()

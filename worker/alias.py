@@ -24,34 +24,58 @@ from expertd.protocol.layout import PAGE, PoolLayout
 from expertd.protocol.segments import create, map_readonly
 from expertd.worker.dtypes import MLX_TYPE, NUMPY_TYPE
 
-_bases: dict[str, tuple[Any, int]] = {}
 
+class Bases:
+    """The tiny arrays that as_strided views are built on, one for each element type, with their addresses.
 
-def _base(dtype: str) -> tuple[Any, int]:
-    """A tiny array of ``dtype`` and its address.
-
-    It lives for ever: an as_strided view is built on it, and while somebody else holds it MLX cannot take the buffer of
-    a view for the output of an operation and write into mapped pages.
+    Two things hang on them.  While a base is held, MLX cannot take the buffer of a view for the output of an operation
+    and write into mapped pages.  And views share their base's buffer, so the base knows whether any array or graph
+    still uses one of them.
     """
-    if dtype not in _bases:
-        bits = mx.zeros((8,), mx.uint16) if dtype == "BF16" else mx.zeros((8,), MLX_TYPE[dtype])
-        array = bits.view(MLX_TYPE[dtype])
-        mx.eval(bits, array)
-        address = np.array(bits, copy=False).__array_interface__["data"][0]
-        _bases[dtype] = (array, address)
-    return _bases[dtype]
+
+    def __init__(self) -> None:
+        self._bases: dict[str, tuple[Any, int]] = {}
+
+    def get(self, dtype: str) -> tuple[Any, int]:
+        """The base of ``dtype`` and its address."""
+        if dtype not in self._bases:
+            array = mx.zeros((8,), MLX_TYPE[dtype])
+            mx.eval(array)
+            self._bases[dtype] = (array, _address(array))
+        return self._bases[dtype]
+
+    def let_go(self) -> bool:
+        """Give the bases up; True if nobody else uses their buffers, so that no graph can read the pages any more.
+
+        MLX reuses an operand's buffer for the output if nobody else holds it, which the output's address shows.
+        """
+        unused = True
+        while self._bases:
+            array, address = self._bases.popitem()[1]
+            moved = array + mx.array(1, array.dtype)
+            del array
+            mx.eval(moved)
+            unused = unused and _address(moved) == address
+        return unused
 
 
-def alias(mapping: mmap.mmap, offset: int, shape: Sequence[int], dtype: str) -> Any:
+def _address(array: Any) -> int:
+    """Where the elements of an evaluated array are."""
+    plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return int(np.array(plain, copy=False).__array_interface__["data"][0])
+
+
+def alias(mapping: mmap.mmap, offset: int, shape: Sequence[int], dtype: str, bases: Bases) -> Any:
     """The array of ``shape`` and ``dtype`` whose bytes start at ``offset`` of ``mapping``; the pages are its buffer.
 
-    The caller keeps ``mapping`` alive for as long as any graph may use the array, and ``offset`` on an element.
+    The caller keeps ``mapping`` alive for as long as any graph may use the array (``Bases.let_go``), and ``offset`` on
+    an element.
     """
     if mx.default_device() == mx.gpu:
         values: NDArray[Any] = np.ndarray(tuple(shape), NUMPY_TYPE[dtype], buffer=mapping, offset=offset)
         adopted = mx.asarray(values, copy=False)
         return adopted.view(MLX_TYPE[dtype]) if dtype == "BF16" else adopted
-    base, base_address = _base(dtype)
+    base, base_address = bases.get(dtype)
     address = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0] + offset
     distance, rest = divmod(address - base_address, base.dtype.size)
     if rest:
@@ -70,9 +94,9 @@ def self_test() -> str | None:
             writer = np.frombuffer(segment.mapping, np.uint32)
             writer[:] = 1
             seen = map_readonly(os.dup(segment.readonly), PAGE)
-            array = alias(seen, 64, (8, 16), "U32")
+            array = alias(seen, 64, (8, 16), "U32", Bases())
             address = np.frombuffer(seen, np.uint8).__array_interface__["data"][0] + 64
-            if np.array(array, copy=False).__array_interface__["data"][0] != address:
+            if _address(array) != address:
                 return "MLX copied the pages"
             before = mx.sum(array + 0).item()
             writer[:] = 3
@@ -91,11 +115,25 @@ class SharedSlabs:
     mode = "shm"
 
     def __init__(self, mapping: mmap.mmap, layout: PoolLayout) -> None:
-        self.mapping = mapping
-        self.arrays = {slab.name: alias(mapping, slab.offset, slab.shape, slab.dtype) for slab in layout.slabs}
+        self._mapping: mmap.mmap | None = mapping
+        self._bases = Bases()
+        self.arrays = {s.name: alias(mapping, s.offset, s.shape, s.dtype, self._bases) for s in layout.slabs}
 
     def bring(self, layer: int, experts: NDArray[np.integer], slots: NDArray[np.integer]) -> None:
         """Nothing to do: the shared pages are what is computed from."""
+
+    def let_go(self) -> None:
+        """Drop the arrays, and the pages with them unless a graph that was never evaluated still reads them.
+
+        In that (odd) case the pages stay mapped until the process ends.  On Metal MLX itself holds what it adopted.
+        """
+        self.arrays.clear()
+        if not self._bases.let_go():
+            _kept.append(self._mapping)
+        self._mapping = None
+
+
+_kept: list[mmap.mmap | None] = []
 
 
 class CopiedSlabs:
@@ -108,7 +146,6 @@ class CopiedSlabs:
     mode = "copy"
 
     def __init__(self, mapping: mmap.mmap, layout: PoolLayout) -> None:
-        self.mapping = mapping
         self.arrays: dict[str, Any] = {}
         self._rows: list[tuple[NDArray[Any], NDArray[Any]]] = []
         for slab in layout.slabs:
@@ -119,6 +156,11 @@ class CopiedSlabs:
             shared: NDArray[Any] = np.ndarray(slab.shape, NUMPY_TYPE[slab.dtype], buffer=mapping, offset=slab.offset)
             self._rows.append((np.array(stored, copy=False), shared))
         self._content = np.full((layout.slots, 2), -1, np.int64)
+
+    def let_go(self) -> None:
+        """Drop the arrays; MLX owns their memory."""
+        self.arrays.clear()
+        self._rows.clear()
 
     def bring(self, layer: int, experts: NDArray[np.integer], slots: NDArray[np.integer]) -> None:
         """Copy those of the blocks (``layer``, ``experts``) in ``slots`` that are not here yet."""

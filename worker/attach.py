@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from expertd.protocol import lifeline, messages
 from expertd.protocol.connection import Connection
-from expertd.protocol.errors import AliasFailed, DaemonLost, ExpertdError, SessionClosed
+from expertd.protocol.errors import AliasFailed, DaemonLost, ExpertdError, SessionClosed, from_code
 from expertd.protocol.layout import PoolLayout, pool_layout, read_header
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
@@ -100,11 +100,12 @@ class Session:
         self._forwards = 0
         self._home = home
         token = secrets.token_bytes(16)
-        self._control = Connection(home.daemon_socket, "worker")
-        self._data = Connection(home.daemon_socket, "worker")
-        self._line = lifeline.connect(home.lifeline_socket, token)
-        self._wake, self._woken = socket.socketpair()
+        self._sockets = contextlib.ExitStack()
         try:
+            self._control = self._sockets.enter_context(Connection(home.daemon_socket, "worker"))
+            self._data = self._sockets.enter_context(Connection(home.daemon_socket, "worker"))
+            self._line = self._sockets.enter_context(lifeline.connect(home.lifeline_socket, token))
+            self._wake, self._woken = map(self._sockets.enter_context, socket.socketpair())
             request = messages.Attach(token=token, pid=os.getpid(), mode=mode, manifest=manifest)
             self._line.settimeout(ATTACH_S)
             attached = self._await_attached(request)
@@ -112,7 +113,7 @@ class Session:
             self._told_by_request = attached.version
             self.pools = self._map(manifest, attached)
         except BaseException:
-            self._close_sockets()
+            self._sockets.close()
             raise
         self.mode = mode
         self._thread = threading.Thread(target=self._run, name=f"session-{self.number}", daemon=True)
@@ -164,8 +165,7 @@ class Session:
         """
         self._forward.acquire()
         try:
-            if self._closed is not None:
-                raise self._closed
+            self._check_open()
             if self._unanswered is not None:
                 self._await_answer(self._unanswered)
         except BaseException:
@@ -221,8 +221,7 @@ class Session:
             ReadFailed, FileChanged: the disk or the file failed; the next fetch may work.
             DaemonLost: the daemon is gone.
         """
-        if self._closed is not None:
-            raise self._closed
+        self._check_open()
         self._acked_asks = self._asks  # a Fetch acks everything that was told
         self._sequence += 1
         request = messages.Fetch(
@@ -248,8 +247,7 @@ class Session:
         waited_s = 0.0
         while True:
             answer = self._data.receive(_POLL_S)
-            if self._closed is not None:
-                raise self._closed
+            self._check_open()
             if answer is None:
                 waited_s += _POLL_S
                 if waited_s >= RESEND_S:
@@ -265,6 +263,15 @@ class Session:
             elif isinstance(answer, messages.Error):
                 # Not about this Fetch: the two sides no longer agree on what was said.
                 self._closed = answer.exception()
+
+    def _check_open(self) -> None:
+        """Raise why this session is closed, if it is.
+
+        A new exception each time: one that has been raised holds its frames, which hold the model, which must not be
+        held by its own session.
+        """
+        if self._closed is not None:
+            raise from_code(self._closed.code, self._closed.message)
 
     def _take_routing(self) -> bytes:
         taken, self._routing = b"".join(self._routing), []
@@ -300,13 +307,14 @@ class Session:
                 elif not ready:
                     forwards = self._flush_idle(forwards)
         except (ExpertdError, OSError) as error:
-            lost = error if isinstance(error, ExpertdError) else DaemonLost(f"the daemon was lost ({error})")
-            log.warning("%s", lost)
-            self._closed = self._closed or lost
+            if self._closed is None:
+                code = error.code if isinstance(error, ExpertdError) else DaemonLost.code
+                self._closed = from_code(code, f"{error}")
+                log.warning("%s", error)
             self._hang_up()
         finally:
             if self._abandoned:
-                self._close_sockets()
+                self._sockets.close()
 
     def _listen(self) -> None:
         match self._control.receive(0):
@@ -347,7 +355,7 @@ class Session:
     def close(self) -> None:
         """Detach.  Waits for a forward that is under way; later ones raise SessionClosed.
 
-        The pages stay mapped: arrays over them, and graphs of complete pools, may outlive the session.
+        Unmapping the pages is for whoever has arrays over them (``expertd.worker.alias``).
         """
         if self._process != os.getpid():
             return
@@ -359,7 +367,8 @@ class Session:
         if self._wake.fileno() >= 0:
             self._wake.send(b"x")
             self._thread.join()
-            self._close_sockets()
+            self._sockets.close()
+            self.pools.clear()
 
     def abandon(self) -> None:
         """Close a session whose model was garbage-collected.
@@ -376,12 +385,6 @@ class Session:
             if self._settled and self._line.fileno() >= 0:
                 with contextlib.suppress(OSError):  # it may have hung up itself
                     self._line.shutdown(socket.SHUT_RDWR)
-
-    def _close_sockets(self) -> None:
-        self._control.close()
-        self._data.close()
-        for end in (self._line, self._wake, self._woken):
-            end.close()
 
 
 def _void_after_fork() -> None:

@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from expertd.protocol.errors import SessionClosed
 from expertd.protocol.routing import pack
 from expertd.worker.alias import Slabs
 from expertd.worker.attach import MappedPool, Session
@@ -36,8 +37,15 @@ class Events:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.slabs: list[Slabs] = []
         self.unevaluated: Any = None
         self._lazy: list[list[tuple[int, Any]]] = [[]]
+
+    def let_go(self) -> list[Slabs]:
+        """The session is closed: forget what was to be logged (its graphs read the slabs) and give the slabs up."""
+        self._lazy = [[]]
+        slabs, self.slabs = self.slabs, []
+        return slabs
 
     def settle(self) -> None:
         """Evaluate the last event's output: after this no graph reads a partial pool."""
@@ -73,10 +81,13 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         """``layer`` counts the model's MoE layers in forward order; ``last`` is true for the last of them."""
         super().__init__()
         # Kept outside the module's tree: the slabs are no parameters of this model, they belong to everybody.
-        self._parts = _Parts(events, layer, switch, pool, slabs, pool.table[pool.layers.index(layer)], last)
+        row = pool.table[pool.layers.index(layer)]
+        self._parts: _Parts | None = _Parts(events, layer, switch, pool, slabs, row, last)
 
     def __call__(self, x: Any, indices: Any) -> Any:
         parts = self._parts
+        if parts is None:
+            raise SessionClosed("the model was closed; load it again")
         computing = parts.events.session.computing
         if not (parts.complete or (computing and parts.become_complete())):
             return parts.event(x, indices) if computing else parts.lone_event(x, indices)
@@ -84,6 +95,10 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
             # In a prompt's chunks mlx-lm never evaluates the last layer, so its choice must not be asked for.
             parts.events.log_lazily(parts.layer, indices)
         return parts.switch(x, indices)
+
+    def let_go(self) -> None:
+        """Forget pool and slabs: the session is closed."""
+        self._parts = None
 
 
 class _Parts:

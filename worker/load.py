@@ -16,7 +16,7 @@ from expertd.protocol.errors import AliasFailed, SessionClosed
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.worker import attach
-from expertd.worker.alias import CopiedSlabs, SharedSlabs, self_test
+from expertd.worker.alias import CopiedSlabs, SharedSlabs, Slabs, self_test
 from expertd.worker.experts import CachedExperts, Events, place_slabs
 from expertd.worker.manifest import LazyModel, load_lazily, replace_module
 
@@ -52,6 +52,7 @@ def load(
     Raises:
         ExpertdError: with a code for each reason (see ``expertd.protocol.errors``).
     """
+    _sweep()
     folder = Path(path_or_hf_repo).expanduser().resolve()
     home = home or Home.current()
     home.check()
@@ -72,8 +73,13 @@ def load(
 
 
 def unload(model: Any) -> None:
-    """Close the session of a model that ``load`` returned; calling the model afterwards raises SessionClosed."""
+    """Close the session of a model that ``load`` returned, and unmap its pools; its calls raise SessionClosed then."""
     session_of(model).close()
+    for module in model.modules():
+        if isinstance(module, CachedExperts):
+            module.let_go()
+    _orphans.extend(model._expertd_events.let_go())
+    _sweep()
 
 
 def session_of(model: Any) -> attach.Session:
@@ -110,8 +116,10 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"]) -> Any:
     try:
         make = SharedSlabs if mode == "shm" else CopiedSlabs
         events = Events(session)
+        held: list[Slabs] = []
         for pool in session.pools:
             slabs = make(pool.mapping, pool.layout)
+            held.append(slabs)
             for layer in pool.layers:
                 switch = loaded.switches[layer]
                 place_slabs(switch.module, slabs.arrays)
@@ -124,8 +132,24 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"]) -> Any:
     model = loaded.model
     model.__class__ = _cached(type(model))
     model._expertd_events = events
-    weakref.finalize(model, session.abandon)
+    events.slabs = held
+    weakref.finalize(model, _forgotten, session, held)
     return model
+
+
+_orphans: list[Slabs] = []
+
+
+def _forgotten(session: attach.Session, slabs: list[Slabs]) -> None:
+    """A model was garbage-collected, on whatever thread and in the middle of whatever: only note it down."""
+    session.abandon()
+    _orphans.extend(slabs)
+
+
+def _sweep() -> None:
+    """Unmap what models that were garbage-collected have left."""
+    while _orphans:
+        _orphans.pop().let_go()
 
 
 _classes: dict[type, type] = {}

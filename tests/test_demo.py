@@ -1,0 +1,37 @@
+"""The demo as ``make demo`` runs it, and the model that ships with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx_lm
+
+from tools.demo import DEMO_MODEL, QUESTIONS
+
+
+def test_the_demo_shows_the_same_text_as_plain_mlx_lm_and_leaves_nothing() -> None:
+    done = subprocess.run([sys.executable, "-m", "tools.demo"], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the same text") == len(QUESTIONS)
+    assert "40 %" in done.stdout
+    assert "session   process" in done.stdout
+    assert "left behind: nothing" in done.stdout
+
+
+def test_the_demo_model_is_small_and_ends_its_answers() -> None:
+    size = sum(path.stat().st_size for path in DEMO_MODEL.iterdir())
+    assert size <= 24_000_000
+    model, tokenizer = mlx_lm.load(str(DEMO_MODEL))[:2]
+    asked = [{"role": "user", "content": "What is the module json for?"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+    answer = mlx_lm.generate(model, tokenizer, prompt, max_tokens=60)
+    assert "json module" in answer
+    assert len(tokenizer.encode(answer)) < 60
+
+
+def test_no_expert_of_the_demo_model_is_dead() -> None:
+    figures = json.loads((Path(DEMO_MODEL) / "figures.json").read_text())
+    assert figures["dead_experts_by_layer"] == [0] * 6
