@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,44 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 import expertd
+from expertd.worker.experts import CachedExperts
 from expertd.worker.load import session_of
-from expertd.worker.manifest import find_switches, load_lazily, replace_module
+from expertd.worker.manifest import load_lazily, replace_module
 from tools.factory import write_checkpoint
 from tools.stage import ask_status, budget_for, running_daemon, temporary_home
 
 PROMPT = np.arange(5, 21)
 
 
-class _Evaluating(nn.Module):  # type: ignore[misc]
-    """A switch behind an evaluated router: what any exact cache has to pay in a layer that may miss."""
+class _Layer(nn.Module):  # type: ignore[misc]
+    """A cached layer, or in its place what any exact cache has to do: evaluate the router, then compute.
 
-    def __init__(self, switch: Any) -> None:
+    The second takes its slots from a record of an earlier run, so that both compute the same on the same memory, and
+    what differs is the looking up.
+    """
+
+    def __init__(self, cached: CachedExperts, record: _Record) -> None:
         super().__init__()
-        self.switch = switch
+        self._cached = cached
+        self._record = record
 
     def __call__(self, x: Any, indices: Any) -> Any:
+        if self._record.replaying is None:
+            out = self._cached(x, indices)
+            if self._record.recording:
+                self._record.slots.append(mx.array(self._cached._parts._slots))
+            return out
         mx.eval(indices)
-        return self.switch(x, indices)
+        return self._cached._parts.switch(x, next(self._record.replaying))
+
+
+@dataclass
+class _Record:
+    """The slots of all events of a run, in order."""
+
+    slots: list[Any] = field(default_factory=list)
+    recording: bool = True
+    replaying: Iterator[Any] | None = None
 
 
 def decode(model: Any, tokens: int) -> list[float]:
@@ -79,6 +100,36 @@ def interleaved(measure: Callable[[Any, int], list[float]], models: list[Any], r
     return times
 
 
+def partial_hits(model: Any, rounds: int, tokens: int) -> Any:
+    """Times ``[2, round, token]`` of decoding with evaluated routers alone, and with look-ups that hit."""
+    record = _Record()
+    for layer in [path for path, module in model.named_modules() if isinstance(module, CachedExperts)]:
+        replace_module(model, layer, _Layer(dict(model.named_modules())[layer], record))
+    step_by_step(model, tokens)
+    record.recording = False
+    bare = type(model).__mro__[1].__call__  # the model's own call, without a session's bracket around it
+
+    def measure(looking_up: bool, count: int) -> list[float]:
+        record.replaying = None if looking_up else iter(record.slots)
+        return step_by_step(model if looking_up else _Bare(model, bare), count)
+
+    return interleaved(measure, [False, True], rounds, tokens)
+
+
+@dataclass
+class _Bare:
+    """A model as mlx-lm has it, to be called past its session."""
+
+    model: Any
+    call: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.model, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
 def wait_until_complete(home: Any, model: Any) -> None:
     """Return when the daemon has filled the pool and the session has heard of it."""
     deadline = time.monotonic() + 120
@@ -114,12 +165,10 @@ def run(quick: bool = False) -> dict[str, Any]:
             model, _ = expertd.load(path)
             step_by_step(model, tokens)  # brings in what the run needs
             misses = ask_status(home).models[0].misses
-            for switch in find_switches(plain):
-                replace_module(plain, switch.path, _Evaluating(switch.module))
-            partial = interleaved(step_by_step, [plain, model], rounds, tokens)
+            partial = partial_hits(model, rounds, tokens)
             assert ask_status(home).models[0].misses == misses, "a run that was to hit has missed"
             expertd.unload(model)
-        # Each token of a round has its counterpart in the other model: the same token, seconds apart.
+        # Each token of a round has its counterpart in the other variant: the same token, seconds apart.
         added_us = (partial[1] - partial[0]).reshape(-1) / layers * 1e6
         floor_us = (partial[1].min(axis=0) - partial[0].min(axis=0)) / layers * 1e6
 

@@ -5,6 +5,7 @@ A log is a sequence of records of little-endian uint16: layer, count, then ``cou
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 
 from expertd.protocol.errors import MessageInvalid
 
+_HEAD = struct.Struct("<HH")
+
 
 def pack(layer: int, experts: NDArray[np.integer]) -> bytes:
-    """One record; ``experts``: distinct ids, any integer type, shape ``[n]``."""
-    return np.concatenate(([layer, experts.size], experts)).astype("<u2").tobytes()
+    """One record of what a router chose: ``experts[..., k]``, any integer type, repeated from token to token."""
+    distinct = experts if experts.size == experts.shape[-1] else np.unique(experts)  # one token repeats nothing
+    return _HEAD.pack(layer, distinct.size) + distinct.astype("<u2").tobytes()
 
 
 def unpack(log: bytes) -> Iterator[tuple[int, list[int]]]:

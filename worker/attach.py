@@ -33,6 +33,7 @@ from expertd.protocol.errors import AliasFailed, DaemonLost, ExpertdError, Sessi
 from expertd.protocol.layout import PoolLayout, pool_layout, read_header
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
+from expertd.protocol.routing import pack
 from expertd.protocol.segments import map_readonly
 
 log = logging.getLogger("expertd.worker")
@@ -74,6 +75,11 @@ class Session:
 
     One forward at a time: between ``begin`` and ``end`` the caller may look blocks up in the tables and read the slots
     that it found.  ``end``, ``ack`` and ``fetch`` promise that whatever was looked up before them is evaluated.
+
+    Attributes:
+        owner: identity of the thread that is between ``begin`` and ``end``, 0 if none is.
+        ack_wanted: the daemon waits for an ack; the owner calls ``ack`` when it may.
+        completions: how many of the pools are complete.
     """
 
     def __init__(self, home: Home, manifest: Manifest, mode: Literal["shm", "copy"]) -> None:
@@ -95,8 +101,8 @@ class Session:
         self._sequence = 0
         self._unanswered: messages.Fetch | None = None
         self._settled = True
-        self._owner = 0
-        self._routing: list[bytes] = []
+        self.owner = 0
+        self._routing: list[tuple[int, NDArray[np.integer]]] = []
         self._forwards = 0
         self._home = home
         token = secrets.token_bytes(16)
@@ -115,6 +121,7 @@ class Session:
         except BaseException:
             self._sockets.close()
             raise
+        self.completions = sum(pool.complete for pool in self.pools)
         self.mode = mode
         self._thread = threading.Thread(target=self._run, name=f"session-{self.number}", daemon=True)
         _sessions.add(self)
@@ -172,12 +179,7 @@ class Session:
             self._forward.release()
             raise
         self._settled = False
-        self._owner = threading.get_ident()
-
-    @property
-    def computing(self) -> bool:
-        """Whether the calling thread is between ``begin`` and ``end``."""
-        return self._owner == threading.get_ident()
+        self.owner = threading.get_ident()
 
     def end(self, settled: bool) -> None:
         """Finish a forward.
@@ -187,7 +189,7 @@ class Session:
                 between), the session acks nothing until a later forward has settled.
         """
         self._settled = settled
-        self._owner = 0
+        self.owner = 0
         if not settled:
             self._forward.release()
             return
@@ -195,20 +197,24 @@ class Session:
         if self._forwards % FLUSH_FORWARDS == 0 and self._routing and self._closed is None:
             self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
         while True:
-            self.ack()
+            if self.ack_wanted:
+                self.ack()
             self._forward.release()
             # The control thread may have noted a request after the ack and found the lock still taken.
-            if self._asks == self._acked_asks or not self._forward.acquire(blocking=False):
+            if not self.ack_wanted or not self._forward.acquire(blocking=False):
                 return
 
-    def ack(self) -> None:
-        """Answer a request for an ack, if there is one; the caller has evaluated all that was looked up until now."""
-        if self._asks != self._acked_asks:
-            self._send_ack(self._data)
+    @property
+    def ack_wanted(self) -> bool:
+        return self._asks != self._acked_asks
 
-    def log_routing(self, record: bytes) -> None:
-        """Add one record of ``expertd.protocol.routing`` to the log."""
-        self._routing.append(record)
+    def ack(self) -> None:
+        """Answer the daemon's request for an ack; the caller has evaluated all that was looked up until now."""
+        self._send_ack(self._data)
+
+    def log_routing(self, layer: int, experts: NDArray[np.integer]) -> None:
+        """Log an event that was all hits: what its router chose, ``[..., k]``.  The array must not change any more."""
+        self._routing.append((layer, experts))
 
     def fetch(self, layer: int, experts: NDArray[np.integer]) -> NDArray[np.int32]:
         """Make the blocks (``layer``, ``experts``) resident and lease them until the next fetch or ack.
@@ -274,8 +280,8 @@ class Session:
             raise from_code(self._closed.code, self._closed.message)
 
     def _take_routing(self) -> bytes:
-        taken, self._routing = b"".join(self._routing), []
-        return taken
+        taken, self._routing = self._routing, []
+        return b"".join(pack(layer, experts) for layer, experts in taken)
 
     def _send_ack(self, connection: Connection) -> None:
         """Ack everything that was told; the caller holds the forward lock."""
@@ -323,7 +329,7 @@ class Session:
                 self._asks += 1
                 if self._forward.acquire(blocking=False):
                     try:
-                        if self._asks != self._acked_asks and self._settled:
+                        if self.ack_wanted and self._settled:
                             self._send_ack(self._control)
                     finally:
                         self._forward.release()
@@ -331,6 +337,7 @@ class Session:
                 for pool in self.pools:
                     if pool.segment == segment:
                         pool.complete = True
+                        self.completions += 1
             case messages.Error() as error:
                 raise error.exception()
             case _:

@@ -11,7 +11,7 @@ evicted from them.
 
 from __future__ import annotations
 
-import struct
+from threading import get_ident
 from typing import Any
 
 import mlx.core as mx
@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertd.protocol.errors import SessionClosed
-from expertd.protocol.routing import pack
+from expertd.protocol.layout import ABSENT
 from expertd.worker.alias import Slabs
 from expertd.worker.attach import MappedPool, Session
 
-_RECORD = struct.Struct("<HH")
+_ABSENT = np.int32(ABSENT).tobytes()
 LOG_AFTER_CALLS = 2
 """The routing of complete layers is read so many calls later, when it has long been computed."""
 
@@ -38,12 +38,14 @@ class Events:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.slabs: list[Slabs] = []
+        self.partial: list[_Parts] = []
         self.unevaluated: Any = None
+        self._completions = 0
         self._lazy: list[list[tuple[int, Any]]] = [[]]
 
     def let_go(self) -> list[Slabs]:
         """The session is closed: forget what was to be logged (its graphs read the slabs) and give the slabs up."""
-        self._lazy = [[]]
+        self._lazy, self.partial = [[]], []
         slabs, self.slabs = self.slabs, []
         return slabs
 
@@ -54,22 +56,20 @@ class Events:
             self.unevaluated = None
 
     def begin_call(self) -> None:
-        """A forward starts: read what the complete layers' routers chose some calls ago."""
+        """A forward starts: note which pools have become complete, and read what routers chose some calls ago."""
+        if self._completions != self.session.completions:
+            self._completions = self.session.completions
+            for parts in self.partial:
+                parts.become_complete()
+            self.partial = [parts for parts in self.partial if not parts.complete]
         self._lazy.append([])
         if len(self._lazy) > LOG_AFTER_CALLS:
             for layer, indices in self._lazy.pop(0):
-                self.log(layer, np.array(indices, copy=False))
+                self.session.log_routing(layer, np.array(indices, copy=False))
 
     def log_lazily(self, layer: int, indices: Any) -> None:
         """Log the choice of a complete layer without evaluating it now."""
         self._lazy[-1].append((layer, indices))
-
-    def log(self, layer: int, ids: NDArray[np.integer]) -> None:
-        """Log an event that was all hits; ``ids`` of any shape, repeated where several tokens chose the same."""
-        if ids.size == ids.shape[-1]:  # one token: a router names no expert twice
-            self.session.log_routing(_RECORD.pack(layer, ids.size) + ids.astype("<u2").tobytes())
-        else:
-            self.session.log_routing(pack(layer, np.unique(ids)))
 
 
 class CachedExperts(nn.Module):  # type: ignore[misc]
@@ -83,13 +83,14 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         # Kept outside the module's tree: the slabs are no parameters of this model, they belong to everybody.
         row = pool.table[pool.layers.index(layer)]
         self._parts: _Parts | None = _Parts(events, layer, switch, pool, slabs, row, last)
+        events.partial.append(self._parts)
 
     def __call__(self, x: Any, indices: Any) -> Any:
         parts = self._parts
         if parts is None:
             raise SessionClosed("the model was closed; load it again")
-        computing = parts.events.session.computing
-        if not (parts.complete or (computing and parts.become_complete())):
+        computing = parts.events.session.owner == get_ident()
+        if not parts.complete:
             return parts.event(x, indices) if computing else parts.lone_event(x, indices)
         if computing and not (parts.last and indices.shape[-2] > 1):
             # In a prompt's chunks mlx-lm never evaluates the last layer, so its choice must not be asked for.
@@ -121,23 +122,25 @@ class _Parts:
         self.complete = False
         self._pool = pool
         self._slabs = slabs
-        self._row = row
+        # As uint32, which is what routers give and gather_qmm takes without converting.  The mapped slots of an event
+        # are written into one array of this layer: by the next event the graph that read it has been evaluated.
+        self._row = row.view(np.uint32)
+        self._slots_array: Any = None
+        self._slots: NDArray[np.uint32] = np.empty((0, 0, 0), np.uint32)
 
-    def become_complete(self) -> bool:
-        """Go over to computing without looking, once the daemon has said that the pool is complete.
+    def become_complete(self) -> None:
+        """Go over to computing without looking, if the pool is complete; between two forwards only.
 
         There every block has its natural place, so this layer's rows of the slabs are its experts in order, and the
         switch computes what plain mlx-lm would: same ids, same shapes, same kernels.
         """
         if not self._pool.complete:
-            return False
-        self.events.settle()
+            return
         experts = self._row.size
         start = self._pool.layers.index(self.layer) * experts
         self._slabs.bring(self.layer, np.arange(experts), np.arange(start, start + experts))
         place_slabs(self.switch, {name: slab[start : start + experts] for name, slab in self._slabs.arrays.items()})
         self.complete = True
-        return True
 
     def lone_event(self, x: Any, indices: Any) -> Any:
         """An event of somebody who calls a layer or an inner module and not the model: a forward of its own."""
@@ -161,24 +164,33 @@ class _Parts:
             mx.eval(events.unevaluated, indices)
             events.unevaluated = None
         ids = np.array(indices, copy=False)
-        events.session.ack()
-        slots = self._row[ids]
-        if ids.size and slots.min() < 0:
+        session = events.session
+        if session.ack_wanted:
+            session.ack()
+        if ids.shape != self._slots.shape:
+            self._slots_array = mx.zeros(ids.shape, mx.uint32)
+            mx.eval(self._slots_array)
+            self._slots = np.array(self._slots_array, copy=False)
+        # take() and a search for the bytes of "absent" (which no slot number contains, at any offset) cost 10 us with
+        # cold caches, as they are after each layer; fancy indexing and min() cost 90.
+        slots = self._slots
+        self._row.take(ids, out=slots, mode="clip")
+        if _ABSENT in slots.tobytes():
             wanted = np.unique(ids)
             room = self._pool.layout.slots
             if wanted.size > room:
                 return self._in_groups(x, indices, ids, wanted, room)
-            slots = self._fetch(wanted)[ids]
+            slots[...] = self._fetch(wanted)[ids]
         else:
-            events.log(self.layer, ids)
+            session.log_routing(self.layer, ids)
         self._slabs.bring(self.layer, ids, slots)
-        out = self.switch(x, mx.array(slots))
+        out = self.switch(x, self._slots_array)
         events.unevaluated = out
         return out
 
-    def _fetch(self, wanted: NDArray[np.integer]) -> NDArray[np.int32]:
-        """Fetch ``wanted`` and return ``slot[expert]`` (-1 for the others)."""
-        slot_of = np.full(self._row.size, -1, np.int32)
+    def _fetch(self, wanted: NDArray[np.integer]) -> NDArray[np.uint32]:
+        """Fetch ``wanted`` and return ``slot[expert]`` (absent for the others)."""
+        slot_of = np.full(self._row.size, ABSENT, np.int32).view(np.uint32)
         slot_of[wanted] = self.events.session.fetch(self.layer, wanted)
         return slot_of
 
@@ -189,7 +201,7 @@ class _Parts:
         each other in every kernel, so this is bit-equal to computing them together; adding up partial sums is not.
         """
         flat = ids.ravel()
-        resident = self._row[wanted] >= 0
+        resident = self._row[wanted].view(np.int32) != ABSENT
         order = np.concatenate((wanted[resident], wanted[~resident]))
         group_of = np.empty(self._row.size, np.int64)
         group_of[order] = np.arange(order.size) // room
