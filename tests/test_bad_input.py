@@ -193,8 +193,8 @@ def test_a_home_that_is_too_long_names_the_limit(good: Path) -> None:
     assert not Path(long).exists()
 
 
-def test_a_home_that_is_a_file_is_refused(tmp_path: Path, good: Path) -> None:
-    file = tmp_path / "file"
+def test_a_home_that_is_a_file_is_refused(home: Home) -> None:
+    file = home.root / "file"
     file.write_text("")
     assert_one_sentence(expertd("daemon", "run", EXPERTD_HOME=str(file)), "home_invalid", 2, str(file))
 

@@ -25,10 +25,10 @@ def test_the_demo_model_is_small_and_ends_its_answers() -> None:
     size = sum(path.stat().st_size for path in DEMO_MODEL.iterdir())
     assert size <= 24_000_000
     model, tokenizer = mlx_lm.load(str(DEMO_MODEL))[:2]
-    asked = [{"role": "user", "content": "What is the module json for?"}]
+    asked = [{"role": "user", "content": "What is the module socket for?"}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)
     answer = mlx_lm.generate(model, tokenizer, prompt, max_tokens=60)
-    assert "json module" in answer
+    assert answer.startswith("The socket module")
     assert len(tokenizer.encode(answer)) < 60
 
 

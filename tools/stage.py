@@ -25,6 +25,7 @@ from expertd.protocol.paths import Home
 
 START_S = 20.0
 END_S = 10.0
+IDLE_EXIT_S = "600"  # should whoever has started a daemon here be killed
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def launch_daemon(home: Home, budget: int | str, *options: str) -> subprocess.Po
     Raises:
         DaemonStartFailed: it ended or did not answer in time; with what it said.
     """
-    command = [sys.executable, "-m", "expertd.daemon", "--budget", str(budget), *options]
+    command = [sys.executable, "-m", "expertd.daemon", "--budget", str(budget), "--idle-exit", IDLE_EXIT_S, *options]
     environment = {**os.environ, "EXPERTD_HOME": str(home.root)}
     with home.daemon_log.open("ab") as log:
         process = subprocess.Popen(
