@@ -11,8 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
+
 from expertd.protocol.connection import Connection
-from expertd.protocol.errors import DaemonAlreadyRunning, DaemonBusy, DaemonNotRunning, DaemonStartFailed
+from expertd.protocol.errors import DaemonAlreadyRunning, DaemonBusy, DaemonLost, DaemonNotRunning, DaemonStartFailed
 from expertd.protocol.messages import Stop, Stopping
 from expertd.protocol.paths import Home
 
@@ -82,10 +84,36 @@ def connect_or_start(
 
 
 
-def stop_if_idle(home: Home) -> None:
+def stop_daemon(home: Home, role: str, *, if_idle: bool = False, timeout_s: float = 30.0) -> int:
+    """End the home's daemon, and return its process id when it is gone and its memory is free.
+
+    Raises:
+        DaemonNotRunning: there is none.
+        DaemonBusy: it was to end only if idle, and has sessions.
+        DaemonLost: it did not end in time.
+    """
+    with Connection(home.daemon_socket, role) as connection:
+        pid = connection.daemon.pid
+        connection.ask(Stop(if_idle=if_idle), Stopping)
+    deadline = time.monotonic() + timeout_s
+    while _runs(pid):
+        if time.monotonic() > deadline:
+            raise DaemonLost(f"the daemon (process {pid}) did not end in {timeout_s:.0f} s; end it with: kill {pid}")
+        time.sleep(0.02)
+    return pid
+
+
+def stop_if_idle(home: Home, role: str) -> None:
     """End the home's daemon unless somebody has a session, or it has ended already."""
     try:
-        with Connection(home.daemon_socket, "worker") as connection:
-            connection.ask(Stop(if_idle=True), Stopping)
+        stop_daemon(home, role, if_idle=True)
     except (DaemonBusy, DaemonNotRunning):
         return
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process runs; one that has ended and was not waited for by its parent does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -65,7 +65,7 @@ def load(
         model = _attach(loaded, home, mode)
     except BaseException:
         if started:
-            stop_if_idle(home)
+            stop_if_idle(home, "worker")
         raise
     if not lazy:
         mx.eval(model.parameters())

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import click
-import psutil
 
-from expertd.protocol.connection import Connection
-from expertd.protocol.errors import DaemonLost
-from expertd.protocol.messages import Stop, Stopping
 from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import stop_daemon
 from expertd.protocol.sizes import parse_size
 
 
@@ -35,21 +30,5 @@ def run(budget: str | None, idle_exit: float | None) -> None:
 @click.option("--timeout", type=float, default=30.0, show_default=True, metavar="SECONDS", help="How long to wait.")
 def stop(timeout: float) -> None:
     """Stop the daemon; sessions that use it lose it.  Its memory is free when this returns."""
-    home = Home.current()
-    with Connection(home.daemon_socket, "cli") as connection:
-        pid = connection.daemon.pid
-        connection.ask(Stop(), Stopping)
-    deadline = time.monotonic() + timeout
-    while psutil.pid_exists(pid) and _running(pid):
-        if time.monotonic() > deadline:
-            raise DaemonLost(f"the daemon (process {pid}) did not end in {timeout:.0f} s; end it with: kill {pid}")
-        time.sleep(0.02)
+    pid = stop_daemon(Home.current(), "cli", timeout_s=timeout)
     click.echo(f"stopped the daemon (process {pid})")
-
-
-def _running(pid: int) -> bool:
-    """Whether the process still runs; one that has ended and was not waited for by its parent does not."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

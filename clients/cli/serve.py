@@ -56,5 +56,5 @@ def serve(model: str, port: int, host: str, budget: str | None) -> None:
             asyncio.run(lifetime.serve(listener, host, path, home=home, budget=budget, ready=announce))
         except ExpertdError:
             if started:
-                stop_if_idle(home)
+                stop_if_idle(home, "gateway")
             raise
