@@ -78,6 +78,7 @@ class Server:
         self._began = time.monotonic()
         self._busy_at = time.monotonic()
         self._frames_dropped = 0
+        self._attaching = 0  # sessions whose headers are being read
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT, Stop or the idle time.
@@ -162,6 +163,7 @@ class Server:
             case messages.Hello():
                 self._hello(identity, message)
             case messages.Attach():
+                self._attaching += 1
                 self._spawn(self._attach(identity, message))
             case messages.Detach():
                 self._end(message.session)
@@ -169,8 +171,8 @@ class Server:
             case messages.AskStatus():
                 self._send(identity, self._status())
             case messages.Stop(if_idle=if_idle):
-                if if_idle and self._peers:
-                    raise DaemonBusy(f"the daemon (process {os.getpid()}) has {len(self._peers)} sessions")
+                if if_idle and (self._peers or self._attaching):
+                    raise DaemonBusy(f"the daemon (process {os.getpid()}) is in use")
                 self._send(identity, messages.Stopping())
                 self._ending.set()
             case _:
@@ -194,6 +196,8 @@ class Server:
         except ExpertdError as error:
             self._send(identity, messages.Error.of(error))
             return
+        finally:
+            self._attaching -= 1
         number = next(self._numbers)
         if not self._lifelines.bind(message.token, number):
             # It died while the headers were read (and nobody hears this), or it has a session already.
@@ -337,7 +341,7 @@ class Server:
     async def _watch_idle(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            if self._core.sessions or self._peers:
+            if self._peers or self._attaching:
                 self._busy_at = time.monotonic()
             elif self._idle_exit_s is not None and time.monotonic() - self._busy_at > self._idle_exit_s:
                 log.info("nobody was attached for %.0f s", self._idle_exit_s)

@@ -101,7 +101,7 @@ def slot_limit(parts: Sequence[Part]) -> int:
 
 
 def write_header(view: memoryview, nonce: bytes, generation: int) -> None:
-    """Fill the header of a new segment (``nonce``: 16 bytes that the worker's self-test looks for)."""
+    """Fill the header of a new segment (``nonce``: 16 bytes by which a worker knows the segment that was announced)."""
     _HEADER.pack_into(view, 0, _MAGIC, LAYOUT, nonce, generation)
 
 

@@ -76,6 +76,7 @@ def connect_or_start(
                 "or with: expertd daemon stop"
             )
         return connection, started
+    process.terminate()
     with home.daemon_log.open("rb") as log:
         log.seek(said_before)
         words = log.read().decode(errors="replace").strip().splitlines()

@@ -21,7 +21,10 @@ import pytest
 
 import expertd
 from expertd.protocol.errors import BudgetTooSmall, DaemonLost, FileChanged, SessionClosed
+from expertd.protocol.layout import pool_layout
 from expertd.protocol.paths import Home
+from expertd.protocol.segments import create
+from expertd.worker.alias import CopiedSlabs
 from expertd.worker.load import session_of
 from expertd.worker.manifest import load_lazily
 from expertd.worker.verify import greedy
@@ -413,3 +416,41 @@ def test_a_result_may_be_evaluated_after_its_model_is_gone(
         assert mx.array_equal(lazy, expected).item()
         expertd.unload(other)
     daemon.terminate()
+
+
+def test_a_layer_that_outlives_its_model_refuses_to_compute(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    start_daemon(str(budget_for(manifest, 19)))
+    model, _ = expertd.load(model_path)
+    inner = model.model
+    mx.eval(inner(mx.array(PROMPT)))
+    del model
+    gc.collect()
+    wait_for(lambda: not ask_status(home).models[0].sessions)
+    with pytest.raises(SessionClosed, match="the model is gone"):
+        inner(mx.array(PROMPT))
+
+
+def test_a_copy_that_was_interrupted_is_made_again(manifest: Any) -> None:
+    """The interrupt comes between two parts of a block, and later the slot gets its former block back."""
+    layer = manifest.layers[0]
+    layout = pool_layout(1, layer.experts, layer.parts, 4)
+    segment = create(f"/expertd-copy-{os.getpid()}", layout.size)
+    bytes_of = np.frombuffer(segment.mapping, np.uint8)
+    slabs = CopiedSlabs(segment.mapping, layout)
+    one, other, slot = np.array([3]), np.array([5]), np.array([2])
+    bytes_of[:] = 10
+    slabs.bring(0, one, slot)
+    bytes_of[:] = 77
+    rows = slabs._rows
+    slabs._rows = [rows[0], (np.zeros(1), np.zeros(1))]  # the second part cannot be copied: no such slot
+    with pytest.raises(IndexError):
+        slabs.bring(0, other, slot)
+    slabs._rows = rows
+    bytes_of[:] = 10
+    slabs.bring(0, one, slot)
+    assert all((own[2].view(np.uint8) == 10).all() for own, _ in rows)
+    slabs.let_go()
+    del bytes_of, rows
+    segment.close()

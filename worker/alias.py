@@ -112,8 +112,6 @@ def self_test() -> str | None:
 class SharedSlabs:
     """The slabs of one pool, aliased: arrays by part name, shape ``[slots, ...]``; always as current as the pages."""
 
-    mode = "shm"
-
     def __init__(self, mapping: mmap.mmap, layout: PoolLayout) -> None:
         self._mapping: mmap.mmap | None = mapping
         self._bases = Bases()
@@ -143,8 +141,6 @@ class CopiedSlabs:
     that reads these slabs is unevaluated.
     """
 
-    mode = "copy"
-
     def __init__(self, mapping: mmap.mmap, layout: PoolLayout) -> None:
         self.arrays: dict[str, Any] = {}
         self._rows: list[tuple[NDArray[Any], NDArray[Any]]] = []
@@ -166,6 +162,7 @@ class CopiedSlabs:
         """Copy those of the blocks (``layer``, ``experts``) in ``slots`` that are not here yet."""
         for expert, slot in set(zip(experts.ravel().tolist(), slots.ravel().tolist(), strict=True)):
             if self._content[slot, 0] != layer or self._content[slot, 1] != expert:
+                self._content[slot] = -1  # an interrupt in between leaves no block here
                 for own, shared in self._rows:
                     np.copyto(own[slot], shared[slot])
                 self._content[slot] = layer, expert

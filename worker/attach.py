@@ -50,7 +50,10 @@ FLUSH_FORWARDS = 100
 IDLE_FLUSH_S = 1.0
 _POLL_S = 0.5
 
-_FORKED = "a model that was loaded before a fork cannot be used in the child; load it there"
+_FORKED = (
+    "a model that was loaded before a fork cannot be used in the child, and MLX neither; start a new process "
+    "(multiprocessing's 'spawn') and load it there"
+)
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -141,26 +144,34 @@ class Session:
                 return messages.expect(answer, messages.Attached)
             readable, _, _ = select.select([self._line], [], [], 0)
             if readable and not self._line.recv(1, socket.MSG_PEEK):
+                # It may have said why on the other socket, just before.
+                answer = self._control.receive(0.5)
+                if answer is not None:
+                    return messages.expect(answer, messages.Attached)
                 break
         raise DaemonLost(f"the daemon of {self._home.root} went away while a session was opened; load the model again")
 
     def _map(self, manifest: Manifest, attached: messages.Attached) -> list[MappedPool]:
         descriptors: dict[int, tuple[int, int]] = {}
-        for _ in attached.pools:
-            segment, size, descriptor = lifeline.receive_segment(self._line)
-            descriptors[segment] = (size, descriptor)
-        pools = []
-        for info in attached.pools:
-            first = manifest.layers[info.layers[0]]
-            layout = pool_layout(len(info.layers), first.experts, first.parts, info.slots)
-            size, descriptor = descriptors[info.segment]
-            mapping = map_readonly(descriptor, size)
-            if size != layout.size or read_header(memoryview(mapping)) != (info.nonce, info.generation):
-                raise AliasFailed("the segment that the daemon handed over is not the one that it announced")
-            count = layout.layers * layout.experts
-            table = np.frombuffer(mapping, np.int32, count, layout.table_offset).reshape(layout.layers, layout.experts)
-            pools.append(MappedPool(info.segment, info.layers, layout, mapping, table, info.complete))
-        return pools
+        try:
+            for _ in attached.pools:
+                segment, size, descriptor = lifeline.receive_segment(self._line)
+                descriptors[segment] = (size, descriptor)
+            return [self._map_pool(manifest, info, *descriptors.pop(info.segment)) for info in attached.pools]
+        finally:
+            for _, descriptor in descriptors.values():
+                os.close(descriptor)
+
+    @staticmethod
+    def _map_pool(manifest: Manifest, info: messages.PoolInfo, size: int, descriptor: int) -> MappedPool:
+        first = manifest.layers[info.layers[0]]
+        layout = pool_layout(len(info.layers), first.experts, first.parts, info.slots)
+        mapping = map_readonly(descriptor, size)
+        if size != layout.size or read_header(memoryview(mapping)) != (info.nonce, info.generation):
+            raise AliasFailed("the segment that the daemon handed over is not the one that it announced")
+        count = layout.layers * layout.experts
+        table = np.frombuffer(mapping, np.int32, count, layout.table_offset).reshape(layout.layers, layout.experts)
+        return MappedPool(info.segment, info.layers, layout, mapping, table, info.complete)
 
     # -- the computing thread ------------------------------------------------------------------------------------------
 
@@ -169,17 +180,18 @@ class Session:
 
         Raises:
             SessionClosed: the session was closed, or this process is a fork of its owner.
+            ExpertdError: whatever else has closed the session, DaemonLost above all.
         """
         self._forward.acquire()
         try:
             self._check_open()
             if self._unanswered is not None:
                 self._await_answer(self._unanswered)
+            self._settled = False
+            self.owner = threading.get_ident()
         except BaseException:
             self._forward.release()
             raise
-        self._settled = False
-        self.owner = threading.get_ident()
 
     def end(self, settled: bool) -> None:
         """Finish a forward.
@@ -194,12 +206,15 @@ class Session:
             self._forward.release()
             return
         self._forwards += 1
-        if self._forwards % FLUSH_FORWARDS == 0 and self._routing and self._closed is None:
-            self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
+        flush = self._forwards % FLUSH_FORWARDS == 0 and self._closed is None
         while True:
-            if self.ack_wanted:
-                self.ack()
-            self._forward.release()
+            try:
+                if flush and self._routing:
+                    self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
+                if self.ack_wanted:
+                    self.ack()
+            finally:
+                self._forward.release()
             # The control thread may have noted a request after the ack and found the lock still taken.
             if not self.ack_wanted or not self._forward.acquire(blocking=False):
                 return
@@ -214,6 +229,8 @@ class Session:
 
     def log_routing(self, layer: int, experts: NDArray[np.integer]) -> None:
         """Log an event that was all hits: what its router chose, ``[..., k]``.  The array must not change any more."""
+        if experts.size != experts.shape[-1]:
+            experts = np.unique(experts)  # and not a view, which would keep all that a prompt's router computed
         self._routing.append((layer, experts))
 
     def fetch(self, layer: int, experts: NDArray[np.integer]) -> NDArray[np.int32]:
@@ -266,7 +283,7 @@ class Session:
             elif isinstance(answer, messages.Error) and answer.sequence == request.sequence:
                 self._unanswered = None
                 return answer
-            elif isinstance(answer, messages.Error):
+            elif isinstance(answer, messages.Error) and answer.sequence is None:
                 # Not about this Fetch: the two sides no longer agree on what was said.
                 self._closed = answer.exception()
 
@@ -320,7 +337,10 @@ class Session:
             self._hang_up()
         finally:
             if self._abandoned:
-                self._sockets.close()
+                with self._forward:  # somebody may still compute with one of the model's layers
+                    self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
+                    if self._settled:
+                        self._sockets.close()
 
     def _listen(self) -> None:
         match self._control.receive(0):
@@ -355,6 +375,11 @@ class Session:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that opened the session."""
+        return self._process != os.getpid()
+
+    @property
     def frames(self) -> int:
         """Frames that passed between this session and the daemon, both ways, since it was opened."""
         return sum(c.frames_sent + c.frames_received for c in (self._control, self._data))
@@ -364,7 +389,7 @@ class Session:
 
         Unmapping the pages is for whoever has arrays over them (``expertd.worker.alias``).
         """
-        if self._process != os.getpid():
+        if self.forked:
             return
         with self._forward:
             if self._closed is None:
@@ -382,7 +407,7 @@ class Session:
 
         The collector runs on any thread and at any place, so this takes no lock and waits for nobody.
         """
-        if self._process == os.getpid() and self._wake.fileno() >= 0:
+        if not self.forked and self._wake.fileno() >= 0:
             self._abandoned = True
             self._wake.send(b"x")
 

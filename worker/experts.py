@@ -57,15 +57,23 @@ class Events:
 
     def begin_call(self) -> None:
         """A forward starts: note which pools have become complete, and read what routers chose some calls ago."""
-        if self._completions != self.session.completions:
-            self._completions = self.session.completions
-            for parts in self.partial:
-                parts.become_complete()
-            self.partial = [parts for parts in self.partial if not parts.complete]
+        self.note_completions()
         self._lazy.append([])
         if len(self._lazy) > LOG_AFTER_CALLS:
             for layer, indices in self._lazy.pop(0):
                 self.session.log_routing(layer, np.array(indices, copy=False))
+
+    def note_completions(self) -> None:
+        """Between two events: let the layers of pools that have become complete go over to computing without looking.
+
+        Noted last, so that an interrupt makes it happen again.
+        """
+        completions = self.session.completions
+        if self._completions != completions:
+            for parts in self.partial:
+                parts.become_complete()
+            self.partial = [parts for parts in self.partial if not parts.complete]
+            self._completions = completions
 
     def log_lazily(self, layer: int, indices: Any) -> None:
         """Log the choice of a complete layer without evaluating it now."""
@@ -148,7 +156,8 @@ class _Parts:
         session.begin()
         settled = False
         try:
-            out = self.event(x, indices)
+            self.events.note_completions()
+            out = self.switch(x, indices) if self.complete else self.event(x, indices)
             self.events.settle()
             settled = True
         finally:

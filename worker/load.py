@@ -63,18 +63,21 @@ def load(
     connection.close()
     try:
         model = _attach(loaded, home, mode)
+        if not lazy:
+            mx.eval(model.parameters())
     except BaseException:
         if started:
             stop_if_idle(home, "worker")
         raise
-    if not lazy:
-        mx.eval(model.parameters())
     return (model, tokenizer, loaded.config) if return_config else (model, tokenizer)
 
 
 def unload(model: Any) -> None:
     """Close the session of a model that ``load`` returned, and unmap its pools; its calls raise SessionClosed then."""
-    session_of(model).close()
+    session = session_of(model)
+    session.close()
+    if session.forked:
+        return  # nothing is mapped for us, and MLX does not work here
     for module in model.modules():
         if isinstance(module, CachedExperts):
             module.let_go()
@@ -133,7 +136,9 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"]) -> Any:
     model.__class__ = _cached(type(model))
     model._expertd_events = events
     events.slabs = held
-    weakref.finalize(model, _forgotten, session, held)
+    # Copies are MLX's to free; and at exit it is close_all that ends sessions, because it waits for forwards.
+    forgotten = weakref.finalize(model, _forgotten, session, held if mode == "shm" else [])
+    forgotten.atexit = False
     return model
 
 
@@ -149,7 +154,10 @@ def _forgotten(session: attach.Session, slabs: list[Slabs]) -> None:
 def _sweep() -> None:
     """Unmap what models that were garbage-collected have left."""
     while _orphans:
-        _orphans.pop().let_go()
+        try:
+            _orphans.pop().let_go()
+        except IndexError:
+            return  # another thread was faster
 
 
 _classes: dict[type, type] = {}
