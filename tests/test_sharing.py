@@ -33,6 +33,7 @@ from tools.factory import write_checkpoint
 from tools.memory import memory_of
 from tools.stage import ask_status, budget_for
 
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or forks a process that has used MLX")
 PROMPT = np.arange(3, 20)[None]
 
 
@@ -118,6 +119,7 @@ def test_every_lookup_is_counted_as_a_hit_or_a_miss(
     assert found.bytes_read == found.misses * found.block_bytes
 
 
+@linux_only
 def test_two_processes_share_one_copy(model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon) -> None:
     daemon = start_daemon(str(budget_for(manifest, 48)))
     with holder(model_path) as (first, said):
@@ -190,6 +192,7 @@ def test_an_unloaded_model_refuses_to_compute(model_path: Path, start_daemon: St
         model(mx.array(PROMPT))
 
 
+@linux_only
 def test_a_forked_child_refuses_and_its_parent_goes_on(
     model_path: Path, manifest: Any, start_daemon: StartDaemon
 ) -> None:
@@ -379,6 +382,7 @@ def mapped_pools() -> int:
     return Path("/proc/self/maps").read_text().count("/dev/shm/expertd-")
 
 
+@linux_only
 def test_unloading_unmaps_the_pools(model_path: Path, manifest: Any, start_daemon: StartDaemon) -> None:
     start_daemon(str(budget_for(manifest, 48)))
     gc.collect()
