@@ -237,3 +237,13 @@ def test_shared_memory_that_is_full_is_an_error_and_not_a_crash(good: Path, home
     finally:
         daemon.terminate()
         daemon.wait(20)
+
+
+def test_arguments_of_mlx_lm_that_are_not_supported_are_refused(good: Path, home: Home) -> None:
+    from expertd import load
+    from expertd.protocol.errors import CheckpointError
+
+    for arguments in ({"adapter_path": "lora"}, {"revision": "main"}):
+        with pytest.raises(CheckpointError, match="does not support"):
+            load(good, **arguments)
+    assert nothing_runs_in(home)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from expertd.protocol.errors import SessionClosed
 from expertd.protocol.layout import ABSENT
-from expertd.worker.alias import Slabs
+from expertd.worker.alias import CopiedSlabs, Slabs
 from expertd.worker.attach import MappedPool, Session
 
 _ABSENT = np.int32(ABSENT).tobytes()
@@ -130,6 +130,7 @@ class _Parts:
         self.complete = False
         self._pool = pool
         self._slabs = slabs
+        self._copies = isinstance(slabs, CopiedSlabs)
         # As uint32, which is what routers give and gather_qmm takes without converting.  The mapped slots of an event
         # are written into one array of this layer: by the next event the graph that read it has been evaluated.
         self._row = row.view(np.uint32)
@@ -192,7 +193,8 @@ class _Parts:
             slots[...] = self._fetch(wanted)[ids]
         else:
             session.log_routing(self.layer, ids)
-        self._slabs.bring(self.layer, ids, slots)
+        if self._copies:
+            self._slabs.bring(self.layer, ids, slots)
         out = self.switch(x, self._slots_array)
         events.unevaluated = out
         return out

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
 
-from expertd.protocol.errors import AliasFailed, SessionClosed
+from expertd.protocol.errors import AliasFailed, CheckpointError, SessionClosed
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.worker import attach
@@ -29,10 +29,12 @@ def load(
     path_or_hf_repo: str | Path,
     tokenizer_config: dict[str, Any] | None = None,
     model_config: dict[str, Any] | None = None,
-    *,
+    adapter_path: str | None = None,
     lazy: bool = False,
     return_config: bool = False,
+    revision: str | None = None,
     trust_remote_code: bool = False,
+    *,
     home: Home | None = None,
     budget: str | None = None,
     alias: Alias = "auto",
@@ -44,6 +46,7 @@ def load(
     Args:
         path_or_hf_repo: the folder of a checkpoint.
         tokenizer_config, model_config, lazy, return_config, trust_remote_code: as in ``mlx_lm.load``.
+        adapter_path, revision: stand here for the order of the arguments; neither is supported yet.
         home: whose daemon to use, by default that of EXPERTD_HOME.
         budget: for a daemon that has to be started, for example ``"8GiB"``.
         alias: ``"shm"`` computes out of the shared pages, ``"copy"`` out of a copy, ``"auto"`` tries the first.
@@ -52,6 +55,9 @@ def load(
     Raises:
         ExpertdError: with a code for each reason (see ``expertd.protocol.errors``).
     """
+    if adapter_path is not None or revision is not None:
+        what = "adapters" if adapter_path is not None else "revisions of the hub"
+        raise CheckpointError(f"expertd.load does not support {what} yet; give a folder that has them merged in")
     _sweep()
     folder = Path(path_or_hf_repo).expanduser().resolve()
     home = home or Home.current()
