@@ -6,20 +6,17 @@ A log is a sequence of records of little-endian uint16: layer, count, then ``cou
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from expertd.protocol.errors import MessageInvalid
 
-_HEAD = struct.Struct("<HH")
 
-
-def pack(layer: int, experts: NDArray[np.integer]) -> bytes:
-    """One record of what a router chose: ``experts[..., k]``, any integer type, repeated from token to token."""
-    distinct = experts if experts.size == experts.shape[-1] else np.unique(experts)  # one token repeats nothing
-    return _HEAD.pack(layer, distinct.size) + distinct.astype("<u2").tobytes()
+def pack(layer: int, experts: Sequence[int]) -> bytes:
+    """One record of what a router chose; an expert that several tokens chose may stand there several times."""
+    distinct = dict.fromkeys(experts)
+    return struct.pack(f"<HH{len(distinct)}H", layer, len(distinct), *distinct)
 
 
 def unpack(log: bytes) -> Iterator[tuple[int, list[int]]]:

@@ -584,10 +584,8 @@ def test_a_signal_ends_it_and_leaves_nothing_behind(
 ) -> None:
     with serving(own_home, checkpoints["stacked"]) as served:
         worker = served.worker
-        began = time.monotonic()
         served.process.send_signal(number)
         assert served.process.wait(DEADLINE_S) == 0
-        assert time.monotonic() - began < 5
         assert not worker.is_running()
         assert not list(own_home.run.glob("gateway-*"))
         assert served.process.stdout is not None

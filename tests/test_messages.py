@@ -10,7 +10,6 @@ import re
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -350,14 +349,14 @@ RECORDS = st.lists(
 
 
 @settings(deadline=None)
-@given(RECORDS, st.sampled_from([np.int32, np.int64, np.uint32, np.uint16]))
-def test_a_routing_log_comes_back_as_it_was_packed(records: list[tuple[int, list[int]]], kind: type) -> None:
-    log = b"".join(pack(layer, np.array(experts, kind)) for layer, experts in records)
+@given(RECORDS, st.integers(1, 3))
+def test_a_routing_log_comes_back_without_repetitions(records: list[tuple[int, list[int]]], times: int) -> None:
+    log = b"".join(pack(layer, experts * times) for layer, experts in records)
     assert list(unpack(log)) == records
 
 
 def test_a_record_is_layer_count_and_experts_in_little_endian() -> None:
-    assert pack(3, np.array([1, 258])) == bytes([3, 0, 2, 0, 1, 0, 2, 1])
+    assert pack(3, [1, 258]) == bytes([3, 0, 2, 0, 1, 0, 2, 1])
 
 
 @settings(deadline=None)
@@ -367,10 +366,10 @@ def test_random_routing_bytes_are_records_or_message_invalid(log: bytes) -> None
         records = list(unpack(log))
     except MessageInvalid:
         return
-    assert b"".join(pack(layer, np.array(experts, np.int64)) for layer, experts in records) == log
+    assert b"".join(pack(layer, experts) for layer, experts in records) == log
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 5, 6, 7])
 def test_a_routing_log_that_ends_inside_a_record_is_message_invalid(cut: int) -> None:
     with pytest.raises(MessageInvalid):
-        list(unpack(pack(3, np.array([1, 2]))[:cut]))
+        list(unpack(pack(3, [1, 2])[:cut]))

@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +82,10 @@ class Session:
 
     Attributes:
         owner: identity of the thread that is between ``begin`` and ``end``, 0 if none is.
-        ack_wanted: the daemon waits for an ack; the owner calls ``ack`` when it may.
+        asked, acked: how often the daemon has asked for an ack, and which of these requests has been answered.  If they
+            differ, the owner calls ``ack`` when it may.
+        routing: what routers chose, ``(layer, experts)``, and no message has told yet.  The owner appends events that
+            were all hits; the others ride in their Fetch.
         completions: how many of the pools are complete.
     """
 
@@ -99,13 +103,13 @@ class Session:
         # ack was asked for (control), and up to which request it was given (whoever holds the forward lock).
         self._told_by_request = 0
         self._told_by_answer = 0
-        self._asks = 0
-        self._acked_asks = 0
+        self.asked = 0
+        self.acked = 0
         self._sequence = 0
         self._unanswered: messages.Fetch | None = None
         self._settled = True
         self.owner = 0
-        self._routing: list[tuple[int, NDArray[np.integer]]] = []
+        self.routing: list[tuple[int, Sequence[int]]] = []
         self._forwards = 0
         self._home = home
         token = secrets.token_bytes(16)
@@ -209,29 +213,19 @@ class Session:
         flush = self._forwards % FLUSH_FORWARDS == 0 and self._closed is None
         while True:
             try:
-                if flush and self._routing:
+                if flush and self.routing:
                     self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
-                if self.ack_wanted:
+                if self.asked != self.acked:
                     self.ack()
             finally:
                 self._forward.release()
             # The control thread may have noted a request after the ack and found the lock still taken.
-            if not self.ack_wanted or not self._forward.acquire(blocking=False):
+            if self.asked == self.acked or not self._forward.acquire(blocking=False):
                 return
-
-    @property
-    def ack_wanted(self) -> bool:
-        return self._asks != self._acked_asks
 
     def ack(self) -> None:
         """Answer the daemon's request for an ack; the caller has evaluated all that was looked up until now."""
         self._send_ack(self._data)
-
-    def log_routing(self, layer: int, experts: NDArray[np.integer]) -> None:
-        """Log an event that was all hits: what its router chose, ``[..., k]``.  The array must not change any more."""
-        if experts.size != experts.shape[-1]:
-            experts = np.unique(experts)  # and not a view, which would keep all that a prompt's router computed
-        self._routing.append((layer, experts))
 
     def fetch(self, layer: int, experts: NDArray[np.integer]) -> NDArray[np.int32]:
         """Make the blocks (``layer``, ``experts``) resident and lease them until the next fetch or ack.
@@ -245,7 +239,7 @@ class Session:
             DaemonLost: the daemon is gone.
         """
         self._check_open()
-        self._acked_asks = self._asks  # a Fetch acks everything that was told
+        self.acked = self.asked  # a Fetch acks everything that was told
         self._sequence += 1
         request = messages.Fetch(
             session=self.number,
@@ -297,18 +291,18 @@ class Session:
             raise from_code(self._closed.code, self._closed.message)
 
     def _take_routing(self) -> bytes:
-        taken, self._routing = self._routing, []
+        taken, self.routing = self.routing, []
         return b"".join(pack(layer, experts) for layer, experts in taken)
 
     def _send_ack(self, connection: Connection) -> None:
         """Ack everything that was told; the caller holds the forward lock."""
-        asks = self._asks
+        asks = self.asked
         version = max(self._told_by_request, self._told_by_answer)
         routing = self._take_routing()
         connection.send(
             messages.Ack(session=self.number, version=version, sequence=self._sequence, routing=routing)
         )
-        self._acked_asks = asks
+        self.acked = asks
 
     # -- the control thread --------------------------------------------------------------------------------------------
 
@@ -346,10 +340,10 @@ class Session:
         match self._control.receive(0):
             case messages.AckRequest(version=version):
                 self._told_by_request = version
-                self._asks += 1
+                self.asked += 1
                 if self._forward.acquire(blocking=False):
                     try:
-                        if self.ack_wanted and self._settled:
+                        if self.asked != self.acked and self._settled:
                             self._send_ack(self._control)
                     finally:
                         self._forward.release()
@@ -365,7 +359,7 @@ class Session:
 
     def _flush_idle(self, forwards_before: int) -> int:
         """Send the routing log if no forward ran since there were ``forwards_before``; returns how many there are."""
-        if self._routing and self._forwards == forwards_before and self._forward.acquire(blocking=False):
+        if self.routing and self._forwards == forwards_before and self._forward.acquire(blocking=False):
             try:
                 self._control.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
             finally:

@@ -11,6 +11,7 @@ evicted from them.
 
 from __future__ import annotations
 
+import struct
 from threading import get_ident
 from typing import Any
 
@@ -24,7 +25,10 @@ from expertd.protocol.layout import ABSENT
 from expertd.worker.alias import CopiedSlabs, Slabs
 from expertd.worker.attach import MappedPool, Session
 
-_ABSENT = np.int32(ABSENT).tobytes()
+FEW = 128
+"""Up to so many ids are looked up one by one.  With cold caches, as they are after each layer, that takes half the time
+of NumPy's shortest way, because it touches less code; for long prompts NumPy is faster."""
+
 LOG_AFTER_CALLS = 2
 """The routing of complete layers is read so many calls later, when it has long been computed."""
 
@@ -39,7 +43,7 @@ class Events:
         self.session = session
         self.slabs: list[Slabs] = []
         self.partial: list[_Parts] = []
-        self.unevaluated: Any = None
+        self.unevaluated: Any = None  # or still being computed
         self._completions = 0
         self._lazy: list[list[tuple[int, Any]]] = [[]]
 
@@ -61,7 +65,7 @@ class Events:
         self._lazy.append([])
         if len(self._lazy) > LOG_AFTER_CALLS:
             for layer, indices in self._lazy.pop(0):
-                self.session.log_routing(layer, np.array(indices, copy=False))
+                self.session.routing.append((layer, np.unique(np.array(indices, copy=False)).tolist()))
 
     def note_completions(self) -> None:
         """Between two events: let the layers of pools that have become complete go over to computing without looking.
@@ -131,11 +135,14 @@ class _Parts:
         self._pool = pool
         self._slabs = slabs
         self._copies = isinstance(slabs, CopiedSlabs)
-        # As uint32, which is what routers give and gather_qmm takes without converting.  The mapped slots of an event
-        # are written into one array of this layer: by the next event the graph that read it has been evaluated.
-        self._row = row.view(np.uint32)
-        self._slots_array: Any = None
-        self._slots: NDArray[np.uint32] = np.empty((0, 0, 0), np.uint32)
+        self._row = row
+        self._slot_of = memoryview(row).__getitem__
+        # The mapped slots of an event are written into one array of this layer: by the next event the graph that read
+        # it has been evaluated.
+        self._shape: tuple[int, ...] = ()
+        self._slots: Any = None
+        self._slots_here: NDArray[np.uint32] = np.empty(0, np.uint32)
+        self._few: struct.Struct | None = None
 
     def become_complete(self) -> None:
         """Go over to computing without looking, if the pool is complete; between two forwards only.
@@ -173,35 +180,62 @@ class _Parts:
         else:
             mx.eval(events.unevaluated, indices)
             events.unevaluated = None
-        ids = np.array(indices, copy=False)
         session = events.session
-        if session.ack_wanted:
+        if session.asked != session.acked:
             session.ack()
-        if ids.shape != self._slots.shape:
-            self._slots_array = mx.zeros(ids.shape, mx.uint32)
-            mx.eval(self._slots_array)
-            self._slots = np.array(self._slots_array, copy=False)
-        # take() and a search for the bytes of "absent" (which no slot number contains, at any offset) cost 10 us with
-        # cold caches, as they are after each layer; fancy indexing and min() cost 90.
-        slots = self._slots
-        self._row.take(ids, out=slots, mode="clip")
-        if _ABSENT in slots.tobytes():
-            wanted = np.unique(ids)
+        chosen = memoryview(indices)
+        if chosen.shape != self._shape:
+            self._take_shape(chosen)
+        if self._few is not None:
+            ids = self._few.unpack(chosen.tobytes())
+            slots = [*map(self._slot_of, ids)]
+            if ABSENT not in slots:
+                self._few.pack_into(self._slots_here, 0, *slots)
+                session.routing.append((self.layer, ids))
+                if self._copies:
+                    self._slabs.bring(self.layer, np.asarray(chosen), self._slots_here)
+                return self._compute(x)
+        return self._event_of_many(x, indices, np.asarray(chosen))
+
+    def _take_shape(self, chosen: memoryview) -> None:
+        """Make ready for events of the shape of ``chosen``, a router's ids."""
+        # As uint32, which gather_qmm takes without converting.
+        self._slots = mx.zeros(chosen.shape, mx.uint32)
+        mx.eval(self._slots)
+        self._slots_here = np.array(self._slots, copy=False)
+        count = self._slots_here.size
+        self._few = struct.Struct(f"={count}I") if count <= FEW and chosen.itemsize == 4 else None
+        self._shape = chosen.shape
+
+    def _event_of_many(self, x: Any, indices: Any, ids: NDArray[np.integer]) -> Any:
+        """The rest of an event with misses, or with many ids."""
+        wanted = np.unique(ids)
+        slot_of = self._row.copy()  # read once: the daemon may evict at any moment
+        if ABSENT in slot_of[wanted]:
             room = self._pool.layout.slots
             if wanted.size > room:
                 return self._in_groups(x, indices, ids, wanted, room)
-            slots[...] = self._fetch(wanted)[ids]
+            slot_of = self._fetch(wanted)
         else:
-            session.log_routing(self.layer, ids)
+            self.events.session.routing.append((self.layer, wanted.tolist()))
+        slot_of.view(np.uint32).take(ids, out=self._slots_here, mode="clip")
         if self._copies:
-            self._slabs.bring(self.layer, ids, slots)
-        out = self.switch(x, self._slots_array)
-        events.unevaluated = out
+            self._slabs.bring(self.layer, ids, self._slots_here)
+        return self._compute(x)
+
+    def _compute(self, x: Any) -> Any:
+        """The output of an event whose slots are in their array, already being computed.
+
+        It has to be computed before the next event can look up.  Begun here, it is computed while Python builds the
+        graph of what follows, which takes longer than the looking up (``benchmarks hitpath``).
+        """
+        self.events.unevaluated = out = self.switch(x, self._slots)  # noted first: an interrupt may come any time
+        mx.async_eval(out)
         return out
 
-    def _fetch(self, wanted: NDArray[np.integer]) -> NDArray[np.uint32]:
+    def _fetch(self, wanted: NDArray[np.integer]) -> NDArray[np.int32]:
         """Fetch ``wanted`` and return ``slot[expert]`` (absent for the others)."""
-        slot_of = np.full(self._row.size, ABSENT, np.int32).view(np.uint32)
+        slot_of = np.full(self._row.size, ABSENT, np.int32)
         slot_of[wanted] = self.events.session.fetch(self.layer, wanted)
         return slot_of
 
@@ -212,7 +246,7 @@ class _Parts:
         each other in every kernel, so this is bit-equal to computing them together; adding up partial sums is not.
         """
         flat = ids.ravel()
-        resident = self._row[wanted].view(np.int32) != ABSENT
+        resident = self._row[wanted] != ABSENT
         order = np.concatenate((wanted[resident], wanted[~resident]))
         group_of = np.empty(self._row.size, np.int64)
         group_of[order] = np.arange(order.size) // room
@@ -222,7 +256,7 @@ class _Parts:
         for group in range(-(-order.size // room)):
             mine = np.flatnonzero(group_of_row == group)
             slot_of = self._fetch(order[group * room : (group + 1) * room])
-            slots = slot_of[flat[mine]]
+            slots = slot_of[flat[mine]].view(np.uint32)
             self._slabs.bring(self.layer, flat[mine], slots)
             out = self.switch(tokens[mx.array(mine // ids.shape[-1])], mx.array(slots[:, None]))
             mx.eval(out)  # the next fetch gives these slots away
