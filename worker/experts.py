@@ -136,10 +136,10 @@ class _Parts:
         self._slabs = slabs
         self._copies = isinstance(slabs, CopiedSlabs)
         self._row = row
-        self._slot_of = memoryview(row).__getitem__
+        self._slot_of = row.data.__getitem__
         # The mapped slots of an event are written into one array of this layer: by the next event the graph that read
         # it has been evaluated.
-        self._shape: tuple[int, ...] = ()
+        self._shape: tuple[int, ...] | None = None
         self._slots: Any = None
         self._slots_here: NDArray[np.uint32] = np.empty(0, np.uint32)
         self._few: struct.Struct | None = None
@@ -190,7 +190,7 @@ class _Parts:
             ids = self._few.unpack(chosen.tobytes())
             slots = [*map(self._slot_of, ids)]
             if ABSENT not in slots:
-                self._few.pack_into(self._slots_here, 0, *slots)
+                self._few.pack_into(self._slots_here.data, 0, *slots)
                 session.routing.append((self.layer, ids))
                 if self._copies:
                     self._slabs.bring(self.layer, np.asarray(chosen), self._slots_here)
@@ -200,7 +200,7 @@ class _Parts:
     def _take_shape(self, chosen: memoryview) -> None:
         """Make ready for events of the shape of ``chosen``, a router's ids."""
         # As uint32, which gather_qmm takes without converting.
-        self._slots = mx.zeros(chosen.shape, mx.uint32)
+        self._slots = mx.zeros(chosen.shape or (), mx.uint32)
         mx.eval(self._slots)
         self._slots_here = np.array(self._slots, copy=False)
         count = self._slots_here.size
@@ -230,7 +230,7 @@ class _Parts:
         graph of what follows, which takes longer than the looking up (``benchmarks hitpath``).
         """
         self.events.unevaluated = out = self.switch(x, self._slots)  # noted first: an interrupt may come any time
-        mx.async_eval(out)
+        mx.async_eval(out)  # type: ignore[no-untyped-call]
         return out
 
     def _fetch(self, wanted: NDArray[np.integer]) -> NDArray[np.int32]:
