@@ -24,6 +24,8 @@
     |-- MessageInvalid                message_invalid
     |-- FetchInvalid                  fetch_invalid
     |-- ReadFailed                    read_failed
+    |-- PoolMoved                     pool_moved
+    |-- LimitReached                  limit_reached
     |-- SessionUnknown                session_unknown
     |-- SessionClosed                 session_closed
     |-- AliasFailed                   alias_failed
@@ -222,6 +224,23 @@ class ReadFailed(ExpertdError):
     """The system could not read a block from disk."""
 
     code = "read_failed"
+    http_status = 503
+    retryable = True
+
+
+class PoolMoved(ExpertdError):
+    """A Fetch names a generation that the layer's pool has left.  A worker follows by itself; users do not see this."""
+
+    code = "pool_moved"
+    http_status = 503
+    retryable = True
+
+
+class LimitReached(ExpertdError):
+    """As many sessions, models or connections are open as the daemon takes; the message names the limit."""
+
+    code = "limit_reached"
+    exit_status = 4
     http_status = 503
     retryable = True
 

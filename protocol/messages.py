@@ -97,10 +97,14 @@ class Attached(Message):
 
 
 class Fetch(Message):
-    """Ask for all blocks of one event or group, hits too.  Waiting for the answer counts as an ack of everything."""
+    """Ask for all blocks of one event or group, hits too.  Waiting for the answer counts as an ack of everything.
+
+    ``segment`` is the generation that the worker looks this layer up in.
+    """
 
     session: Count
     sequence: Count
+    segment: Count
     layer: Count
     experts: Experts
     routing: Routing = b""
@@ -141,6 +145,32 @@ class Complete(Message):
     segment: Count
 
 
+class Moved(Message):
+    """The layers of ``pool`` have a new generation, whose descriptor came over the lifeline."""
+
+    session: Count
+    pool: PoolInfo
+
+
+class Released(Message):
+    """The session has unmapped ``segment`` and never looks there again."""
+
+    session: Count
+    segment: Count
+
+
+class Ping(Message):
+    """Asks whether the other end of a session is alive; answered at once with Pong."""
+
+    session: Count
+
+
+class Pong(Message):
+    """Answer to Ping."""
+
+    session: Count
+
+
 class RoutingLog(Message):
     """What the routers chose since the last report (PROTOCOL.md, "Routing log")."""
 
@@ -175,6 +205,8 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     mode: str
     waiting: bool
     fetches: int
+    left_behind: bool
+    held_bytes: int
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,6 +250,19 @@ class Status(Message):
     pressure: str
     frames_dropped: int
     models: list[ModelStatus]
+
+
+class SetBudget(Message):
+    """Change the budget of a running daemon; pools shrink or grow to it."""
+
+    budget: Annotated[int, Meta(ge=1, le=1 << 62)]
+
+
+class BudgetSet(Message):
+    """Answer to SetBudget: the budget before and now, in bytes."""
+
+    before: Count
+    budget: Count
 
 
 class Stop(Message):
@@ -301,16 +346,18 @@ class Shutdown(Message):
 
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Error,
-    Attach, Attached, Fetch, Resident, Ack, AckRequest, Complete, RoutingLog, Detach, Detached,
-    AskStatus, Status, Stop, Stopping,
+    Attach, Attached, Fetch, Resident, Ack, AckRequest, Complete, Moved, Released, RoutingLog, Ping, Pong,
+    Detach, Detached,
+    AskStatus, Status, SetBudget, BudgetSet, Stop, Stopping,
     WorkerReady, WorkerFailed, Generate, Cancel, Delta, Finished, Refused, Shutdown,
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     Hello | Welcome | Error
-    | Attach | Attached | Fetch | Resident | Ack | AckRequest | Complete | RoutingLog | Detach | Detached
-    | AskStatus | Status | Stop | Stopping
+    | Attach | Attached | Fetch | Resident | Ack | AckRequest | Complete | Moved | Released | RoutingLog | Ping | Pong
+    | Detach | Detached
+    | AskStatus | Status | SetBudget | BudgetSet | Stop | Stopping
     | WorkerReady | WorkerFailed | Generate | Cancel | Delta | Finished | Refused | Shutdown
 )  # fmt: skip
 
