@@ -13,6 +13,9 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
 
 from expertd.daemon.files import drop_behind, open_uncached
 from expertd.daemon.index import BlockIndex
@@ -59,21 +62,27 @@ class OpenFiles:
             self._descriptors.clear()
 
 
+Read = Callable[[int, list[memoryview], int], int]
+"""As ``os.preadv``: ``read(descriptor, [buffer], offset)`` returns how many bytes came."""
+
+
 @dataclass(frozen=True, order=True)
 class _Job:
     priority: int
     number: int
-    files: OpenFiles | None = field(compare=False)  # None ends the thread that takes it
-    layer: int = field(compare=False)
-    expert: int = field(compare=False)
-    rows: Sequence[memoryview] = field(compare=False)
+    work: Callable[[], int] | None = field(compare=False)  # None ends the thread that takes it
     done: Callable[[int, ExpertdError | None], None] = field(compare=False)
 
 
 class Reader:
-    """A bounded number of threads behind one queue.  ``submit`` may be called from any thread."""
+    """A bounded number of threads behind one queue.  Its methods may be called from any thread.
 
-    def __init__(self, threads: int = THREADS) -> None:
+    ``done(bytes read, None)`` or ``done(0, error)`` is called on one of its threads; until then the rows are its own.
+    """
+
+    def __init__(self, threads: int = THREADS, read: Read = os.preadv) -> None:
+        """``read`` is there for those who want to see what happens when reading fails."""
+        self._read = read
         self._queue: queue.PriorityQueue[_Job] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._threads = [
@@ -82,7 +91,7 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def submit(
+    def read(
         self,
         files: OpenFiles,
         layer: int,
@@ -92,11 +101,18 @@ class Reader:
         *,
         demand: bool,
     ) -> None:
-        """Read block (``layer``, ``expert``) into ``rows``, one writable view for each part.
+        """Read block (``layer``, ``expert``) into ``rows``, one writable view for each part."""
+        work = partial(read_block, files, layer, expert, rows, self._read)
+        self._queue.put(_Job(0 if demand else 1, next(self._numbers), work, done))
 
-        ``done(size, None)`` or ``done(0, error)`` is called on a reader's thread; the caller owns the rows until then.
-        """
-        self._queue.put(_Job(0 if demand else 1, next(self._numbers), files, layer, expert, rows, done))
+    def copy(
+        self,
+        sources: Sequence[memoryview],
+        rows: Sequence[memoryview],
+        done: Callable[[int, ExpertdError | None], None],
+    ) -> None:
+        """Copy a block from ``sources`` into ``rows``."""
+        self._queue.put(_Job(0, next(self._numbers), partial(copy_block, sources, rows), done))
 
     def close(self) -> None:
         """Finish what is being read, forget what is queued, and end the threads."""
@@ -106,17 +122,17 @@ class Reader:
             except queue.Empty:
                 break
         for _ in self._threads:
-            self._queue.put(_Job(2, next(self._numbers), None, 0, 0, (), lambda size, error: None))
+            self._queue.put(_Job(2, next(self._numbers), None, lambda size, error: None))
         for thread in self._threads:
             thread.join()
 
     def _work(self) -> None:
         while True:
             job = self._queue.get()
-            if job.files is None:
+            if job.work is None:
                 return
             try:
-                size = read_block(job.files, job.layer, job.expert, job.rows)
+                size = job.work()
             except ExpertdError as error:
                 job.done(0, error)
             except Exception as error:
@@ -127,7 +143,14 @@ class Reader:
                 job.done(size, None)
 
 
-def read_block(files: OpenFiles, layer: int, expert: int, rows: Sequence[memoryview]) -> int:
+def copy_block(sources: Sequence[memoryview], rows: Sequence[memoryview]) -> int:
+    """Copy one block within memory; no bytes are read.  NumPy copies without holding the interpreter."""
+    for source, row in zip(sources, rows, strict=True):
+        np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(source, np.uint8))
+    return 0
+
+
+def read_block(files: OpenFiles, layer: int, expert: int, rows: Sequence[memoryview], read: Read = os.preadv) -> int:
     """Read one block into ``rows``; returns its bytes.
 
     Raises:
@@ -138,16 +161,16 @@ def read_block(files: OpenFiles, layer: int, expert: int, rows: Sequence[memoryv
     for piece in files.index.ranges(layer, expert):
         descriptor = files.descriptor(piece.file)
         row, path = rows[piece.slab], files.index.paths[piece.file]
-        read = 0
-        while read < piece.size:
+        done = 0
+        while done < piece.size:
             try:
-                got = os.preadv(descriptor, [row[read:]], piece.offset + read)
+                got = read(descriptor, [row[done:]], piece.offset + done)
             except OSError as error:
-                raise ReadFailed(f"reading {path} failed at byte {piece.offset + read} ({error.strerror})") from error
+                raise ReadFailed(f"reading {path} failed at byte {piece.offset + done} ({error.strerror})") from error
             if got == 0:
-                raise ReadFailed(f"{path} ended at byte {piece.offset + read}, inside a block")
-            read += got
+                raise ReadFailed(f"{path} ended at byte {piece.offset + done}, inside a block")
+            done += got
         drop_behind(descriptor, piece.offset, piece.size)
         check_unchanged(path, files.index.marks[piece.file], descriptor)
-        total += read
+        total += done
     return total

@@ -16,7 +16,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -25,52 +25,73 @@ import zmq
 import zmq.asyncio
 
 from expertd.daemon.core import Core, events, instructions
-from expertd.daemon.index import build_index
+from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.lifelines import Lifelines
+from expertd.daemon.liveness import TICK_S, Liveness
 from expertd.daemon.pools import SharedPool, create_pool
-from expertd.daemon.reader import OpenFiles, Reader
+from expertd.daemon.reader import OpenFiles, Read, Reader
 from expertd.daemon.status import model_status
 from expertd.protocol import PROTOCOL, messages
-from expertd.protocol.connection import package_version
+from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
+    BudgetTooSmall,
     DaemonAlreadyRunning,
     DaemonBusy,
     ExpertdError,
+    LimitReached,
     MessageInvalid,
     ProtocolMismatch,
     SessionUnknown,
 )
+from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.routing import unpack
-from expertd.protocol.segments import segment_name
+from expertd.protocol.segments import remove, segment_name
 from expertd.protocol.sizes import show_size
 
 log = logging.getLogger("expertd.daemon")
 
 
-@dataclass
-class _Peer:
-    """Where a session's messages go: its control thread, and the socket that its last Fetch came from."""
+SESSION_LIMIT = 128
+MODEL_LIMIT = 32
+FAIR_FRAMES = 64
+"""After so many frames in a row the loop sees to everything else: a flood may not keep reads and deaths waiting."""
 
-    control: bytes
-    fetcher: bytes
+
+@dataclass(frozen=True)
+class _Peer:
+    """A session's lifeline, and where its messages come from and go to."""
+
     token: bytes
+
+    @property
+    def control(self) -> bytes:
+        return control_identity(self.token)
+
+    @property
+    def data(self) -> bytes:
+        return data_identity(self.token)
 
 
 class Server:
     """One daemon in one home.  ``run`` returns when it was told to end."""
 
-    def __init__(self, home: Home, budget: int, *, idle_exit_s: float | None = None) -> None:
+    def __init__(
+        self, home: Home, budget: int, *, idle_exit_s: float | None = None, read: Read = os.preadv
+    ) -> None:
+        """``read`` reads the model's files; there for those who want to see it fail."""
         self._home = home
-        self._core = Core(budget)
+        # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
+        self._core = Core(budget, first_segment=secrets.randbits(48))
         self._idle_exit_s = idle_exit_s
-        self._reader = Reader()
+        self._reader = Reader(read=read)
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended)
         self._pools: dict[int, SharedPool] = {}
         self._files: dict[str, OpenFiles] = {}
+        self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
+        self._liveness = Liveness()
         self._peers: dict[int, _Peer] = {}
         self._events: deque[events.Event] = deque()
-        # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
         self._numbers = itertools.count(secrets.randbits(48))
         self._tasks: set[asyncio.Task[None]] = set()
         self._creating = asyncio.Lock()
@@ -78,6 +99,7 @@ class Server:
         self._began = time.monotonic()
         self._busy_at = time.monotonic()
         self._frames_dropped = 0
+        self._drops_told = (0.0, 0)  # when the log last said how many
         self._attaching = 0  # sessions whose headers are being read
 
     async def run(self) -> None:
@@ -100,12 +122,15 @@ class Server:
                 stale.unlink(missing_ok=True)
             self._lifelines.listen()
             self._router.bind(f"ipc://{self._home.daemon_socket}")
+            self._home.daemon_socket.chmod(0o600)
+            remove(segment_name(self._home.root))
             log.info(
                 "expertd daemon (process %d) is ready: budget %s, home %s",
                 os.getpid(), show_size(self._core.budget), self._home.root,
             )  # fmt: skip
             self._spawn(self._receive())
             self._spawn(self._watch_idle())
+            self._spawn(self._watch_sessions())
             try:
                 await self._ending.wait()
             finally:
@@ -130,44 +155,84 @@ class Server:
     # -- what comes in -------------------------------------------------------------------------------------------------
 
     async def _receive(self) -> None:
-        while True:
+        for number in itertools.count(1):
             identity, *frames = await self._router.recv_multipart()
             try:
                 if len(frames) != 1:
                     raise MessageInvalid(f"a message of {len(frames)} frames came where one was expected")
-                await self._take(identity, messages.decode(frames[0]))
+                self._take(identity, messages.decode(frames[0]))
             except MessageInvalid as error:
-                self._frames_dropped += 1
-                log.warning("dropped a frame: %s", error)
+                self._drop(error)
                 self._send(identity, messages.Error.of(error))
             except ExpertdError as error:
                 self._send(identity, messages.Error.of(error))
+            if number % FAIR_FRAMES == 0:
+                await asyncio.sleep(0)  # awaiting a frame that is there already gives nobody else a turn
 
-    async def _take(self, identity: bytes, message: messages.Message) -> None:
+    def _drop(self, error: MessageInvalid) -> None:
+        """Count a frame that is no message, and say so, but not once for each of a flood."""
+        self._frames_dropped += 1
+        told_at, told = self._drops_told
+        if time.monotonic() - told_at > 1.0:
+            log.warning("dropped %d frames; the last: %s", self._frames_dropped - told, error)
+            self._drops_told = time.monotonic(), self._frames_dropped
+
+    def _check_sender(self, identity: bytes, session: int, sequence: int | None = None) -> bool:
+        """Whether ``session`` is open, and what speaks for it is one of its own two sockets.
+
+        Raises:
+            MessageInvalid: somebody else does.
+        """
+        peer = self._peers.get(session)
+        if peer is None:
+            if sequence is not None:
+                error = SessionUnknown(f"session {session} is not attached here; load the model again")
+                self._send(identity, messages.Error.of(error, sequence))
+            return False
+        if identity not in (peer.control, peer.data):
+            raise MessageInvalid(f"a message about session {session} came from somebody else")
+        self._liveness.heard(session)
+        return True
+
+    def _take_session(self, identity: bytes, message: messages.Message) -> None:
+        """A message of an open session."""
         match message:
-            case messages.Fetch():
-                peer = self._peers.get(message.session)
-                if peer is None:
-                    error = SessionUnknown(f"session {message.session} is not attached here; load the model again")
-                    self._send(identity, messages.Error.of(error, message.sequence))
-                    return
-                peer.fetcher = identity
-                routing = tuple(unpack(message.routing))
-                experts = tuple(message.experts)
-                self._feed(events.Fetch(message.session, message.sequence, message.layer, experts, routing))
-            case messages.Ack():
-                routing = tuple(unpack(message.routing))
-                self._feed(events.Ack(message.session, message.version, message.sequence, routing))
-            case messages.RoutingLog():
-                self._feed(events.Routed(message.session, tuple(unpack(message.routing))))
+            case messages.Fetch(session=session, sequence=sequence, segment=segment, layer=layer):
+                if self._check_sender(identity, session, sequence):
+                    experts, routing = tuple(message.experts), tuple(unpack(message.routing))
+                    self._feed(events.Fetch(session, sequence, segment, layer, experts, routing))
+            case messages.Ack(session=session):
+                if self._check_sender(identity, session):
+                    routing = tuple(unpack(message.routing))
+                    self._feed(events.Ack(session, message.version, message.sequence, routing))
+            case messages.RoutingLog(session=session):
+                if self._check_sender(identity, session):
+                    self._feed(events.Routed(session, tuple(unpack(message.routing))))
+            case messages.Released(session=session, segment=segment):
+                if self._check_sender(identity, session):
+                    self._feed(events.Released(session, segment))
+            case messages.Ping(session=session):
+                if self._check_sender(identity, session):
+                    self._send(identity, messages.Pong(session=session))
+            case messages.Pong(session=session):
+                if self._check_sender(identity, session):
+                    self._feed(events.Heard(session))
+            case messages.Detach(session=session):
+                if self._check_sender(identity, session):
+                    self._end(session)
+                self._send(identity, messages.Detached(session=session))
+            case _:
+                raise MessageInvalid(f"a daemon takes no {type(message).__name__}")
+
+    def _take(self, identity: bytes, message: messages.Message) -> None:
+        match message:
             case messages.Hello():
                 self._hello(identity, message)
             case messages.Attach():
                 self._attaching += 1
                 self._spawn(self._attach(identity, message))
-            case messages.Detach():
-                self._end(message.session)
-                self._send(identity, messages.Detached(session=message.session))
+            case messages.SetBudget(budget=budget):
+                self._set_budget(identity, budget)
             case messages.AskStatus():
                 self._send(identity, self._status())
             case messages.Stop(if_idle=if_idle):
@@ -176,7 +241,17 @@ class Server:
                 self._send(identity, messages.Stopping())
                 self._ending.set()
             case _:
-                raise MessageInvalid(f"a daemon takes no {type(message).__name__}")
+                self._take_session(identity, message)
+
+    def _set_budget(self, identity: bytes, budget: int) -> None:
+        needed, before = self._core.smallest_budget, self._core.budget
+        if budget < needed:
+            raise BudgetTooSmall(
+                f"the models in use need at least {needed} bytes ({show_size(needed)}); give that much, or end them"
+            )
+        log.info("the budget changes from %s to %s", show_size(before), show_size(budget))
+        self._feed(events.BudgetChanged(budget))
+        self._send(identity, messages.BudgetSet(before=before, budget=budget))
 
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:
         if hello.protocol != PROTOCOL:
@@ -192,7 +267,10 @@ class Server:
         try:
             if not self._lifelines.known(message.token):
                 raise MessageInvalid("an Attach came whose lifeline is not open")
-            index = await asyncio.to_thread(build_index, message.manifest)
+            if identity != control_identity(message.token):
+                raise MessageInvalid("an Attach came from a socket that is not named after its lifeline")
+            self._check_limits(message.manifest.key)
+            index = await self._index(message.manifest)
         except ExpertdError as error:
             self._send(identity, messages.Error.of(error))
             return
@@ -204,10 +282,28 @@ class Server:
             taken = MessageInvalid("an Attach came whose lifeline has a session already")
             self._send(identity, messages.Error.of(taken))
             return
-        self._peers[number] = _Peer(identity, identity, message.token)
+        self._peers[number] = _Peer(message.token)
         if message.manifest.key not in self._files:
             self._files[message.manifest.key] = OpenFiles(index)
         self._feed(events.Attach(number, message.pid, message.mode, message.manifest))
+
+    def _check_limits(self, key: str) -> None:
+        if len(self._peers) + self._attaching > SESSION_LIMIT:
+            raise LimitReached(f"{SESSION_LIMIT} sessions are open, which is the limit; close some, or try again later")
+        if key not in self._core.keys and len(self._core.keys | self._indexing.keys()) >= MODEL_LIMIT:
+            raise LimitReached(f"{MODEL_LIMIT} models are loaded, which is the limit; close some, or try again later")
+
+    async def _index(self, manifest: Manifest) -> BlockIndex:
+        """The index of a model's blocks; sessions that come at the same moment share one."""
+        key = manifest.key
+        if key not in self._indexing:
+            self._indexing[key] = asyncio.create_task(asyncio.to_thread(build_index, manifest))
+        task = self._indexing[key]
+        try:
+            return await asyncio.shield(task)
+        finally:
+            if self._indexing.get(key) is task:
+                del self._indexing[key]
 
     def _line_ended(self, session: int) -> None:
         """The lifeline of ``session`` reached its end of file: its process is gone, or let go."""
@@ -241,24 +337,34 @@ class Server:
         for what in todo:
             match what:
                 case instructions.Answer(session, sequence, version, slots):
-                    self._to_fetcher(
+                    self._to_data(
                         session,
                         messages.Resident(session=session, sequence=sequence, version=version, slots=list(slots)),
                     )
                 case instructions.Publish(segment, row, expert, slot):
                     self._pools[segment].table[row, expert] = slot
                 case instructions.StartRead():
-                    self._start_read(what)
+                    rows = self._pools[what.segment].rows(what.slot)
+                    files = self._files[what.model]
+                    done = self._when_filled(what.segment, what.slot)
+                    self._reader.read(files, what.layer, what.expert, rows, done, demand=what.demand)
+                case instructions.StartCopy(source, source_slot, segment, slot):
+                    sources, rows = self._pools[source].rows(source_slot), self._pools[segment].rows(slot)
+                    self._reader.copy(sources, rows, self._when_filled(segment, slot))
                 case instructions.AskAck(session, version):
                     self._to_control(session, messages.AckRequest(session=session, version=version))
                 case instructions.Announce(session, segment):
                     self._to_control(session, messages.Complete(session=session, segment=segment))
                 case instructions.Grant():
                     self._grant(what)
+                case instructions.Move(session, info):
+                    if (info_named := self._hand_over(session, info)) is not None:
+                        self._to_control(session, messages.Moved(session=session, pool=info_named))
+                case instructions.Refuse(session, error, None):
+                    self._to_control(session, messages.Error.of(error))
+                    self._end(session)
                 case instructions.Refuse(session, error, sequence):
-                    self._to_fetcher(session, messages.Error.of(error, sequence))
-                    if sequence is None:
-                        self._end(session)
+                    self._to_data(session, messages.Error.of(error, sequence))
                 case instructions.CreatePool():
                     self._spawn(self._create_pool(what))
                 case instructions.UnlinkPool(segment):
@@ -266,38 +372,49 @@ class Server:
         for key in self._files.keys() - self._core.keys:
             self._files.pop(key).close()
 
-    def _start_read(self, what: instructions.StartRead) -> None:
+    def _when_filled(self, segment: int, slot: int) -> Callable[[int, ExpertdError | None], None]:
         def done(size: int, error: ExpertdError | None) -> None:
             event: events.Event
             if error is None:
-                event = events.ReadDone(what.segment, what.slot, size)
+                event = events.ReadDone(segment, slot, size)
             else:
                 log.warning("%s", error)
-                event = events.ReadFailed(what.segment, what.slot, error)
+                event = events.ReadFailed(segment, slot, error)
             # The loop may be closed already when the daemon ends; then nobody waits for this read.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._feed, event)
 
-        rows = self._pools[what.segment].rows(what.slot)
-        self._reader.submit(self._files[what.model], what.layer, what.expert, rows, done, demand=what.demand)
+        return done
 
     def _grant(self, grant: instructions.Grant) -> None:
-        peer = self._peers.get(grant.session)
-        if peer is None:
-            return
-        pools = []
-        try:
-            for info in grant.pools:
-                pool = self._pools[info.segment]
-                self._lifelines.send_segment(peer.token, info.segment, pool.layout.size, pool.segment.readonly)
-                pools.append(msgspec.structs.replace(info, nonce=pool.nonce))
-        except OSError as error:
-            log.warning("session %d took no segment (%s)", grant.session, error)
-            self._end(grant.session)
+        pools = [self._hand_over(grant.session, info) for info in grant.pools]
+        if grant.session not in self._peers:
             return
         log.info("session %d: model %s", grant.session, self._core.models[grant.model].manifest.folder)
-        attached = messages.Attached(session=grant.session, model=grant.model, version=grant.version, pools=pools)
-        self._send(peer.control, attached)
+        attached = messages.Attached(
+            session=grant.session,
+            model=grant.model,
+            version=grant.version,
+            pools=[pool for pool in pools if pool is not None],
+        )
+        self._to_control(grant.session, attached)
+
+    def _hand_over(self, session: int, info: messages.PoolInfo) -> messages.PoolInfo | None:
+        """Send a segment's descriptor over the lifeline; returns ``info`` with its nonce, None if the session is over.
+
+        One that does not take it is gone, or has been sent dozens: its session ends.
+        """
+        peer = self._peers.get(session)
+        if peer is None:
+            return None
+        pool = self._pools[info.segment]
+        try:
+            self._lifelines.send_segment(peer.token, info.segment, pool.layout.size, pool.segment.readonly)
+        except OSError as error:
+            log.warning("session %d took no segment (%s)", session, error)
+            self._end(session)
+            return None
+        return msgspec.structs.replace(info, nonce=pool.nonce)
 
     async def _create_pool(self, what: instructions.CreatePool) -> None:
         event: events.Event
@@ -313,9 +430,9 @@ class Server:
                 event = events.PoolCreated(what.segment)
         self._feed(event)
 
-    def _to_fetcher(self, session: int, message: messages.Message) -> None:
+    def _to_data(self, session: int, message: messages.Message) -> None:
         if session in self._peers:
-            self._send(self._peers[session].fetcher, message)
+            self._send(self._peers[session].data, message)
 
     def _to_control(self, session: int, message: messages.Message) -> None:
         if session in self._peers:
@@ -337,6 +454,17 @@ class Server:
             self._ending.set()
 
     # -- state ---------------------------------------------------------------------------------------------------------
+
+    async def _watch_sessions(self) -> None:
+        """Ping those who owe an ack; tell the core of those who have gone silent."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            ping, silent = self._liveness.tick(self._core.owing)
+            for session in ping:
+                self._to_control(session, messages.Ping(session=session))
+            for session in silent:
+                log.warning("session %d does not answer and is left behind", session)
+                self._feed(events.Silent(session))
 
     async def _watch_idle(self) -> None:
         while True:

@@ -24,7 +24,7 @@ def model_status(model: Model) -> ModelStatus:
         misses=model.misses,
         bytes_read=model.bytes_read,
         evictions=model.evictions,
-        pool_bytes=model.size,
+        pool_bytes=model.size + model.extra,
         sessions=[
             SessionStatus(
                 id=session.number,
@@ -32,6 +32,8 @@ def model_status(model: Model) -> ModelStatus:
                 mode=session.mode,
                 waiting=session.waiting is not None,
                 fetches=session.fetches,
+                left_behind=session.silent,
+                held_bytes=model.held_by(session.number),
             )
             for session in model.sessions.values()
         ],

@@ -17,6 +17,16 @@ from expertd.protocol.messages import Hello, Message, Welcome, decode, encode, e
 M = TypeVar("M", bound=Message)
 
 
+def control_identity(token: bytes) -> bytes:
+    """Name of the socket of the session with this lifeline over which it attaches, acks while idle, and is asked."""
+    return b"c" + token
+
+
+def data_identity(token: bytes) -> bytes:
+    """Name of the socket of the session with this lifeline that the computing thread uses."""
+    return b"d" + token
+
+
 def package_version() -> str:
     """Version of the installed package."""
     return importlib.metadata.version("expertd")
@@ -28,9 +38,11 @@ class Connection:
     Counts what passes (``frames_sent``, ``frames_received``), so that "a hit costs no message" can be measured.
     """
 
-    def __init__(self, path: Path, role: str, *, handshake_s: float = 5.0) -> None:
+    def __init__(self, path: Path, role: str, *, handshake_s: float = 5.0, identity: bytes | None = None) -> None:
         """Connect and shake hands.
 
+        Args:
+            identity: the socket's name, where the daemon has to know it again.
         Raises:
             DaemonNotRunning: nobody answers within ``handshake_s``.
             ProtocolMismatch: the daemon speaks another version.
@@ -43,6 +55,8 @@ class Connection:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
+        if identity is not None:
+            self._socket.setsockopt(zmq.ROUTING_ID, identity)
         self._socket.connect(f"ipc://{path}")
         try:
             self.send(Hello(protocol=PROTOCOL, package=package_version(), role=role))

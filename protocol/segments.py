@@ -8,6 +8,7 @@ descriptors and mappings alone, so that nothing is left behind however its proce
 from __future__ import annotations
 
 import _posixshmem  # the C half of multiprocessing.shared_memory, without its resource tracker
+import contextlib
 import hashlib
 import mmap
 import os
@@ -80,6 +81,12 @@ def create(name: str, size: int) -> Segment:
             "/dev/shm more room"
         ) from error
     return Segment(mapping, readonly, size)
+
+
+def remove(name: str) -> None:
+    """Remove what a daemon left under its name that was killed in the instant before it unlinked it."""
+    with contextlib.suppress(FileNotFoundError):
+        _posixshmem.shm_unlink(name)
 
 
 def map_readonly(descriptor: int, size: int) -> mmap.mmap:

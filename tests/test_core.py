@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.daemon.core import Core
-from expertd.daemon.core.core import BACKGROUND_READS
+from expertd.daemon.core.slots import BACKGROUND_READS
 from expertd.daemon.core.events import (
     Ack,
     Attach,
@@ -104,7 +104,14 @@ class Daemon:
         return grant
 
     def fetch(self, session: int, sequence: int, layer: int, *experts: int) -> list[Instruction]:
-        return self.feed(Fetch(session, sequence, layer, experts))
+        return self.feed(Fetch(session, sequence, self.segment(session, layer), layer, experts))
+
+    def segment(self, session: int, layer: int) -> int:
+        """Where the layer is now, 0 if there is no such session or layer."""
+        if session not in self.core.sessions:
+            return 0
+        pool = self.core.models[self.core.sessions[session].model].pool_of_layer.get(layer)
+        return 0 if pool is None else pool.segment
 
     def ack(self, session: int, version: int, sequence: int) -> list[Instruction]:
         return self.feed(Ack(session, version, sequence))
@@ -392,9 +399,9 @@ def test_hits_and_misses_count_blocks_once_an_event() -> None:
     assert (model.hits, model.misses) == (0, 2)
     daemon.get(1, 2, 0, 1, 2)
     assert (model.hits, model.misses) == (1, 3)
-    daemon.feed(Fetch(2, 1, 0, (0,), ((0, [0, 1]), (1, [3]))))
+    daemon.feed(Fetch(2, 1, 1, 0, (0,), ((0, [0, 1]), (1, [3]))))
     assert (model.hits, model.misses) == (5, 3)
-    daemon.feed(Fetch(2, 1, 0, (0,), ((0, [0, 1]), (1, [3]))))
+    daemon.feed(Fetch(2, 1, 1, 0, (0,), ((0, [0, 1]), (1, [3]))))
     assert (model.hits, model.misses) == (5, 3)
     daemon.feed(Routed(1, ((0, [0]),)))
     daemon.feed(Ack(1, 0, 2, ((0, [0]),)))

@@ -1,55 +1,66 @@
 """A session: one process's hold on one model's pools, and the conversation with the daemon about it.
 
-Two sockets, because ZeroMQ sockets belong to one thread: whoever computes uses one (Fetch, acks within a forward), and
-a control thread the other (acks while idle, news).  No mlx here: arrays over the pools are ``expertd.worker.alias``,
-the layer that looks blocks up is ``expertd.worker.experts``.
+It outlives its daemon: when that dies, pages that are mapped stay as they are, and a control thread attaches to the
+next one as soon as it is there.  Nothing that was looked up becomes wrong by that; a miss waits.
 
-The rule it keeps (PROTOCOL.md, "Acks"): an ack names a version that the daemon *told* in a message, and is sent only
-when nothing that was looked up before is still to be read.
+The rules it keeps (PROTOCOL.md, "Acks", "Generations"): an ack names a version that the daemon *told* in a message, and
+is sent only when nothing that was looked up before is still to be read.  A new generation of a pool, or a new daemon's
+pools, are *offered* by the control thread, and adopted under the forward lock by ``expertd.worker.experts``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
-import secrets
-import select
 import socket
 import threading
-import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from expertd.protocol import lifeline, messages
+from expertd.protocol import messages
 from expertd.protocol.connection import Connection
-from expertd.protocol.errors import AliasFailed, DaemonLost, ExpertdError, SessionClosed, from_code
-from expertd.protocol.layout import PoolLayout, pool_layout, read_header
+from expertd.protocol.errors import (
+    DaemonLost,
+    DaemonNotRunning,
+    ExpertdError,
+    PoolMoved,
+    SessionClosed,
+    SessionUnknown,
+    from_code,
+)
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.routing import pack
-from expertd.protocol.segments import map_readonly
+from expertd.worker.link import Link, MappedPool, Mode
 
 log = logging.getLogger("expertd.worker")
 
-ATTACH_S = 600.0
-"""Attaching reserves the pool's memory, which takes seconds for large pools."""
-
 RESEND_S = 5.0
 """An unanswered Fetch is sent again after so long: it is idempotent, and a ROUTER may drop an answer."""
+
+SILENCE_S = 60.0
+"""A daemon that does not even answer pings for so long while a Fetch waits is given up for that forward."""
+
+RECOVERY_S = 30.0
+"""How long a forward that misses waits for a daemon's return."""
+
+MOVE_S = 5.0
+"""A session that was told that its pool moved and hears nothing of the new one for so long attaches anew."""
 
 FLUSH_FORWARDS = 100
 """The routing log is sent after so many forwards, or with the next Fetch or ack, or when idle."""
 
 IDLE_FLUSH_S = 1.0
-_POLL_S = 0.5
+_POLL_S = 0.25
+_RETRY_S = (0.05, 2.0)
+"""Pauses between two attempts to attach again: while a forward waits for it, and while nobody does."""
 
 _FORKED = (
     "a model that was loaded before a fork cannot be used in the child, and MLX neither; start a new process "
@@ -57,21 +68,6 @@ _FORKED = (
 )
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-@dataclass
-class MappedPool:
-    """One pool as this process sees it: read-only pages, and the table ``slot[row, expert]`` in them.
-
-    ``complete`` is set by the control thread once the daemon has said so; it never goes back.
-    """
-
-    segment: int
-    layers: list[int]
-    layout: PoolLayout
-    mapping: mmap.mmap
-    table: NDArray[np.int32]
-    complete: bool
 
 
 class Session:
@@ -86,96 +82,58 @@ class Session:
             differ, the owner calls ``ack`` when it may.
         routing: what routers chose, ``(layer, experts)``, and no message has told yet.  The owner appends events that
             were all hits; the others ride in their Fetch.
-        completions: how many of the pools are complete.
+        news: grows when pools are offered or have become complete.
+        pools: those that have been adopted.
+        on_idle: called by the control thread under the forward lock, when no forward has run for a while.
     """
 
-    def __init__(self, home: Home, manifest: Manifest, mode: Literal["shm", "copy"]) -> None:
+    def __init__(self, home: Home, manifest: Manifest, mode: Mode, start: Callable[[], None] | None = None) -> None:
         """Attach.
 
+        Args:
+            start: sees to it that a daemon runs, should it be gone when it is needed again.
         Raises:
             DaemonNotRunning, ProtocolMismatch, BudgetTooSmall, CheckpointError, SegmentFailed: as the daemon says.
         """
         self._process = os.getpid()
+        self._home = home
+        self._manifest = manifest
+        self.mode = mode
+        self._start = start
         self._closed: ExpertdError | None = None
         self._abandoned = False
         self._forward = threading.Lock()
-        # Written by one thread each: what the control thread was told, and what a Fetch was answered with; how often an
-        # ack was asked for (control), and up to which request it was given (whoever holds the forward lock).
-        self._told_by_request = 0
-        self._told_by_answer = 0
-        self.asked = 0
-        self.acked = 0
-        self._sequence = 0
         self._unanswered: messages.Fetch | None = None
         self._settled = True
         self.owner = 0
+        self.asked = self.acked = 0
         self.routing: list[tuple[int, Sequence[int]]] = []
         self._forwards = 0
-        self._home = home
-        token = secrets.token_bytes(16)
-        self._sockets = contextlib.ExitStack()
-        try:
-            self._control = self._sockets.enter_context(Connection(home.daemon_socket, "worker"))
-            self._data = self._sockets.enter_context(Connection(home.daemon_socket, "worker"))
-            self._line = self._sockets.enter_context(lifeline.connect(home.lifeline_socket, token))
-            self._wake, self._woken = map(self._sockets.enter_context, socket.socketpair())
-            request = messages.Attach(token=token, pid=os.getpid(), mode=mode, manifest=manifest)
-            self._line.settimeout(ATTACH_S)
-            attached = self._await_attached(request)
-            self.number = attached.session
-            self._told_by_request = attached.version
-            self.pools = self._map(manifest, attached)
-        except BaseException:
-            self._sockets.close()
-            raise
-        self.completions = sum(pool.complete for pool in self.pools)
-        self.mode = mode
-        self._thread = threading.Thread(target=self._run, name=f"session-{self.number}", daemon=True)
+        self._frames_before = 0
+        # Between the two threads: what is offered, what was unmapped, whether somebody waits for a daemon, and how
+        # that goes.
+        self._exchange = threading.Condition()
+        self._offers: dict[tuple[int, ...], MappedPool] = {}
+        self._released: deque[tuple[int, int]] = deque()
+        self._needed = False
+        self._attempts = 0
+        self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
+        self.news = 0
+        self.on_idle: Callable[[], None] = lambda: None
+        self._link = self._active = Link(home, manifest, mode)
+        self.pools, self._link.pools = self._link.pools, []
+        self._follow_unmapping(self._link, self.pools)
+        self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
+        self._woken.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name=f"session-{self._link.number}", daemon=True)
         _sessions.add(self)
         self._thread.start()
 
-    def _await_attached(self, request: messages.Attach) -> messages.Attached:
-        """Send ``request`` and wait for its answer, as long as it takes while the daemon lives.
-
-        Segments come over the lifeline before the answer, so something to read there is an end of file only if peeking
-        says so.
-        """
-        self._control.send(request)
-        deadline = time.monotonic() + ATTACH_S
-        while time.monotonic() < deadline:
-            answer = self._control.receive(0.2)
-            if answer is not None:
-                return messages.expect(answer, messages.Attached)
-            readable, _, _ = select.select([self._line], [], [], 0)
-            if readable and not self._line.recv(1, socket.MSG_PEEK):
-                # It may have said why on the other socket, just before.
-                answer = self._control.receive(0.5)
-                if answer is not None:
-                    return messages.expect(answer, messages.Attached)
-                break
-        raise DaemonLost(f"the daemon of {self._home.root} went away while a session was opened; load the model again")
-
-    def _map(self, manifest: Manifest, attached: messages.Attached) -> list[MappedPool]:
-        descriptors: dict[int, tuple[int, int]] = {}
-        try:
-            for _ in attached.pools:
-                segment, size, descriptor = lifeline.receive_segment(self._line)
-                descriptors[segment] = (size, descriptor)
-            return [self._map_pool(manifest, info, *descriptors.pop(info.segment)) for info in attached.pools]
-        finally:
-            for _, descriptor in descriptors.values():
-                os.close(descriptor)
-
-    @staticmethod
-    def _map_pool(manifest: Manifest, info: messages.PoolInfo, size: int, descriptor: int) -> MappedPool:
-        first = manifest.layers[info.layers[0]]
-        layout = pool_layout(len(info.layers), first.experts, first.parts, info.slots)
-        mapping = map_readonly(descriptor, size)
-        if size != layout.size or read_header(memoryview(mapping)) != (info.nonce, info.generation):
-            raise AliasFailed("the segment that the daemon handed over is not the one that it announced")
-        count = layout.layers * layout.experts
-        table = np.frombuffer(mapping, np.int32, count, layout.table_offset).reshape(layout.layers, layout.experts)
-        return MappedPool(info.segment, info.layers, layout, mapping, table, info.complete)
+    @property
+    def number(self) -> int:
+        """The session's number in its present daemon."""
+        return self._link.number
 
     # -- the computing thread ------------------------------------------------------------------------------------------
 
@@ -184,13 +142,14 @@ class Session:
 
         Raises:
             SessionClosed: the session was closed, or this process is a fork of its owner.
-            ExpertdError: whatever else has closed the session, DaemonLost above all.
+            DaemonLost: an answer that an interrupted forward did not wait for does not come.
         """
         self._forward.acquire()
         try:
             self._check_open()
             if self._unanswered is not None:
-                self._await_answer(self._unanswered)
+                with contextlib.suppress(PoolMoved):  # it will not be answered any more, so nothing is owed
+                    self._await_answer(self._link, self._unanswered)
             self._settled = False
             self.owner = threading.get_ident()
         except BaseException:
@@ -214,7 +173,7 @@ class Session:
         while True:
             try:
                 if flush and self.routing:
-                    self._data.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
+                    self._report(self._link.data)
                 if self.asked != self.acked:
                     self.ack()
             finally:
@@ -225,61 +184,131 @@ class Session:
 
     def ack(self) -> None:
         """Answer the daemon's request for an ack; the caller has evaluated all that was looked up until now."""
-        self._send_ack(self._data)
+        self._send_ack(self._link.data)
 
-    def fetch(self, layer: int, experts: NDArray[np.integer]) -> NDArray[np.int32]:
-        """Make the blocks (``layer``, ``experts``) resident and lease them until the next fetch or ack.
+    def fetch(self, pool: MappedPool, layer: int, experts: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Make the blocks (``layer``, ``experts``) resident in ``pool`` and lease them until the next fetch or ack.
 
         Args:
             experts: distinct ids, shape ``[n]``, at most as many as the layer's pool has slots.
         Returns:
             Their slots, shape ``[n]``.
         Raises:
+            PoolMoved: the layer's pool has a new generation, or the daemon is gone: ``follow``, adopt, look up again.
             ReadFailed, FileChanged: the disk or the file failed; the next fetch may work.
-            DaemonLost: the daemon is gone.
+            DaemonLost: the daemon does not answer.
         """
         self._check_open()
+        link = pool.link
+        if link.lost:
+            raise PoolMoved("the daemon has gone")
         self.acked = self.asked  # a Fetch acks everything that was told
-        self._sequence += 1
+        link.sequence += 1
         request = messages.Fetch(
-            session=self.number,
-            sequence=self._sequence,
+            session=link.number,
+            sequence=link.sequence,
+            segment=pool.segment,
             layer=layer,
             experts=experts.tolist(),
             routing=self._take_routing(),
         )
         self._unanswered = request
-        self._data.send(request)
-        answer = self._await_answer(request)
+        link.data.send(request)
+        answer = self._await_answer(link, request)
         if isinstance(answer, messages.Error):
             raise answer.exception()
         return np.array(answer.slots, np.int32)
 
-    def _await_answer(self, request: messages.Fetch) -> messages.Resident | messages.Error:
+    def _await_answer(self, link: Link, request: messages.Fetch) -> messages.Resident | messages.Error:
         """The answer to ``request``.
 
         A caller that is interrupted here (Ctrl-C) leaves ``_unanswered`` set: until the answer has come, the daemon
-        takes this session for one that looks nothing up, so nothing may be looked up.
+        takes this session for one that looks nothing up, so nothing may be looked up.  Time is counted in polls, so
+        that a machine that slept has not waited.
         """
-        waited_s = 0.0
-        while True:
-            answer = self._data.receive(_POLL_S)
+        silent_s, waited_s = 0.0, 0.0
+        while not link.lost:
+            answer = link.data.receive(_POLL_S)
             self._check_open()
             if answer is None:
+                silent_s += _POLL_S
                 waited_s += _POLL_S
                 if waited_s >= RESEND_S:
                     waited_s = 0.0
-                    self._data.send(request)
-            elif isinstance(answer, messages.Resident) and answer.sequence == request.sequence:
+                    link.data.send(request)
+                    link.data.send(messages.Ping(session=link.number))
+                if silent_s >= SILENCE_S:
+                    raise DaemonLost(f"the daemon of {self._home.root} has not answered for {silent_s:.0f} s")
+                continue
+            silent_s = 0.0
+            if isinstance(answer, messages.Resident) and answer.sequence == request.sequence:
                 self._unanswered = None
-                self._told_by_answer = answer.version
+                link.told_by_answer = answer.version
                 return answer
-            elif isinstance(answer, messages.Error) and answer.sequence == request.sequence:
+            if isinstance(answer, messages.Error) and answer.sequence == request.sequence:
+                if answer.code == SessionUnknown.code:
+                    break
                 self._unanswered = None
                 return answer
-            elif isinstance(answer, messages.Error) and answer.sequence is None:
+            if isinstance(answer, messages.Error) and answer.sequence is None:
                 # Not about this Fetch: the two sides no longer agree on what was said.
-                self._closed = answer.exception()
+                log.warning("the daemon refused a message (%s); attaching anew", answer.message)
+                break
+        self._unanswered = None
+        self._give_up(link)
+        raise PoolMoved("the daemon has gone")
+
+    def follow(self, seen: int) -> None:
+        """Wait until there are other news than ``seen``: new generations, or a new daemon's pools.
+
+        Raises:
+            DaemonLost: no daemon has come back in time.
+            ExpertdError: why there can be none, or why it does not take the model.
+        """
+        waited_s = 0.0
+        with self._exchange:
+            before = self._attempts
+            self._needed = True
+            try:
+                while self.news == seen:
+                    self._check_open()
+                    late = waited_s >= RECOVERY_S
+                    if late or (self._attempts > before and not self._trouble.retryable):
+                        self._raise_trouble(waited_s)
+                    if waited_s >= MOVE_S and not self._active.lost:
+                        self._active.lost = True
+                    self._poke()
+                    self._exchange.wait(_POLL_S)
+                    waited_s += _POLL_S
+            finally:
+                self._needed = False
+
+    def _raise_trouble(self, waited_s: float) -> NoReturn:
+        trouble = self._trouble
+        if isinstance(trouble, DaemonNotRunning):
+            raise DaemonLost(f"no daemon has come back in {self._home.root} within {waited_s:.0f} s") from None
+        raise from_code(trouble.code, trouble.message)
+
+    def offered(self) -> list[MappedPool]:
+        """The pools that are to be adopted; under the forward lock."""
+        with self._exchange:
+            return list(self._offers.values())
+
+    def adopted(self, pools: Sequence[MappedPool]) -> None:
+        """From now on lookups go to ``pools``; under the forward lock, and nothing reads others but lazy graphs."""
+        with self._exchange:
+            covered = {layer for pool in pools for layer in pool.layers}
+            self.pools = [pool for pool in self.pools if not covered.issuperset(pool.layers)] + list(pools)
+            for pool in pools:
+                if self._offers.get(pool.layers) is pool:
+                    del self._offers[pool.layers]
+            link = pools[-1].link
+            if self._link is not link:
+                self._frames_before += self._link.frames
+                self._link.data.close()
+                self._link = link
+                self._unanswered = None
+                self.acked = self.asked
 
     def _check_open(self) -> None:
         """Raise why this session is closed, if it is.
@@ -294,77 +323,182 @@ class Session:
         taken, self.routing = self.routing, []
         return b"".join(pack(layer, experts) for layer, experts in taken)
 
-    def _send_ack(self, connection: Connection) -> None:
-        """Ack everything that was told; the caller holds the forward lock."""
-        asks = self.asked
-        version = max(self._told_by_request, self._told_by_answer)
+    def _report(self, over: Connection) -> None:
+        """Send the routing log; without a daemon it is lost, which costs only statistics."""
         routing = self._take_routing()
-        connection.send(
-            messages.Ack(session=self.number, version=version, sequence=self._sequence, routing=routing)
-        )
-        self.acked = asks
+        if not self._link.lost:
+            over.send(messages.RoutingLog(session=self._link.number, routing=routing))
+
+    def _send_ack(self, over: Connection) -> None:
+        """Ack everything that was told over the present link; the caller holds the forward lock."""
+        asked, link = self.asked, self._link
+        version = max(link.told_by_request, link.told_by_answer)
+        routing = self._take_routing()
+        if not link.lost:
+            over.send(messages.Ack(session=link.number, version=version, sequence=link.sequence, routing=routing))
+        self.acked = asked
+
+    def _give_up(self, link: Link) -> None:
+        """Let the control thread attach anew."""
+        link.lost = True
+        self._poke()
+
+    def _poke(self) -> None:
+        """Wake the control thread."""
+        with contextlib.suppress(BlockingIOError, OSError):  # it is awake, or has ended
+            self._wake.send(b"x")
 
     # -- the control thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._control.socket, zmq.POLLIN)
-        poller.register(self._line.fileno(), zmq.POLLIN)
-        poller.register(self._woken.fileno(), zmq.POLLIN)
         forwards = 0
-        try:
-            while True:
-                ready = dict(poller.poll(round(IDLE_FLUSH_S * 1000)))
-                if self._woken.fileno() in ready:
-                    return
-                if self._line.fileno() in ready and not self._line.recv(64):
-                    raise DaemonLost(f"the daemon of {self._home.root} has ended; load the model again")
-                if self._control.socket in ready:
-                    self._listen()
-                elif not ready:
-                    forwards = self._flush_idle(forwards)
-        except (ExpertdError, OSError) as error:
-            if self._closed is None:
-                code = error.code if isinstance(error, ExpertdError) else DaemonLost.code
-                self._closed = from_code(code, f"{error}")
-                log.warning("%s", error)
-            self._hang_up()
-        finally:
-            if self._abandoned:
-                with self._forward:  # somebody may still compute with one of the model's layers
-                    self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
-                    if self._settled:
-                        self._sockets.close()
+        pause_s = 0.0
+        while self._closed is None and not self._abandoned:
+            try:
+                if self._active.lost:
+                    self._active.hang_up()
+                    self._woken_within(pause_s if not self._needed else min(pause_s, _RETRY_S[0]))
+                    pause_s = self._attach_again(pause_s)
+                else:
+                    forwards = self._attend(self._active, forwards)
+                    pause_s = 0.0
+            except (ExpertdError, OSError, zmq.ZMQError) as error:
+                if self._closed is None and not self._abandoned:
+                    log.warning("%s", error)
+                self._active.lost = True
+        if self._abandoned:
+            with self._forward:  # somebody may still compute with one of the model's layers
+                self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
+        if self._settled:
+            self._active.hang_up()
+        if self._abandoned:
+            self._close_sockets()
+        with self._exchange:
+            self._exchange.notify_all()
 
-    def _listen(self) -> None:
-        match self._control.receive(0):
+    def _woken_within(self, timeout_s: float) -> bool:
+        """Sleep, at most so long; returns whether somebody woke this thread."""
+        poller = zmq.Poller()
+        poller.register(self._woken.fileno(), zmq.POLLIN)
+        if not poller.poll(round(timeout_s * 1000)):
+            return False
+        self._drain()
+        return True
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._woken.recv(64):
+                pass
+
+    def _attach_again(self, pause_s: float) -> float:
+        """Try to attach to whatever daemon there is; returns how long to pause before the next attempt."""
+        try:
+            if self._needed and self._start is not None:
+                self._start()
+            link = Link(self._home, self._manifest, self.mode)
+        except (ExpertdError, OSError) as error:
+            with self._exchange:
+                self._attempts += 1
+                self._trouble = error if isinstance(error, ExpertdError) else DaemonLost(str(error))
+                self._exchange.notify_all()
+            if not isinstance(error, DaemonNotRunning):
+                log.warning("the model could not be attached again: %s", error)
+            return min(max(2 * pause_s, _RETRY_S[0]), _RETRY_S[1])
+        log.info("session %d goes on as session %d", self._link.number, link.number)
+        with self._exchange:
+            if self._active is not self._link:
+                self._active.data.close()  # nobody has used it
+            self._active = link
+            self._offers = {pool.layers: pool for pool in link.pools}
+            self._follow_unmapping(link, link.pools)
+            link.pools = []
+            self._told()
+        return 0.0
+
+    def _told(self) -> None:
+        """There are news; the caller holds ``_exchange``."""
+        self.news += 1
+        self._exchange.notify_all()
+
+    def _attend(self, link: Link, forwards: int) -> int:
+        """Wait for a second, or for something to happen, and see to it; returns how many forwards there have been."""
+        poller = zmq.Poller()
+        poller.register(link.control.socket, zmq.POLLIN)
+        poller.register(link.line.fileno(), zmq.POLLIN)
+        poller.register(self._woken.fileno(), zmq.POLLIN)
+        ready = dict(poller.poll(round(IDLE_FLUSH_S * 1000)))
+        if self._woken.fileno() in ready:
+            self._drain()
+        while self._released:
+            number, segment = self._released.popleft()
+            if number == link.number:
+                link.control.send(messages.Released(session=number, segment=segment))
+        if link.control.socket in ready:
+            self._listen(link)
+        elif link.line.fileno() in ready and link.ended():
+            raise DaemonLost(f"the daemon of {self._home.root} has ended; the model waits for its return")
+        if not ready:
+            if self._forwards == forwards:
+                self._when_idle()
+            return self._forwards
+        return forwards
+
+    def _listen(self, link: Link) -> None:
+        match link.control.receive(0):
             case messages.AckRequest(version=version):
-                self._told_by_request = version
+                link.told_by_request = max(link.told_by_request, version)
+                if link is not self._link:
+                    self._ack_unused(link)
+                    return
                 self.asked += 1
                 if self._forward.acquire(blocking=False):
                     try:
-                        if self.asked != self.acked and self._settled:
-                            self._send_ack(self._control)
+                        if self.asked != self.acked and self._settled and link is self._link:
+                            self._send_ack(link.control)
                     finally:
                         self._forward.release()
             case messages.Complete(segment=segment):
-                for pool in self.pools:
-                    if pool.segment == segment:
-                        pool.complete = True
-                        self.completions += 1
+                with self._exchange:
+                    for pool in (*self.pools, *self._offers.values()):
+                        if pool.segment == segment:
+                            pool.complete = True
+                    self._told()
+            case messages.Moved(pool=info):
+                pool = link.receive_pool(info)
+                with self._exchange:
+                    self._follow_unmapping(link, [pool])
+                    self._offers[pool.layers] = pool
+                    self._told()
+            case messages.Ping():
+                link.control.send(messages.Pong(session=link.number))
             case messages.Error() as error:
                 raise error.exception()
             case _:
                 pass
 
-    def _flush_idle(self, forwards_before: int) -> int:
-        """Send the routing log if no forward ran since there were ``forwards_before``; returns how many there are."""
-        if self.routing and self._forwards == forwards_before and self._forward.acquire(blocking=False):
+    def _ack_unused(self, link: Link) -> None:
+        """Ack over a link whose pools nobody has adopted yet, so that nothing can have been looked up there."""
+        with self._exchange:
+            if link is not self._link:
+                version = link.told_by_request
+                link.control.send(messages.Ack(session=link.number, version=version, sequence=0))
+
+    def _when_idle(self) -> None:
+        """No forward ran for a while: report what was routed, and adopt news, so that old pools can be given back."""
+        if self._forward.acquire(blocking=False):
             try:
-                self._control.send(messages.RoutingLog(session=self.number, routing=self._take_routing()))
+                if self.routing:
+                    self._report(self._link.control)
+                if self._settled and self._closed is None:
+                    self.on_idle()
             finally:
                 self._forward.release()
-        return self._forwards
+
+    def _follow_unmapping(self, link: Link, pools: Sequence[MappedPool]) -> None:
+        """Tell the daemon when the pages of ``pools`` are really gone from this process."""
+        for pool in pools:
+            gone = weakref.finalize(pool.mapping, _unmapped, weakref.ref(self), link.number, pool.segment)
+            gone.atexit = False
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -375,8 +509,8 @@ class Session:
 
     @property
     def frames(self) -> int:
-        """Frames that passed between this session and the daemon, both ways, since it was opened."""
-        return sum(c.frames_sent + c.frames_received for c in (self._control, self._data))
+        """Frames that passed between this session and its daemons, both ways, since it was opened."""
+        return self._frames_before + self._link.frames
 
     def close(self) -> None:
         """Detach.  Waits for a forward that is under way; later ones raise SessionClosed.
@@ -388,29 +522,36 @@ class Session:
         with self._forward:
             if self._closed is None:
                 self._closed = SessionClosed("the model was closed; load it again")
-            if not self._settled:
-                return  # a graph may still read the pool: the daemon has to keep it until this process ends
-        if self._wake.fileno() >= 0:
-            self._wake.send(b"x")
-            self._thread.join()
-            self._sockets.close()
+        self._poke()
+        self._thread.join()
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        """Close what is left; if a graph may still read a pool, the daemon keeps that until this process ends."""
+        if self._settled:
+            for link in (self._link, self._active):
+                link.data.close()
             self.pools.clear()
+            self._offers.clear()
+        self._wake.close()
+        self._woken.close()
 
     def abandon(self) -> None:
         """Close a session whose model was garbage-collected.
 
         The collector runs on any thread and at any place, so this takes no lock and waits for nobody.
         """
-        if not self.forked and self._wake.fileno() >= 0:
+        if not self.forked:
             self._abandoned = True
-            self._wake.send(b"x")
+            self._poke()
 
-    def _hang_up(self) -> None:
-        """Let the daemon know that nobody answers here any more, once nothing is computed out of its pools."""
-        with self._forward:
-            if self._settled and self._line.fileno() >= 0:
-                with contextlib.suppress(OSError):  # it may have hung up itself
-                    self._line.shutdown(socket.SHUT_RDWR)
+
+def _unmapped(session: weakref.ref[Session], number: int, segment: int) -> None:
+    """The pages of a pool are gone; on whatever thread, so this only notes it down."""
+    alive = session()
+    if alive is not None and not alive.forked:
+        alive._released.append((number, segment))
+        alive._poke()
 
 
 def _void_after_fork() -> None:
@@ -419,7 +560,7 @@ def _void_after_fork() -> None:
         session._closed = SessionClosed(_FORKED)
         session._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
         # The parent's death must reach the daemon as an end of file, so the child may not hold the line open.
-        for end in (session._line, session._wake, session._woken):
+        for end in (session._active.line, session._link.line, session._wake, session._woken):
             end.close()
 
 

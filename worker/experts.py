@@ -12,6 +12,8 @@ evicted from them.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from mmap import mmap
 from threading import get_ident
 from typing import Any
 
@@ -20,10 +22,11 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd.protocol.errors import SessionClosed
-from expertd.protocol.layout import ABSENT
+from expertd.protocol.errors import PoolMoved, SessionClosed
+from expertd.protocol.layout import ABSENT, PoolLayout
 from expertd.worker.alias import CopiedSlabs, Slabs
-from expertd.worker.attach import MappedPool, Session
+from expertd.worker.attach import Session
+from expertd.worker.link import MappedPool
 
 FEW = 128
 """Up to so many ids are looked up one by one.  With cold caches, as they are after each layer, that takes half the time
@@ -39,18 +42,23 @@ class Events:
     Used under the session's forward lock only.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, make_slabs: Callable[[mmap, PoolLayout], Slabs]) -> None:
         self.session = session
-        self.slabs: list[Slabs] = []
-        self.partial: list[_Parts] = []
+        self.make_slabs = make_slabs
+        self.slabs: list[Slabs] = []  # all that are mapped: always the same list
+        self.layers: list[_Parts] = []
         self.unevaluated: Any = None  # or still being computed
-        self._completions = 0
+        self._news = 0
+        self._calls = 0
+        self._left: list[tuple[int, Slabs]] = []
         self._lazy: list[list[tuple[int, Any]]] = [[]]
 
     def let_go(self) -> list[Slabs]:
         """The session is closed: forget what was to be logged (its graphs read the slabs) and give the slabs up."""
-        self._lazy, self.partial = [[]], []
-        slabs, self.slabs = self.slabs, []
+        self._lazy, self.layers = [[]], []
+        slabs = list(self.slabs)
+        self.slabs.clear()
+        self._left.clear()
         return slabs
 
     def settle(self) -> None:
@@ -60,24 +68,61 @@ class Events:
             self.unevaluated = None
 
     def begin_call(self) -> None:
-        """A forward starts: note which pools have become complete, and read what routers chose some calls ago."""
-        self.note_completions()
+        """A forward starts: take news in, and read what routers chose some calls ago."""
+        self.take_news()
+        self._calls += 1
+        if self._left:
+            self._let_left_go(LOG_AFTER_CALLS)
         self._lazy.append([])
         if len(self._lazy) > LOG_AFTER_CALLS:
             for layer, indices in self._lazy.pop(0):
                 self.session.routing.append((layer, np.unique(np.array(indices, copy=False)).tolist()))
 
-    def note_completions(self) -> None:
-        """Between two events: let the layers of pools that have become complete go over to computing without looking.
+    def take_news(self) -> None:
+        """Between two events: adopt new generations of pools, and let layers of complete ones compute without looking.
 
         Noted last, so that an interrupt makes it happen again.
         """
-        completions = self.session.completions
-        if self._completions != completions:
-            for parts in self.partial:
+        news = self.session.news
+        if self._news != news:
+            offered = self.session.offered()
+            if offered:
+                self._adopt(offered)
+            for parts in self.layers:
                 parts.become_complete()
-            self.partial = [parts for parts in self.partial if not parts.complete]
-            self._completions = completions
+            self._news = news
+
+    def while_idle(self) -> None:
+        """No forward runs: take news in, and give back what has been left."""
+        self.take_news()
+        if self._left:
+            self._let_left_go(0)
+
+    def follow(self) -> None:
+        """A layer's pool has moved, or the daemon is gone: wait for what comes in its place, and adopt it."""
+        self.session.follow(self._news)
+        self.take_news()
+
+    def _adopt(self, offered: list[MappedPool]) -> None:
+        for pool in offered:
+            slabs = self.make_slabs(pool.mapping, pool.layout)
+            self.slabs.append(slabs)
+            for parts in self.layers:
+                if parts.layer in pool.layers:
+                    parts.move_to(pool, slabs)
+        self.session.adopted(offered)
+        known = [parts.slabs for parts in self.layers] + [slabs for _, slabs in self._left]
+        self._left += [(self._calls, slabs) for slabs in self.slabs if slabs not in known]
+
+    def _let_left_go(self, calls: int) -> None:
+        """Unmap what was left at least so many forwards ago: lazy graphs over complete pools may have read it since."""
+        going = [slabs for left_at, slabs in self._left if self._calls - left_at >= calls]
+        self._left = [entry for entry in self._left if self._calls - entry[0] < calls]
+        if calls == 0:
+            self._lazy = [[]]  # their graphs read the slabs; what they would log is lost
+        for slabs in going:
+            self.slabs.remove(slabs)
+            slabs.let_go()
 
     def log_lazily(self, layer: int, indices: Any) -> None:
         """Log the choice of a complete layer without evaluating it now."""
@@ -93,18 +138,18 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         """``layer`` counts the model's MoE layers in forward order; ``last`` is true for the last of them."""
         super().__init__()
         # Kept outside the module's tree: the slabs are no parameters of this model, they belong to everybody.
-        row = pool.table[pool.layers.index(layer)]
-        self._parts: _Parts | None = _Parts(events, layer, switch, pool, slabs, row, last)
-        events.partial.append(self._parts)
+        self._parts: _Parts | None = _Parts(events, layer, switch, pool, slabs, last)
+        events.layers.append(self._parts)
 
     def __call__(self, x: Any, indices: Any) -> Any:
         parts = self._parts
         if parts is None:
             raise SessionClosed("the model was closed; load it again")
-        computing = parts.events.session.owner == get_ident()
+        if parts.events.session.owner != get_ident():
+            return parts.lone_event(x, indices)
         if not parts.complete:
-            return parts.event(x, indices) if computing else parts.lone_event(x, indices)
-        if computing and not (parts.last and indices.shape[-2] > 1):
+            return parts.event(x, indices)
+        if not (parts.last and indices.shape[-2] > 1):
             # In a prompt's chunks mlx-lm never evaluates the last layer, so its choice must not be asked for.
             parts.events.log_lazily(parts.layer, indices)
         return parts.switch(x, indices)
@@ -118,31 +163,29 @@ class _Parts:
     """The state of one CachedExperts, and its event in a partially resident pool."""
 
     def __init__(
-        self,
-        events: Events,
-        layer: int,
-        switch: Any,
-        pool: MappedPool,
-        slabs: Slabs,
-        row: NDArray[np.int32],
-        last: bool,
+        self, events: Events, layer: int, switch: Any, pool: MappedPool, slabs: Slabs, last: bool
     ) -> None:
         self.events = events
         self.layer = layer
         self.switch = switch
         self.last = last
-        self.complete = False
-        self._pool = pool
-        self._slabs = slabs
-        self._copies = isinstance(slabs, CopiedSlabs)
-        self._row = row
-        self._slot_of = row.data.__getitem__
         # The mapped slots of an event are written into one array of this layer: by the next event the graph that read
         # it has been evaluated.
         self._shape: tuple[int, ...] | None = None
         self._slots: Any = None
         self._slots_here: NDArray[np.uint32] = np.empty(0, np.uint32)
         self._few: struct.Struct | None = None
+        self.move_to(pool, slabs)
+
+    def move_to(self, pool: MappedPool, slabs: Slabs) -> None:
+        """From now on look up and compute in ``pool``; between two events only."""
+        self.complete = False
+        self.slabs = slabs
+        self._pool = pool
+        self._copies = isinstance(slabs, CopiedSlabs)
+        self._row = pool.table[pool.layers.index(self.layer)]
+        self._slot_of = self._row.data.__getitem__
+        place_slabs(self.switch, slabs.arrays)
 
     def become_complete(self) -> None:
         """Go over to computing without looking, if the pool is complete; between two forwards only.
@@ -150,12 +193,12 @@ class _Parts:
         There every block has its natural place, so this layer's rows of the slabs are its experts in order, and the
         switch computes what plain mlx-lm would: same ids, same shapes, same kernels.
         """
-        if not self._pool.complete:
+        if self.complete or not self._pool.complete:
             return
         experts = self._row.size
         start = self._pool.layers.index(self.layer) * experts
-        self._slabs.bring(self.layer, np.arange(experts), np.arange(start, start + experts))
-        place_slabs(self.switch, {name: slab[start : start + experts] for name, slab in self._slabs.arrays.items()})
+        self.slabs.bring(self.layer, np.arange(experts), np.arange(start, start + experts))
+        place_slabs(self.switch, {name: slab[start : start + experts] for name, slab in self.slabs.arrays.items()})
         self.complete = True
 
     def lone_event(self, x: Any, indices: Any) -> Any:
@@ -164,7 +207,7 @@ class _Parts:
         session.begin()
         settled = False
         try:
-            self.events.note_completions()
+            self.events.take_news()
             out = self.switch(x, indices) if self.complete else self.event(x, indices)
             self.events.settle()
             settled = True
@@ -193,9 +236,15 @@ class _Parts:
                 self._few.pack_into(self._slots_here.data, 0, *slots)
                 session.routing.append((self.layer, ids))
                 if self._copies:
-                    self._slabs.bring(self.layer, np.asarray(chosen), self._slots_here)
+                    self.slabs.bring(self.layer, np.asarray(chosen), self._slots_here)
                 return self._compute(x)
-        return self._event_of_many(x, indices, np.asarray(chosen))
+        while True:
+            try:
+                return self._event_of_many(x, indices, np.asarray(chosen))
+            except PoolMoved:
+                events.follow()
+                if self.complete:
+                    return self.switch(x, indices)
 
     def _take_shape(self, chosen: memoryview) -> None:
         """Make ready for events of the shape of ``chosen``, a router's ids."""
@@ -220,7 +269,7 @@ class _Parts:
             self.events.session.routing.append((self.layer, wanted.tolist()))
         slot_of.view(np.uint32).take(ids, out=self._slots_here, mode="clip")
         if self._copies:
-            self._slabs.bring(self.layer, ids, self._slots_here)
+            self.slabs.bring(self.layer, ids, self._slots_here)
         return self._compute(x)
 
     def _compute(self, x: Any) -> Any:
@@ -236,7 +285,7 @@ class _Parts:
     def _fetch(self, wanted: NDArray[np.integer]) -> NDArray[np.int32]:
         """Fetch ``wanted`` and return ``slot[expert]`` (absent for the others)."""
         slot_of = np.full(self._row.size, ABSENT, np.int32)
-        slot_of[wanted] = self.events.session.fetch(self.layer, wanted)
+        slot_of[wanted] = self.events.session.fetch(self._pool, self.layer, wanted)
         return slot_of
 
     def _in_groups(self, x: Any, indices: Any, ids: NDArray[np.integer], wanted: NDArray[np.integer], room: int) -> Any:
@@ -257,7 +306,7 @@ class _Parts:
             mine = np.flatnonzero(group_of_row == group)
             slot_of = self._fetch(order[group * room : (group + 1) * room])
             slots = slot_of[flat[mine]].view(np.uint32)
-            self._slabs.bring(self.layer, flat[mine], slots)
+            self.slabs.bring(self.layer, flat[mine], slots)
             out = self.switch(tokens[mx.array(mine // ids.shape[-1])], mx.array(slots[:, None]))
             mx.eval(out)  # the next fetch gives these slots away
             rows.append(mine)

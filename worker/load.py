@@ -6,6 +6,7 @@ import atexit
 import logging
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.worker import attach
 from expertd.worker.alias import CopiedSlabs, SharedSlabs, Slabs, self_test
-from expertd.worker.experts import CachedExperts, Events, place_slabs
+from expertd.worker.experts import CachedExperts, Events
 from expertd.worker.manifest import LazyModel, load_lazily, replace_module
 
 log = logging.getLogger("expertd.worker")
@@ -68,7 +69,10 @@ def load(
     connection, started = connect_or_start(home, "worker", budget=budget, announce=_announce)
     connection.close()
     try:
-        model = _attach(loaded, home, mode)
+        def start() -> None:
+            connect_or_start(home, "worker", budget=budget, announce=_announce)[0].close()
+
+        model = _attach(loaded, home, mode, start)
         if not lazy:
             mx.eval(model.parameters())
     except BaseException:
@@ -119,19 +123,16 @@ def _mode(alias: Alias) -> Literal["shm", "copy"]:
     return "copy"
 
 
-def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"]) -> Any:
+def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: Callable[[], None]) -> Any:
     """Open a session and put its slabs in the place of the model's experts."""
-    session = attach.Session(home, loaded.manifest, mode)
+    session = attach.Session(home, loaded.manifest, mode, start)
     try:
-        make = SharedSlabs if mode == "shm" else CopiedSlabs
-        events = Events(session)
-        held: list[Slabs] = []
+        events = Events(session, SharedSlabs if mode == "shm" else CopiedSlabs)
         for pool in session.pools:
-            slabs = make(pool.mapping, pool.layout)
-            held.append(slabs)
+            slabs = events.make_slabs(pool.mapping, pool.layout)
+            events.slabs.append(slabs)
             for layer in pool.layers:
                 switch = loaded.switches[layer]
-                place_slabs(switch.module, slabs.arrays)
                 last = layer == len(loaded.switches) - 1
                 stand_in = CachedExperts(events, layer, switch.module, pool, slabs, last=last)
                 replace_module(loaded.model, switch.path, stand_in)
@@ -141,11 +142,23 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"]) -> Any:
     model = loaded.model
     model.__class__ = _cached(type(model))
     model._expertd_events = events
-    events.slabs = held
-    # Copies are MLX's to free; and at exit it is close_all that ends sessions, because it waits for forwards.
-    forgotten = weakref.finalize(model, _forgotten, session, held if mode == "shm" else [])
+    session.on_idle = _weakly(events)
+    # At exit it is close_all that ends sessions, because it waits for forwards.
+    forgotten = weakref.finalize(model, _forgotten, session, events.slabs)
     forgotten.atexit = False
     return model
+
+
+def _weakly(events: Events) -> Callable[[], None]:
+    """``events.while_idle``, for a session that must not keep its own model alive."""
+    held = weakref.ref(events)
+
+    def while_idle() -> None:
+        alive = held()
+        if alive is not None:
+            alive.while_idle()
+
+    return while_idle
 
 
 _orphans: list[Slabs] = []

@@ -4,62 +4,74 @@
 
 No locks, no clock, no sockets, no memory: one loop owns the object, carries the instructions out in order, and feeds
 back what came of them.  The rule that everything rests on (DESIGN section 5): no slot is refilled while a living
-session might still read what was in it.  Here that means: a retired slot becomes free only when every session of its
-model has acked the version at which it was retired, or waits in a Fetch, which holds nothing.
+session might still read what was in it.  Here that means: a retired slot becomes free only when every session that
+may have its pool mapped has acked the version at which it was retired, or waits in a Fetch, which holds nothing.  And
+a pool is never resized or taken away: a new generation takes its place, and nothing is written to the old one any more.
 
-What it does not do: choose victims (``expertd.daemon.policy``), divide memory (``plan``), read, write or send
-(``expertd.daemon.server``).
+What it does not do: choose victims (``expertd.daemon.policy``), the life of slots (``slots``), divide memory
+(``plan``), read, write or send (``expertd.daemon.server``).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
-from expertd.daemon.core import events, instructions
-from expertd.daemon.core.plan import largest, plan_pools, smallest
-from expertd.daemon.core.state import Model, Pool, Session, SlotState, Waiting
-from expertd.daemon.policy import LRU, Block, PolicyFactory
-from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, SessionUnknown
+from expertd.daemon.core import events, instructions, slots
+from expertd.daemon.core.plan import divide, largest, plan_pools, resized, smallest
+from expertd.daemon.core.state import Model, Pool, Session, Waiting
+from expertd.daemon.policy import LRU, PolicyFactory
+from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
+from expertd.protocol.layout import PoolLayout
 from expertd.protocol.messages import PoolInfo
 from expertd.protocol.sizes import show_size
 
-BACKGROUND_READS = 2
-"""Reads of the background fill that may be on their way in one pool."""
+GROWTH = 5 / 4
+"""A pool moves to a larger generation if that is at least so much larger, or holds all: moving costs copies."""
 
 
 class Core:
     """Owned by one loop; not thread-safe.
 
     Attributes:
-        budget: bytes that all segments (and copies in sessions that cannot alias) may take.
+        budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while a
+            pool moves, and by one event of one session for each pool that has to go on without a silent session.
         models: by key, in the order in which they came.
         sessions: by number, those that are open.
     """
 
-    def __init__(self, budget: int, policy: PolicyFactory = LRU) -> None:
+    def __init__(self, budget: int, policy: PolicyFactory = LRU, *, first_segment: int = 1) -> None:
         self.budget = budget
         self.models: dict[str, Model] = {}
         self.sessions: dict[int, Session] = {}
         self._pools: dict[int, tuple[Model, Pool]] = {}
         self._policy = policy
-        self._segments = 0
+        self._segments = itertools.count(first_segment)
         self._events = 0
+        self._memory_changed = False
         self._postponed: list[events.Attach] = []
         self._out: list[instructions.Instruction] = []
 
     @property
     def used(self) -> int:
         """Bytes of all segments and of the copies that sessions in copy mode hold."""
-        total = 0
-        for model in self.models.values():
-            modes = [session.mode for session in model.sessions.values()] + [opening.mode for opening in model.opening]
-            total += model.size * (1 + modes.count("copy"))
-        return total
+        return sum(model.size * (1 + model.copies) + model.extra for model in self.models.values())
+
+    @property
+    def smallest_budget(self) -> int:
+        """Bytes that the models in use need at least: one event of one session each."""
+        used = [model for model in self.models.values() if model.sessions or model.opening]
+        return sum(smallest(model.manifest) * (1 + model.copies) for model in used)
 
     @property
     def keys(self) -> set[str]:
         """Keys of the models that exist or that somebody waits to open: their files are needed."""
         return self.models.keys() | {attach.manifest.key for attach in self._postponed}
+
+    @property
+    def owing(self) -> list[int]:
+        """Sessions that were asked for an ack and have not answered."""
+        return [session.number for session in self.sessions.values() if session.owes and not session.silent]
 
     def handle(self, event: events.Event) -> list[instructions.Instruction]:
         """Take ``event`` in and return what has to be done about it, in order."""
@@ -78,7 +90,18 @@ class Core:
                 self._ack(event)
             case events.Routed(session, routing):
                 if session in self.sessions:
+                    self._heard(self.sessions[session])
                     self._observe_hits(self.models[self.sessions[session].model], routing)
+            case events.Released(session, segment):
+                self._released(session, segment)
+            case events.Silent(session):
+                self._silent(session)
+            case events.Heard(session):
+                if session in self.sessions:
+                    self._heard(self.sessions[session])
+            case events.BudgetChanged(size):
+                self.budget = size
+                self._memory_changed = True
             case events.ReadDone():
                 self._read_done(event)
             case events.ReadFailed():
@@ -88,6 +111,9 @@ class Core:
         postponed, self._postponed = self._postponed, []
         for attach in postponed:
             self._attach(attach)
+        if self._memory_changed:
+            self._memory_changed = False
+            self._divide_memory()
         out, self._out = self._out, []
         return out
 
@@ -122,9 +148,13 @@ class Core:
         copies = 2 if event.mode == "copy" else 1
         wanted = largest(manifest) * copies
         needed = smallest(manifest) * copies
-        idle = sum(model.size for model in self._idle())
+        idle = sum(model.size + model.extra for model in self._idle())
         if needed > self.budget - self.used + idle:
-            unused = sum(model.size for model in self.models.values() if not model.sessions and not model.opening)
+            unused = sum(
+                model.size + model.extra
+                for model in self.models.values()
+                if not model.sessions and not model.opening
+            )
             if needed <= self.budget - self.used + unused:
                 return None
             held = self.used - idle
@@ -139,26 +169,27 @@ class Core:
                 break
             self._drop(model)
         plans = plan_pools(manifest, (self.budget - self.used) // copies)
-        pools = []
-        for plan in plans:
-            self._segments += 1
-            pools.append(Pool(self._segments, 1, plan.layers, plan.layout, self._policy()))
+        pools = [self._new_pool(1, plan.layers, plan.layout) for plan in plans]
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
         model = Model(manifest.key, manifest, pools, pool_of_layer)
         self.models[model.key] = model
         for pool in pools:
             self._pools[pool.segment] = (model, pool)
-            self._out.append(instructions.CreatePool(pool.segment, pool.generation, pool.layout))
         return model
+
+    def _new_pool(self, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
+        segment = next(self._segments)
+        self._out.append(instructions.CreatePool(segment, generation, layout))
+        return Pool(segment, generation, layers, layout, self._policy())
 
     def _idle(self) -> list[Model]:
         """Models that nobody uses and nothing reads for, the longest unused first."""
-        idle = [m for m in self.models.values() if not m.sessions and not m.opening and m.ready and not m.reading]
+        idle = [m for m in self.models.values() if not m.sessions and not m.opening and m.ready and not m.busy]
         return sorted(idle, key=lambda model: model.used_at)
 
     def _drop(self, model: Model) -> None:
         del self.models[model.key]
-        for pool in model.pools:
+        for pool in (*model.pools, *model.old):
             del self._pools[pool.segment]
             if pool.created:
                 self._out.append(instructions.UnlinkPool(pool.segment))
@@ -169,13 +200,18 @@ class Core:
             return
         model, pool = self._pools[segment]
         pool.created = True
-        if model.ready:
+        if pool.generation > 1:
+            self._enter(model, pool)
+        elif model.ready:
             self._open_sessions(model)
 
     def _pool_failed(self, segment: int, error: ExpertdError) -> None:
         if segment not in self._pools:
             return
-        model, _ = self._pools[segment]
+        model, pool = self._pools[segment]
+        if pool.generation > 1:
+            self._stay(model, pool, error)
+            return
         self._drop(model)
         for attach in model.opening:
             self._out.append(instructions.Refuse(attach.session, error, None))
@@ -186,21 +222,15 @@ class Core:
             session = Session(attach.session, attach.pid, attach.mode, model.key, acked=model.version)
             self.sessions[session.number] = session
             model.sessions[session.number] = session
-            pools = tuple(
-                PoolInfo(
-                    segment=pool.segment,
-                    generation=pool.generation,
-                    layers=list(pool.layers),
-                    slots=pool.layout.slots,
-                    complete=pool.complete,
-                    nonce=bytes(16),
-                )
-                for pool in model.pools
-            )
+            for pool in model.pools:
+                pool.holders[session.number] = model.version
+            pools = tuple(_info(pool) for pool in model.pools)
             self._out.append(instructions.Grant(session.number, model.key, model.version, pools))
         for pool in model.pools:
-            pool.fill_from, pool.fill_failed = 0, False
-            self._fill(model, pool)
+            if pool.holds_all:
+                pool.wish.clear()
+                pool.wish.extend(block for block in pool.blocks if block not in pool.where)
+            slots.fill(model, pool, self._out)
 
     def _ended(self, number: int) -> None:
         self._postponed = [attach for attach in self._postponed if attach.session != number]
@@ -210,10 +240,27 @@ class Core:
         if session is None:
             return
         model = self.models[session.model]
-        del model.sessions[number]
-        model.used_at = self._events
         self._abandon(model, session)
+        del model.sessions[number]
+        for pool in (*model.pools, *model.old):
+            pool.holders.pop(number, None)
+        model.used_at = self._events
+        self._memory_changed = True
         self._pump_all(model)
+        self._sweep(model)
+
+    def _heard(self, session: Session) -> None:
+        """A session that was left behind is back: let it follow."""
+        if session.silent:
+            session.silent = session.owes = False
+            self._offer(self.models[session.model], session)
+            self._memory_changed = True
+
+    def _silent(self, number: int) -> None:
+        session = self.sessions.get(number)
+        if session is not None and session.owes:
+            session.silent = True
+            self._pump_all(self.models[session.model])
 
     # -- fetch and ack -------------------------------------------------------------------------------------------------
 
@@ -223,23 +270,31 @@ class Core:
             error = SessionUnknown(f"session {event.session} is not attached to this daemon; load the model again")
             self._out.append(instructions.Refuse(event.session, error, event.sequence))
             return
+        self._heard(session)
         if event.sequence <= session.sequence:
             self._repeat(session, event.sequence)
             return
         model = self.models[session.model]
         session.sequence = event.sequence
         session.fetches += 1
+        session.owes = False
         session.answer = session.refusal = None
         self._observe_hits(model, event.routing)
         self._abandon(model, session)
         pool = model.pool_of_layer.get(event.layer)
+        if pool is not None and (event.segment != pool.segment or session.number not in pool.holders):
+            self._offer(model, session)
+            moved = PoolMoved(f"layer {event.layer} is in segment {pool.segment} now")
+            self._refuse_fetch(model, session, moved)
+            self._pump_all(model)
+            return
         if problem := _problem(event, pool):
             self._refuse_fetch(model, session, FetchInvalid(problem))
             self._pump_all(model)
             return
         assert pool is not None
         pool.policy.observe(event.layer, event.experts)
-        resident = sum(self._sealed(pool, (event.layer, expert)) is not None for expert in event.experts)
+        resident = sum(pool.sealed_slot((event.layer, expert)) is not None for expert in event.experts)
         model.hits += resident
         model.misses += len(event.experts) - resident
         session.waiting = Waiting(event)
@@ -266,11 +321,21 @@ class Core:
         session.refusal = error
         self._out.append(instructions.Refuse(session.number, error, session.sequence))
 
+    def _give_up(self, model: Model, pool: Pool, waiting: Waiting, error: ExpertdError) -> None:
+        """Answer a Fetch that waits in ``pool`` with ``error``."""
+        session = self.sessions[waiting.fetch.session]
+        self._release(session)
+        _leave_queue(pool, waiting)
+        session.waiting = None
+        self._refuse_fetch(model, session, error)
+
     def _ack(self, event: events.Ack) -> None:
         session = self.sessions.get(event.session)
         if session is None:
             return
+        self._heard(session)
         model = self.models[session.model]
+        session.owes = False
         self._observe_hits(model, event.routing)
         session.acked = max(session.acked, min(event.version, model.version))
         if event.sequence == session.sequence and session.waiting is None:
@@ -294,14 +359,9 @@ class Core:
         """Nobody wants what this session waits for or holds: it ended, or went on to another Fetch."""
         self._release(session)
         if session.waiting is not None:
-            self._leave_queue(model, session.waiting)
+            pool = self._pools[session.waiting.fetch.segment][1]
+            _leave_queue(pool, session.waiting)
             session.waiting = None
-
-    def _leave_queue(self, model: Model, waiting: Waiting) -> None:
-        pool = model.pool_of_layer[waiting.fetch.layer]
-        pool.queue = type(pool.queue)(entry for entry in pool.queue if entry is not waiting)
-
-    # -- slots ---------------------------------------------------------------------------------------------------------
 
     def _pump_all(self, model: Model) -> None:
         for pool in model.pools:
@@ -309,30 +369,30 @@ class Core:
 
     def _pump(self, model: Model, pool: Pool) -> None:
         """Grant what can be granted: first come, first served, all or nothing."""
-        self._reap(model, pool)
+        slots.reap(model, pool)
         for waiting in [entry for entry in pool.queue if not entry.granted]:
             if not self._grant(model, pool, waiting):
                 break
-        self._fill(model, pool)
+        slots.fill(model, pool, self._out)
 
     def _grant(self, model: Model, pool: Pool, waiting: Waiting) -> bool:
-        """Give ``waiting`` all the slots it needs, evicting where it must; False if it has to wait for acks."""
+        """Give ``waiting`` all the slots it needs, evicting where it must; False if it has to wait for others."""
         layer = waiting.fetch.layer
         wanted = {(layer, expert) for expert in waiting.fetch.experts}
         absent = [block for block in sorted(wanted) if block not in pool.where]
         short = len(absent) - pool.spare - len(pool.retired)
         if short > 0:
-            self._evict(model, pool, short, wanted)
+            slots.evict(model, pool, short, wanted, self._out)
         if pool.spare < len(absent):
-            self._reap(model, pool)
+            slots.reap(model, pool)
         if pool.spare < len(absent):
-            self._ask_acks(model, pool)
+            self._ask_for_room(model, pool)
             return False
         session = self.sessions[waiting.fetch.session]
         for block in absent:
-            self._start_read(model, pool, block, demand=True)
+            slots.bring(model, pool, block, self._out, demand=True)
         waiting.granted = True
-        waiting.missing = {block for block in wanted if self._sealed(pool, block) is None}
+        waiting.missing = {block for block in wanted if pool.sealed_slot(block) is None}
         session.leased = [pool.where[block] for block in sorted(wanted)]
         session.leased_pool = pool
         for slot in session.leased:
@@ -341,119 +401,146 @@ class Core:
             self._answer(model, pool, waiting)
         return True
 
-    def _evict(self, model: Model, pool: Pool, count: int, keep: set[Block]) -> None:
-        def evictable(block: Block) -> bool:
-            slot = pool.slots[pool.where[block]]
-            return block not in keep and slot.state is SlotState.SEALED and not slot.leases
-
-        victims = pool.policy.victims(count, evictable)
-        if not victims:
-            return
-        model.version += 1
-        for block in victims:
-            number = pool.where.pop(block)
-            slot = pool.slots[number]
-            slot.move(SlotState.RETIRED)
-            slot.retired_at = model.version
-            pool.retired.add(number)
-            pool.sealed -= 1
-            pool.policy.removed(block)
-            model.evictions += 1
-            self._out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], -1))
-
-    def _reap(self, model: Model, pool: Pool) -> None:
-        """Free the retired slots that no session can read any more."""
-        if not pool.retired:
-            return
-        acked = min((s.acked for s in model.sessions.values() if s.waiting is None), default=model.version)
-        for number in sorted(pool.retired):
-            slot = pool.slots[number]
-            if slot.retired_at <= acked:
-                slot.move(SlotState.FREE)
-                pool.retired.discard(number)
-                pool.give_back(slot)
-
-    def _ask_acks(self, model: Model, pool: Pool) -> None:
-        """Ask every session that stands in the way of a grant, once for each version."""
-        retired_at = max((pool.slots[number].retired_at for number in pool.retired), default=0)
-        for session in model.sessions.values():
-            behind = session.acked < retired_at
-            holds = session.leased_pool is pool
+    def _ask_for_room(self, model: Model, pool: Pool) -> None:
+        """A Fetch waits for slots: ask those who stand in the way; if only silent ones do, go on without them."""
+        blockers = slots.in_the_way(model, pool)
+        for session in blockers:
             reason = (model.version, session.sequence)
-            if session.waiting is None and (behind or holds) and session.asked != reason:
+            if not session.silent and session.asked != reason:
                 session.asked = reason
+                session.owes = True
                 self._out.append(instructions.AskAck(session.number, model.version))
+        if _only_silent(blockers):
+            self._move(model, pool, self.budget - self.used)
 
-    def _start_read(self, model: Model, pool: Pool, block: Block, *, demand: bool) -> None:
-        slot = pool.take(block)
-        slot.block = block
-        slot.move(SlotState.FILLING)
-        pool.where[block] = slot.number
-        if not demand:
-            pool.background.add(block)
-        self._out.append(
-            instructions.StartRead(model.key, pool.segment, slot.number, block[0], block[1], demand=demand)
-        )
+    # -- generations ---------------------------------------------------------------------------------------------------
 
-    def _fill(self, model: Model, pool: Pool) -> None:
-        """Read what is still absent from a pool that has room for everything, a little at a time, demand first."""
-        if not (pool.holds_all and model.sessions) or pool.fill_failed or pool.queue:
+    def _move(self, model: Model, pool: Pool, size: int) -> None:
+        """Begin a new generation of ``pool`` in ``size`` bytes, as near as that is possible."""
+        if pool.next is None:
+            layout = resized(model.manifest, pool.layers, size)
+            pool.next = self._new_pool(pool.generation + 1, pool.layers, layout)
+            self._pools[pool.next.segment] = (model, pool.next)
+
+    def _enter(self, model: Model, new: Pool) -> None:
+        """The memory of a new generation is there: everybody who is heard moves over, blocks follow."""
+        old = next(pool for pool in model.pools if pool.next is new)
+        model.pools[model.pools.index(old)] = new
+        model.pool_of_layer.update(dict.fromkeys(new.layers, new))
+        model.old.append(old)
+        old.next, old.superseded = None, True
+        slots.forget_wishes(old)
+        stay = slots.hand_over_policy(old, new)
+        new.carried.update(stay)
+        new.wish.extend(reversed(stay))  # the most valuable first
+        if new.holds_all:
+            new.wish.extend(block for block in new.blocks if block not in new.carried)
+        new.source = old
+        for session in model.sessions.values():
+            if not session.silent:
+                self._offer(model, session)
+        moved = PoolMoved(f"the pool of segment {old.segment} is in segment {new.segment} now")
+        for waiting in [entry for entry in old.queue if not entry.granted]:
+            self._give_up(model, old, waiting, moved)
+        self._memory_changed = True
+        self._pump(model, new)
+        self._sweep(model)
+
+    def _stay(self, model: Model, new: Pool, error: ExpertdError) -> None:
+        """There is no memory for a new generation: what cannot be served without one is refused."""
+        old = next(pool for pool in model.pools if pool.next is new)
+        del self._pools[new.segment]
+        old.next = None
+        if _only_silent(slots.in_the_way(model, old)):
+            for waiting in [entry for entry in old.queue if not entry.granted]:
+                self._give_up(model, old, waiting, error)
+        self._pump(model, old)
+
+    def _offer(self, model: Model, session: Session) -> None:
+        """Hand over the current generations that ``session`` does not have."""
+        for pool in model.pools:
+            if session.number not in pool.holders:
+                pool.holders[session.number] = model.version
+                self._out.append(instructions.Move(session.number, _info(pool)))
+
+    def _released(self, number: int, segment: int) -> None:
+        session = self.sessions.get(number)
+        if session is None:
             return
-        total = pool.layout.layers * pool.layout.experts
-        while len(pool.background) < BACKGROUND_READS and pool.fill_from < total:
-            row, expert = divmod(pool.fill_from, pool.layout.experts)
-            block = (pool.layers[row], expert)
-            if block not in pool.where:
-                self._start_read(model, pool, block, demand=False)
-            pool.fill_from += 1
+        self._heard(session)
+        model = self.models[session.model]
+        for pool in model.old:
+            if pool.segment == segment:
+                pool.holders.pop(number, None)
+        self._sweep(model)
 
-    def _sealed(self, pool: Pool, block: Block) -> int | None:
-        """The slot of ``block`` if it is resident."""
-        number = pool.where.get(block)
-        return number if number is not None and pool.slots[number].state is SlotState.SEALED else None
+    def _sweep(self, model: Model) -> None:
+        """Give back the older generations that nobody holds, reads into or copies from any more."""
+        for old in list(model.old):
+            wanted = any(pool.source is old and pool.carried for pool in model.pools)
+            if not (old.holders or old.filling or old.copies_from or wanted or old.queue):
+                model.old.remove(old)
+                del self._pools[old.segment]
+                for pool in (*model.pools, *model.old):
+                    if pool.source is old:
+                        pool.source = None
+                self._out.append(instructions.UnlinkPool(old.segment))
+                self._memory_changed = True
+
+    def _divide_memory(self) -> None:
+        """Let pools shrink where more is used than may be, and grow where there is room."""
+        held = sum(model.held_by_silent for model in self.models.values())
+        for model in self._idle():
+            if held + sum(m.size * (1 + m.copies) for m in self.models.values()) <= self.budget:
+                break
+            self._drop(model)
+        users = [model for model in self.models.values() if model.ready]
+        wants = []
+        for model in users:
+            times = 1 + model.copies
+            floor, most = smallest(model.manifest), largest(model.manifest)
+            can_grow = model.sessions and not model.old  # one move after the other: each needs memory for two
+            most = max(model.size, most if can_grow else 0)
+            wants.append((min(floor, model.size) * times, model.size * times, most * times))
+        shares = divide(self.budget - held, wants)
+        for model, share in zip(users, shares, strict=True):
+            size = share // (1 + model.copies)
+            for pool in model.pools:
+                self._resize(model, pool, pool.layout.size * size // model.size)
+
+    def _resize(self, model: Model, pool: Pool, size: int) -> None:
+        """Begin another generation of ``pool`` if ``size`` bytes differ enough from what it has."""
+        before, now = pool.layout.slots, resized(model.manifest, pool.layers, size).slots
+        everything = now >= pool.layout.layers * pool.layout.experts
+        if now < before or now >= before * GROWTH or (now > before and everything):
+            self._move(model, pool, size)
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     def _read_done(self, event: events.ReadDone) -> None:
         model, pool = self._pools[event.segment]
-        slot = pool.slots[event.slot]
-        block = slot.block
-        assert block is not None
-        slot.move(SlotState.SEALED)
-        pool.sealed += 1
-        pool.background.discard(block)
-        pool.policy.admitted(block)
+        block = slots.arrived(pool, event.slot)
         model.bytes_read += event.size
-        self._out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], slot.number))
+        self._out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], event.slot))
         for waiting in list(pool.queue):
             if block in waiting.missing:
                 waiting.missing.discard(block)
                 if not waiting.missing:
                     self._answer(model, pool, waiting)
-        if pool.complete:
-            for session in model.sessions.values():
-                self._out.append(instructions.Announce(session.number, pool.segment))
-        self._pump(model, pool)
+        if pool.complete and not pool.superseded:
+            for number in pool.holders:
+                self._out.append(instructions.Announce(number, pool.segment))
+        if not pool.superseded:
+            self._pump(model, pool)
+        self._sweep(model)
 
     def _read_failed(self, event: events.ReadFailed) -> None:
         model, pool = self._pools[event.segment]
-        slot = pool.slots[event.slot]
-        block = slot.block
-        assert block is not None
-        if block in pool.background:
-            pool.background.discard(block)
-            pool.fill_failed = True
-        slot.move(SlotState.FREE)
-        slot.leases.clear()
-        del pool.where[block]
-        pool.give_back(slot)
+        block = slots.failed(pool, event.slot)
         for waiting in [entry for entry in pool.queue if block in entry.missing]:
-            session = self.sessions[waiting.fetch.session]
-            self._release(session)
-            self._leave_queue(model, waiting)
-            session.waiting = None
-            self._refuse_fetch(model, session, event.error)
+            self._give_up(model, pool, waiting, event.error)
         self._pump_all(model)
+        self._sweep(model)
 
     def _answer(self, model: Model, pool: Pool, waiting: Waiting) -> None:
         session = self.sessions[waiting.fetch.session]
@@ -462,10 +549,32 @@ class Core:
         session.acked = model.version
         session.answer = tuple(pool.where[layer, expert] for expert in waiting.fetch.experts)
         session.answered_version = model.version
-        self._leave_queue(model, waiting)
+        _leave_queue(pool, waiting)
         self._out.append(
             instructions.Answer(session.number, waiting.fetch.sequence, model.version, session.answer)
         )
+
+
+def _info(pool: Pool) -> PoolInfo:
+    return PoolInfo(
+        segment=pool.segment,
+        generation=pool.generation,
+        layers=list(pool.layers),
+        slots=pool.layout.slots,
+        complete=pool.complete,
+        nonce=bytes(16),
+    )
+
+
+def _only_silent(blockers: Iterable[Session]) -> bool:
+    """Whether silent sessions stand in the way, and nobody who will answer."""
+    return any(session.silent for session in blockers) and not any(
+        session.owes for session in blockers if not session.silent
+    )
+
+
+def _leave_queue(pool: Pool, waiting: Waiting) -> None:
+    pool.queue = type(pool.queue)(entry for entry in pool.queue if entry is not waiting)
 
 
 def _problem(event: events.Fetch, pool: Pool | None) -> str | None:

@@ -36,10 +36,11 @@ class PoolFailed:
 
 @dataclass(frozen=True)
 class Fetch:
-    """A session asks for ``experts`` of ``layer``; ``routing`` is what it logged before."""
+    """A session asks for ``experts`` of ``layer``, which it looks up in ``segment``; ``routing`` it logged before."""
 
     session: int
     sequence: int
+    segment: int
     layer: int
     experts: tuple[int, ...]
     routing: tuple[tuple[int, list[int]], ...] = ()
@@ -64,8 +65,37 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Released:
+    """A session has unmapped ``segment``."""
+
+    session: int
+    segment: int
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A session that owes an ack has said nothing for too long: it is stopped, swapped out or debugged."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A session is alive: it answered a Ping."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class BudgetChanged:
+    """The budget is ``size`` bytes from now on; at least ``Core.smallest_budget``."""
+
+    size: int
+
+
+@dataclass(frozen=True)
 class ReadDone:
-    """All bytes of a StartRead are in its slot."""
+    """All bytes of a StartRead (``size`` from disk) or a StartCopy (0) are in its slot."""
 
     segment: int
     slot: int
@@ -74,7 +104,7 @@ class ReadDone:
 
 @dataclass(frozen=True)
 class ReadFailed:
-    """A StartRead failed; what the slot holds is undefined."""
+    """A StartRead or StartCopy failed; what the slot holds is undefined."""
 
     segment: int
     slot: int
@@ -88,4 +118,7 @@ class Ended:
     session: int
 
 
-Event = Attach | PoolCreated | PoolFailed | Fetch | Ack | Routed | ReadDone | ReadFailed | Ended
+Event = (
+    Attach | PoolCreated | PoolFailed | Fetch | Ack | Routed | Released | Silent | Heard | BudgetChanged
+    | ReadDone | ReadFailed | Ended
+)  # fmt: skip

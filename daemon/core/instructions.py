@@ -38,6 +38,16 @@ class StartRead:
 
 
 @dataclass(frozen=True)
+class StartCopy:
+    """Copy a block from a slot of an older generation into a slot; answered by ReadDone or ReadFailed."""
+
+    source: int
+    source_slot: int
+    segment: int
+    slot: int
+
+
+@dataclass(frozen=True)
 class Publish:
     """Write ``slot`` into the table of a segment, at ``row`` (the layer's place in its pool) and ``expert``."""
 
@@ -58,6 +68,14 @@ class Grant:
     model: str
     version: int
     pools: tuple[PoolInfo, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Hand a session the new generation of one of its pools (the server adds the nonce)."""
+
+    session: int
+    pool: PoolInfo
 
 
 @dataclass(frozen=True)
@@ -95,4 +113,6 @@ class Announce:
     segment: int
 
 
-Instruction = CreatePool | UnlinkPool | StartRead | Publish | Grant | Refuse | Answer | AskAck | Announce
+Instruction = (
+    CreatePool | UnlinkPool | StartRead | StartCopy | Publish | Grant | Move | Refuse | Answer | AskAck | Announce
+)  # fmt: skip

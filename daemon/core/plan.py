@@ -37,6 +37,33 @@ def _layout(layers: Sequence[Layer], group: Sequence[int], slots: int) -> PoolLa
     return pool_layout(len(group), first.experts, first.parts, slots)
 
 
+def resized(manifest: Manifest, pool_layers: Sequence[int], size: int) -> PoolLayout:
+    """The layout of a pool of these layers in ``size`` bytes: at least one event of one session, at most all blocks."""
+    layers = manifest.layers
+    first = layers[pool_layers[0]]
+    most = min(len(pool_layers) * first.experts, slot_limit(first.parts))
+    slots = most_slots(len(pool_layers), first.experts, first.parts, max(0, size))
+    return _layout(layers, pool_layers, max(_floor(layers, pool_layers), min(slots, most)))
+
+
+def divide(size: int, wants: Sequence[tuple[int, int, int]]) -> list[int]:
+    """Bytes for each of several users of memory, together ``size`` (or the sum of what they need, if that is more).
+
+    Args:
+        wants: for each the fewest bytes it can live with, what it has, and the most that it could use.
+    Returns:
+        Its share.  Where memory is short, all give up the same part of what they have beyond the fewest; where some
+        is left, it goes where room for it is, in proportion to that room.
+    """
+    spare = size - sum(has for _, has, _ in wants)
+    if spare < 0:
+        above = sum(has - fewest for fewest, has, _ in wants)
+        keep = max(0, above + spare)
+        return [fewest + (has - fewest) * keep // above if above else fewest for fewest, has, _ in wants]
+    room = sum(most - has for _, has, most in wants)
+    return [has + min(most - has, spare * (most - has) // room if room else 0) for _, has, most in wants]
+
+
 def smallest(manifest: Manifest) -> int:
     """Bytes of the smallest budget that can serve ``manifest`` (one event of one session)."""
     layers = manifest.layers

@@ -1,4 +1,4 @@
-"""What the core knows: models, pools, slots, sessions.  Data and its small invariants; the rules are in ``core``."""
+"""What the core knows: models, pools, slots, sessions.  Data and its invariants; the rules are in ``core``."""
 
 from __future__ import annotations
 
@@ -41,13 +41,19 @@ class InvalidTransition(AssertionError):
 
 @dataclass
 class Slot:
-    """One slot: its state, the block in it (or on its way into it), and the version at which it was retired."""
+    """One slot: its state, the block in it (or on its way into it), and the version at which it was retired.
+
+    While it fills, ``source`` is the older generation that the block is copied from, and ``carried`` tells that the
+    policy counts the block as resident already.
+    """
 
     number: int
     state: SlotState = SlotState.FREE
     block: Block | None = None
     retired_at: int = 0
     leases: set[int] = field(default_factory=set)
+    carried: bool = False
+    source: Pool | None = None
     story: deque[str] = field(default_factory=lambda: deque(maxlen=8))
 
     def move(self, state: SlotState) -> None:
@@ -77,7 +83,13 @@ class Pool:
         free: numbers of free slots (unused where the pool holds all: there each block has its own slot).
         retired: numbers of retired slots.
         queue: fetches in the order of arrival; those granted leave it only when answered.
-        background: blocks that the background fill has on their way.
+        holders: sessions that may have it mapped, with the model's version when it was handed to them.
+        wish: blocks to bring in in the background while there is room.
+        background: those of them that are on their way.
+        carried: blocks of the generation before that the policy knows as resident and that are not here yet.
+        source: the generation before, as long as its blocks can be copied.
+        next: the generation after, while its memory is being created.
+        superseded: there is a newer generation; nothing is granted or evicted here any more.
     """
 
     segment: int
@@ -92,9 +104,15 @@ class Pool:
     retired: set[int] = field(default_factory=set)
     queue: deque[Waiting] = field(default_factory=deque)
     sealed: int = 0
+    holders: dict[int, int] = field(default_factory=dict)
+    wish: deque[Block] = field(default_factory=deque)
     background: set[Block] = field(default_factory=set)
-    fill_from: int = 0
-    fill_failed: bool = False
+    carried: set[Block] = field(default_factory=set)
+    source: Pool | None = None
+    next: Pool | None = None
+    superseded: bool = False
+    filling: int = 0
+    copies_from: int = 0
 
     def __post_init__(self) -> None:
         self.slots = [Slot(number) for number in range(self.layout.slots)]
@@ -115,6 +133,16 @@ class Pool:
         """Number of free slots."""
         return self.layout.slots - len(self.where) - len(self.retired)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """Every block that may be here, in the order of their natural places."""
+        return [(layer, expert) for layer in self.layers for expert in range(self.layout.experts)]
+
+    def sealed_slot(self, block: Block) -> int | None:
+        """The slot of ``block`` if it is resident."""
+        number = self.where.get(block)
+        return number if number is not None and self.slots[number].state is SlotState.SEALED else None
+
     def row(self, layer: int) -> int:
         """The place of ``layer`` in the pool's table."""
         return self.layers.index(layer)
@@ -131,7 +159,8 @@ class Pool:
 
     def give_back(self, slot: Slot) -> None:
         """``slot`` has become free."""
-        slot.block = None
+        slot.block = slot.source = None
+        slot.carried = False
         if not self.holds_all:
             self.free.append(slot.number)
 
@@ -143,6 +172,8 @@ class Session:
     Attributes:
         acked: newest table version that it promised to have left everything older than.
         asked: the version and the Fetch for which it was last asked to ack.
+        owes: it was asked and has neither acked nor fetched since.
+        silent: it is left behind: nobody waits for it until it is heard again.
         sequence: of its newest Fetch.
         waiting: that Fetch while it is not answered; a waiting session holds nothing and counts as acked.
         answer: the slots that answered it, or ``refusal``: the error; to be repeated if the answer was lost.
@@ -155,6 +186,8 @@ class Session:
     model: str
     acked: int
     asked: tuple[int, int] = (0, 0)
+    owes: bool = False
+    silent: bool = False
     sequence: int = 0
     fetches: int = 0
     waiting: Waiting | None = None
@@ -167,12 +200,16 @@ class Session:
 
 @dataclass
 class Model:
-    """One version of one checkpoint, with all that is resident of it."""
+    """One version of one checkpoint, with all that is resident of it.
+
+    ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from.
+    """
 
     key: str
     manifest: Manifest
     pools: list[Pool]
     pool_of_layer: dict[int, Pool]
+    old: list[Pool] = field(default_factory=list)
     version: int = 0  # counts evictions: only what leaves the table needs acks
     sessions: dict[int, Session] = field(default_factory=dict)
     opening: list[events.Attach] = field(default_factory=list)
@@ -189,10 +226,34 @@ class Model:
 
     @property
     def size(self) -> int:
-        """Bytes of its segments."""
+        """Bytes of the segments of its current generations."""
         return sum(pool.layout.size for pool in self.pools)
 
     @property
-    def reading(self) -> bool:
-        """Whether a read into one of its pools is on its way (such a pool cannot be given back yet)."""
-        return any(slot.state is SlotState.FILLING for pool in self.pools for slot in pool.slots)
+    def extra(self) -> int:
+        """Bytes of the segments of older generations, and of those that are being created."""
+        coming = [pool.next for pool in self.pools if pool.next is not None]
+        return sum(pool.layout.size for pool in (*self.old, *coming))
+
+    @property
+    def copies(self) -> int:
+        """How many sessions hold a copy of their own beside the segments."""
+        return [holder.mode for holder in (*self.sessions.values(), *self.opening)].count("copy")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a read, a copy or the creation of a segment is under way (its pools cannot be given back yet)."""
+        return any(pool.filling or pool.copies_from or pool.next for pool in (*self.pools, *self.old))
+
+    @property
+    def held_by_silent(self) -> int:
+        """Bytes of older generations that stay for sessions that do not answer."""
+        return sum(
+            pool.layout.size
+            for pool in self.old
+            if any(self.sessions[number].silent for number in pool.holders)
+        )
+
+    def held_by(self, session: int) -> int:
+        """Bytes of older generations that ``session`` keeps from being given back."""
+        return sum(pool.layout.size for pool in self.old if session in pool.holders)

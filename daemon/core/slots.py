@@ -1,0 +1,182 @@
+"""The life of the slots of one pool: who may still read them, what is evicted, what is brought in.
+
+Functions over a model and one of its pools; each appends to ``out`` what has to be done.  Which Fetch is granted, and
+when a pool moves to another generation, is ``core.Core``'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from expertd.daemon.core import instructions
+from expertd.daemon.core.state import Model, Pool, Session, SlotState
+from expertd.daemon.policy import Block
+from expertd.protocol.layout import ABSENT
+
+BACKGROUND_READS = 2
+"""Background reads and copies that may be on their way into one pool."""
+
+Out = list[instructions.Instruction]
+
+
+def acked(pool: Pool, session: Session) -> int:
+    """The version up to which ``session`` uses nothing that left this pool's table.
+
+    It cannot have looked up here what had left the table before the pool was handed to it.
+    """
+    return max(session.acked, pool.holders[session.number])
+
+
+def readers(model: Model, pool: Pool) -> Iterator[Session]:
+    """The sessions that may be reading from ``pool``; one that waits in a Fetch reads nothing."""
+    for number in pool.holders:
+        session = model.sessions[number]
+        if session.waiting is None:
+            yield session
+
+
+def in_the_way(model: Model, pool: Pool) -> list[Session]:
+    """The sessions without whose ack some slot of ``pool`` cannot be used again."""
+    retired_at = max((pool.slots[number].retired_at for number in pool.retired), default=0)
+    return [
+        session
+        for session in readers(model, pool)
+        if acked(pool, session) < retired_at or session.leased_pool is pool
+    ]
+
+
+def reap(model: Model, pool: Pool) -> None:
+    """Free the retired slots that no session can read any more."""
+    if not pool.retired:
+        return
+    safe = min((acked(pool, session) for session in readers(model, pool)), default=model.version)
+    for number in sorted(pool.retired):
+        slot = pool.slots[number]
+        if slot.retired_at <= safe:
+            slot.move(SlotState.FREE)
+            pool.retired.discard(number)
+            pool.give_back(slot)
+
+
+def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out) -> None:
+    """Take up to ``count`` blocks out of the table; their slots retire at a new version."""
+
+    def evictable(block: Block) -> bool:
+        number = pool.sealed_slot(block)
+        return block not in keep and number is not None and not pool.slots[number].leases
+
+    victims = pool.policy.victims(count, evictable)
+    if not victims:
+        return
+    model.version += 1
+    for block in victims:
+        number = pool.where.pop(block)
+        slot = pool.slots[number]
+        slot.move(SlotState.RETIRED)
+        slot.retired_at = model.version
+        pool.retired.add(number)
+        pool.sealed -= 1
+        pool.policy.removed(block)
+        model.evictions += 1
+        out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], ABSENT))
+
+
+def bring(model: Model, pool: Pool, block: Block, out: Out, *, demand: bool) -> None:
+    """Begin to fill a free slot with ``block``: from the generation before if it is there, else from disk."""
+    slot = pool.take(block)
+    slot.block = block
+    slot.move(SlotState.FILLING)
+    pool.filling += 1
+    pool.where[block] = slot.number
+    slot.carried = block in pool.carried
+    pool.carried.discard(block)
+    if not demand:
+        pool.background.add(block)
+    source_slot = None if pool.source is None else pool.source.sealed_slot(block)
+    if pool.source is not None and source_slot is not None:
+        slot.source = pool.source
+        pool.source.copies_from += 1
+        out.append(instructions.StartCopy(pool.source.segment, source_slot, pool.segment, slot.number))
+    else:
+        out.append(
+            instructions.StartRead(model.key, pool.segment, slot.number, block[0], block[1], demand=demand)
+        )
+
+
+def fill(model: Model, pool: Pool, out: Out) -> None:
+    """Bring in what is wished for, a little at a time, where there is room; before demand go only copies.
+
+    They are quick, and the memory that they come from is given back when they are done.
+    """
+    if not model.sessions or (pool.queue and not pool.carried):
+        return
+    while pool.wish and len(pool.background) < BACKGROUND_READS:
+        if not pool.spare:
+            forget_wishes(pool)
+            return
+        block = pool.wish.popleft()
+        if block not in pool.where:
+            bring(model, pool, block, out, demand=False)
+
+
+def forget_wishes(pool: Pool) -> None:
+    """Bring in nothing more in the background."""
+    pool.wish.clear()
+    for block in pool.carried:
+        pool.policy.removed(block)
+    pool.carried.clear()
+
+
+def hand_over_policy(old: Pool, new: Pool) -> list[Block]:
+    """Let ``new`` go on with the policy of ``old``; returns the blocks that should stay, the least worth first."""
+    new.policy = old.policy
+    for slot in old.slots:
+        if slot.carried and slot.block is not None:  # known as resident, and not here in time
+            new.policy.removed(slot.block)
+            slot.carried = False
+    known = new.policy.victims(len(old.where), lambda block: old.sealed_slot(block) is not None)
+    leaving = max(0, len(known) - new.layout.slots)
+    for block in known[:leaving]:
+        new.policy.removed(block)
+    return known[leaving:]
+
+
+def arrived(pool: Pool, number: int) -> Block:
+    """The slot's bytes are complete: seal it; returns its block."""
+    slot = pool.slots[number]
+    block = slot.block
+    assert block is not None
+    slot.move(SlotState.SEALED)
+    pool.sealed += 1
+    _no_longer_filling(pool, number)
+    if not (slot.carried or pool.superseded):
+        pool.policy.admitted(block)
+    slot.carried = False
+    return block
+
+
+def failed(pool: Pool, number: int) -> Block:
+    """The slot's bytes did not come: free it; returns the block that they should have been."""
+    slot = pool.slots[number]
+    block = slot.block
+    assert block is not None
+    if block in pool.background:
+        forget_wishes(pool)
+    if slot.carried and not pool.superseded:
+        pool.policy.removed(block)
+    _no_longer_filling(pool, number)
+    slot.move(SlotState.FREE)
+    slot.leases.clear()
+    del pool.where[block]
+    pool.give_back(slot)
+    return block
+
+
+def _no_longer_filling(pool: Pool, number: int) -> None:
+    slot = pool.slots[number]
+    assert slot.block is not None
+    pool.filling -= 1
+    pool.background.discard(slot.block)
+    if slot.source is not None:
+        slot.source.copies_from -= 1
+        slot.source = None

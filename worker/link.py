@@ -1,0 +1,165 @@
+"""One attachment to one daemon: two sockets, the lifeline, and the pools that came over it.
+
+Two sockets, because ZeroMQ sockets belong to one thread: whoever computes uses ``data`` (Fetch, acks within a forward),
+a session's control thread the other and the lifeline.  What is said on them is ``expertd.worker.attach``'s business.
+No mlx here: arrays over the pools are ``expertd.worker.alias``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import select
+import socket
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertd.protocol import lifeline, messages
+from expertd.protocol.connection import Connection, control_identity, data_identity
+from expertd.protocol.errors import AliasFailed, DaemonLost
+from expertd.protocol.layout import PoolLayout, pool_layout, read_header
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.paths import Home
+from expertd.protocol.segments import map_readonly
+
+Mode = Literal["shm", "copy"]
+
+ATTACH_S = 600.0
+"""Attaching reserves the pool's memory, which takes seconds for large pools."""
+
+SEGMENT_S = 10.0
+"""A segment's descriptor is sent before the message that names it."""
+
+
+@dataclass(eq=False)
+class MappedPool:
+    """One generation of one pool as this process sees it: read-only pages, and the table ``slot[row, expert]`` in them.
+
+    ``complete`` is set by the control thread once the daemon has said so; it never goes back.
+    """
+
+    link: Link
+    segment: int
+    layers: tuple[int, ...]
+    layout: PoolLayout
+    mapping: mmap.mmap
+    table: NDArray[np.int32]
+    complete: bool
+
+
+class Link:
+    """Open from construction until ``hang_up`` (control thread) and ``data.close`` (whoever computes).
+
+    Attributes:
+        number: of the session in this daemon.
+        pools: as they were when it attached.
+        told_by_request, told_by_answer: newest versions that the control and the computing thread were told.
+        sequence: of the last Fetch.
+        lost: the daemon is gone, or does not know the session any more; nothing more is sent.
+    """
+
+    def __init__(self, home: Home, manifest: Manifest, mode: Mode) -> None:
+        """Attach.
+
+        Raises:
+            DaemonNotRunning, ProtocolMismatch, BudgetTooSmall, CheckpointError, SegmentFailed: as the daemon says.
+        """
+        self._home = home
+        self._manifest = manifest
+        self.lost = False
+        self.sequence = 0
+        self.told_by_answer = 0
+        self._descriptors: dict[int, tuple[int, int]] = {}
+        token = secrets.token_bytes(16)
+        with contextlib.ExitStack() as stack:
+            open_socket = home.daemon_socket
+            self.control = stack.enter_context(
+                Connection(open_socket, "worker", identity=control_identity(token))
+            )
+            self.data = stack.enter_context(Connection(open_socket, "worker", identity=data_identity(token)))
+            self.line = stack.enter_context(lifeline.connect(home.lifeline_socket, token))
+            stack.callback(self._drop_descriptors)
+            attached = self._await_attached(
+                messages.Attach(token=token, pid=os.getpid(), mode=mode, manifest=manifest)
+            )
+            self.number = attached.session
+            self.told_by_request = attached.version
+            self.pools = [self.receive_pool(info) for info in attached.pools]
+            stack.pop_all()
+
+    def _await_attached(self, request: messages.Attach) -> messages.Attached:
+        """Send ``request`` and wait for its answer, as long as it takes while the daemon lives.
+
+        Segments come over the lifeline before the answer, so something to read there is an end of file only if peeking
+        says so.
+        """
+        self.control.send(request)
+        deadline = time.monotonic() + ATTACH_S
+        while time.monotonic() < deadline:
+            answer = self.control.receive(0.2)
+            if answer is not None:
+                return messages.expect(answer, messages.Attached)
+            if self.ended():
+                # It may have said why on the other socket, just before.
+                answer = self.control.receive(0.5)
+                if answer is not None:
+                    return messages.expect(answer, messages.Attached)
+                break
+        raise DaemonLost(f"the daemon of {self._home.root} went away while a session was opened; load the model again")
+
+    def ended(self) -> bool:
+        """Whether the daemon has closed the lifeline."""
+        readable, _, _ = select.select([self.line], [], [], 0)
+        if not readable:
+            return False
+        try:
+            return not self.line.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def receive_pool(self, info: messages.PoolInfo) -> MappedPool:
+        """Map the pool that a message names; its descriptor is on the lifeline already.
+
+        Raises:
+            DaemonLost: it does not come.
+            AliasFailed: what came is not the segment that was announced.
+        """
+        self.line.settimeout(SEGMENT_S)
+        while info.segment not in self._descriptors:
+            segment, size, descriptor = lifeline.receive_segment(self.line)
+            self._descriptors[segment] = (size, descriptor)
+        size, descriptor = self._descriptors.pop(info.segment)
+        mapping = map_readonly(descriptor, size)
+        first = self._manifest.layers[info.layers[0]]
+        layout = pool_layout(len(info.layers), first.experts, first.parts, info.slots)
+        if size != layout.size or read_header(memoryview(mapping)) != (info.nonce, info.generation):
+            raise AliasFailed("the segment that the daemon handed over is not the one that it announced")
+        count = layout.layers * layout.experts
+        table = np.frombuffer(mapping, np.int32, count, layout.table_offset).reshape(layout.layers, layout.experts)
+        return MappedPool(self, info.segment, tuple(info.layers), layout, mapping, table, info.complete)
+
+    def _drop_descriptors(self) -> None:
+        for _, descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def hang_up(self) -> None:
+        """Tell the daemon, if it lives, that nobody answers here any more, and close what is the control thread's."""
+        self.lost = True
+        if self.line.fileno() >= 0:
+            with contextlib.suppress(OSError):  # it may have hung up itself
+                self.line.shutdown(socket.SHUT_RDWR)
+            self.line.close()
+        self._drop_descriptors()
+        self.control.close()
+
+    @property
+    def frames(self) -> int:
+        """Frames that passed over both sockets, both ways."""
+        return sum(c.frames_sent + c.frames_received for c in (self.control, self.data))
