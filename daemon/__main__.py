@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import resource
 import sys
 
 import psutil
@@ -14,10 +15,31 @@ from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
 from expertd.protocol.sizes import parse_size
 
+log = logging.getLogger("expertd.daemon")
+
+OPEN_FILES = 65_536
+"""Open files that a daemon asks for: it needs a few for each session, segment and checkpoint file."""
+
 
 def default_budget() -> int:
     """Half of the machine's memory: the rest is for the dense weights, the system and the page cache."""
     return int(psutil.virtual_memory().total) // 2
+
+
+def raise_file_limit() -> int:
+    """Raise the soft limit of open files towards the hard one; the limit that holds now.  Never fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (OPEN_FILES, 10_240):  # macOS names no hard limit and may still take no more than its OPEN_MAX
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            break
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):
+            continue
+        break
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def run(budget: str | None, idle_exit_s: float | None) -> None:
@@ -29,7 +51,11 @@ def run(budget: str | None, idle_exit_s: float | None) -> None:
     size = default_budget() if budget is None else parse_size(budget)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
+    files = raise_file_limit()
+
     async def serve() -> None:
+        # Said once it serves: a daemon that cannot start says one sentence, which is why.
+        asyncio.get_running_loop().call_later(1.0, log.info, "it may open %d files", files)
         await Server(Home.current(), size, idle_exit_s=idle_exit_s).run()
 
     asyncio.run(serve())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import socket
 import time
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +13,7 @@ from typing import TypeVar
 import zmq
 
 from expertd.protocol import PROTOCOL
-from expertd.protocol.errors import DaemonLost, DaemonNotRunning, ProtocolMismatch
+from expertd.protocol.errors import DaemonLost, DaemonNotRunning, MessageInvalid, ProtocolMismatch
 from expertd.protocol.messages import Hello, Message, Welcome, decode, encode, expect
 
 M = TypeVar("M", bound=Message)
@@ -27,6 +29,7 @@ def data_identity(token: bytes) -> bytes:
     return b"d" + token
 
 
+@functools.cache
 def package_version() -> str:
     """Version of the installed package."""
     return importlib.metadata.version("expertd")
@@ -44,20 +47,13 @@ class Connection:
         Args:
             identity: the socket's name, where the daemon has to know it again.
         Raises:
-            DaemonNotRunning: nobody answers within ``handshake_s``.
+            DaemonNotRunning: nobody listens (known at once), or nobody answers within ``handshake_s``.
             ProtocolMismatch: the daemon speaks another version.
         """
         self._path = path
         self.frames_sent = 0
         self.frames_received = 0
-        if not path.exists():
-            raise DaemonNotRunning(f"no daemon runs in {path.parent.parent}; start one with: expertd daemon run")
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        if identity is not None:
-            self._socket.setsockopt(zmq.ROUTING_ID, identity)
-        self._socket.connect(f"ipc://{path}")
+        self._socket = _dial(path, identity)
         try:
             self.send(Hello(protocol=PROTOCOL, package=package_version(), role=role))
             answer = self.receive(handshake_s)
@@ -117,3 +113,46 @@ class Connection:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def ask_any_version(path: Path, message: Message, timeout_s: float = 2.0) -> Message | None:
+    """What a daemon of whatever version answers to ``message``; None if it says nothing that this version understands.
+
+    There is no handshake: a daemon judges each message by itself, so a version that takes this one answers it.
+
+    Raises:
+        DaemonNotRunning: nobody listens.
+    """
+    with _dial(path) as dealer:
+        dealer.send(encode(message))
+        if not dealer.poll(round(timeout_s * 1000), zmq.POLLIN):
+            return None
+        try:
+            return decode(dealer.recv())
+        except MessageInvalid:
+            return None
+
+
+def _dial(path: Path, identity: bytes | None = None) -> zmq.Socket[bytes]:
+    """A DEALER to the daemon that listens at ``path``.
+
+    Raises:
+        DaemonNotRunning: nobody does.
+    """
+    # ZeroMQ would wait for a daemon to come.  One that was killed leaves its socket's file, which says nothing.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:  # more connections wait to be taken than may: there is somebody, if a busy one
+            pass
+        except OSError as error:
+            home = path.parent.parent
+            raise DaemonNotRunning(f"no daemon runs in {home}; start one with: expertd daemon run") from error
+    dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.SNDHWM, 0)
+    if identity is not None:
+        dealer.setsockopt(zmq.ROUTING_ID, identity)
+    dealer.connect(f"ipc://{path}")
+    return dealer

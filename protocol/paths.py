@@ -6,6 +6,7 @@ Two homes never meet: sockets, lock, logs and state of one are invisible to the 
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,13 @@ class Home:
 
     @property
     def run(self) -> Path:
-        """Private folder (0700) of sockets and the lock."""
+        """Private folder (0700) of sockets and locks."""
         return self.root / "run"
+
+    @property
+    def log(self) -> Path:
+        """Folder of what daemons and workers say."""
+        return self.root / "log"
 
     @property
     def daemon_socket(self) -> Path:
@@ -45,11 +51,17 @@ class Home:
 
     @property
     def daemon_lock(self) -> Path:
+        """Locked by the home's daemon for as long as it lives; holds its process id."""
         return self.run / "daemon.lock"
 
     @property
+    def start_lock(self) -> Path:
+        """Locked by the one process that starts a daemon on demand, until that answers."""
+        return self.run / "start.lock"
+
+    @property
     def daemon_log(self) -> Path:
-        return self.root / "log" / "daemon.log"
+        return self.log / "daemon.log"
 
     def gateway_socket(self, pid: int) -> Path:
         """Where the workers of the gateway with that process id connect."""
@@ -57,13 +69,16 @@ class Home:
 
     def worker_log(self, pid: int) -> Path:
         """Log of the worker that the gateway with that process id started."""
-        return self.root / "log" / f"worker-{pid}.log"
+        return self.log / f"worker-{pid}.log"
 
     def check(self) -> None:
-        """Refuse a home whose sockets could not be bound.
+        """Refuse a home whose sockets could not be bound, or where others could put their own.  Changes nothing.
+
+        What does not exist yet is in order.  A folder may be a symbolic link: its target is what is judged.
 
         Raises:
             HomeTooLong: the longest socket path exceeds ``SOCKET_PATH_BYTES``.
+            HomeError: the home or a folder in it is a file, belongs to somebody else, or can be written by others.
         """
         length = len(os.fsencode(self.root / _LONGEST_SOCKET))
         if length > SOCKET_PATH_BYTES:
@@ -72,25 +87,55 @@ class Home:
                 f"EXPERTD_HOME {self.root} is too long for a socket ({length - SOCKET_PATH_BYTES} bytes over); "
                 f"set EXPERTD_HOME to a path of at most {room} bytes"
             )
+        try:
+            for folder in self._folders:
+                _check_private(folder)
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def prepare(self) -> None:
-        """Create the folders, private to this user.
+        """Create the folders, private to this user.  A home that is refused stays as it is.
 
         Raises:
-            HomeTooLong: see ``check``.
-            HomeError: the home is a file, belongs to somebody else, or cannot be written.
+            HomeTooLong, HomeError: see ``check``; or the home cannot be written.
         """
         self.check()
         try:
-            for folder in (self.root, self.run, self.root / "log"):
+            for folder in self._folders:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = self.run.stat()
-            if owner.st_uid != os.geteuid():
-                raise HomeError(f"{self.run} belongs to another user; set EXPERTD_HOME to a folder of your own")
-            if stat.S_IMODE(owner.st_mode) & 0o077:
+                _check_private(folder)  # somebody may have been quicker than our mkdir
+            if stat.S_IMODE(self.run.stat().st_mode) & 0o077:
                 self.run.chmod(0o700)
         except OSError as error:
-            raise HomeError(
-                f"EXPERTD_HOME {self.root} cannot be used ({error.strerror}); set EXPERTD_HOME to a folder "
-                "that you can write to"
-            ) from error
+            raise self._unusable(error) from error
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return self.root, self.run, self.log
+
+    def _unusable(self, error: OSError) -> HomeError:
+        return HomeError(
+            f"EXPERTD_HOME {self.root} cannot be used ({error.strerror}); set EXPERTD_HOME to a folder "
+            "that you can write to"
+        )
+
+
+def _check_private(folder: Path) -> None:
+    """Raise HomeError unless nobody but this user can put anything into ``folder``, if it exists.
+
+    Whoever can write there could take the place of the daemon, or name any process to be ended in its lock.  Root is
+    held to the same: what runs as root has no business in the home of somebody else.
+    """
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(None, "Not a directory", str(folder))
+    if found.st_uid != os.geteuid():
+        raise HomeError(f"{folder} belongs to another user; set EXPERTD_HOME to a folder of your own")
+    if stat.S_IMODE(found.st_mode) & 0o022:
+        raise HomeError(
+            f"{folder} can be written by other users; change that with: chmod go-w {shlex.quote(str(folder))}, "
+            "or set EXPERTD_HOME to another folder"
+        )

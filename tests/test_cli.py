@@ -1,4 +1,4 @@
-"""The command line on good input, as installed: status, generate, verify, daemon.  Bad input: ``test_bad_input``."""
+"""The command line on good input, as installed.  Bad input: ``test_bad_input``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
+from expertd.clients.cli.status import table
 from expertd.protocol import PROTOCOL
 from expertd.protocol.connection import package_version
+from expertd.protocol.messages import DaemonStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
 from tests.conftest import DEADLINE_S, StartDaemon
@@ -76,6 +78,50 @@ def test_status_of_an_empty_daemon_reads_well(home: Home, start_daemon: StartDae
     assert lines[1:] == ["budget    64.0 MB, in use 0 B, pressure normal", "models    none yet"]
 
 
+def test_status_says_what_to_do_about_a_session_that_was_left_behind() -> None:
+    sessions = [
+        SessionStatus(id=1, pid=123, mode="shm", waiting=False, fetches=7, left_behind=True, held_bytes=1_200_000_000),
+        SessionStatus(id=2, pid=124, mode="shm", waiting=True, fetches=8, left_behind=False, held_bytes=0),
+    ]
+    counts = dict.fromkeys(
+        ("moe_layers", "experts", "top_k", "block_bytes", "blocks", "slots", "resident_blocks", "hits", "misses",
+         "bytes_read", "evictions", "pool_bytes"), 1,
+    )  # fmt: skip
+    lines = table(
+        Status(
+            protocol=PROTOCOL, home="/h", budget_bytes=1, used_bytes=1, pressure="normal", frames_dropped=0,
+            daemon=DaemonStatus(pid=1, version="1", uptime_s=1.0, rss_bytes=1),
+            models=[ModelStatus(id="m", path="/m", family="f", sessions=sessions, **counts)],
+        )
+    )  # fmt: skip
+    assert lines[-2:] == [
+        "  session   process 123 does not answer and holds 1.2 GB; continue it (kill -CONT 123) or end it",
+        "  session   process 124, mode shm, 8 fetches, waits for a read",
+    ]
+
+
+def test_budget_shows_and_changes_what_a_running_daemon_may_take(home: Home, start_daemon: StartDaemon) -> None:
+    start_daemon("64MB")
+    assert expertd("budget").stdout == "the budget is 64.0 MB; 0 B in use\n"
+    assert expertd("budget", "1.5GB").stdout == "the budget is 1.5 GB now; it was 64.0 MB\n"
+    assert ask_status(home).budget_bytes == 1_500_000_000
+
+
+def test_budget_without_a_daemon_says_how_to_start_one(home: Home) -> None:
+    for arguments in (["budget"], ["budget", "1GB"]):
+        done = expertd(*arguments)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr == (
+            f"expertd: no daemon runs in {home.root}; start one with: expertd daemon run [daemon_not_running]\n"
+        )
+
+
+def test_budget_refuses_what_is_no_size(home: Home) -> None:
+    done = expertd("budget", "much")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(" [size_invalid]\n")
+
+
 def test_generate_prints_the_text_of_plain_mlx_lm(model_path: Path, start_daemon: StartDaemon) -> None:
     start_daemon(str(budget_for(load_lazily(model_path).manifest, 12)))
     plain, tokenizer = mlx_lm.load(str(model_path))[:2]
@@ -123,7 +169,7 @@ def test_daemon_run_serves_until_it_is_stopped(home: Home) -> None:
 
 def test_every_command_explains_itself() -> None:
     listed = expertd("--help").stdout
-    for command in ("serve", "generate", "status", "daemon", "verify", "worker"):
+    for command in ("serve", "generate", "status", "budget", "daemon", "verify", "worker"):
         assert f"\n  {command} " in listed
         done = expertd(command, "--help")
         assert done.returncode == 0

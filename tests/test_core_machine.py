@@ -1,159 +1,69 @@
-"""The core against a model of the world: several sessions, two small models, messages and reads in any order.
+"""The core against a model of the world: sessions, two small models, messages, reads and budgets in any order.
 
-The harness plays the server and the workers.  It keeps, without looking into the core, the tables that it was told to
-publish, what bytes each slot holds, and what each session might still read: all that it looked up or was answered until
-it has promised otherwise.  Sessions hold on to as much as the protocol lets them: an ack gives up only what was looked
-up before they were told its version.  Each session has two channels to the core with no order between them, as a worker
-has two sockets; a message on either may come late.
+``core_world`` plays the server and the workers, and checks after every event: bytes that somebody may read stay; the
+table names sealed bytes only; nothing changes in a generation that its pool has left, and it stays as long as somebody
+has it; slots are conserved; memory is accounted for and keeps within the budget.  Here are the things that happen, and
+what must hold when everybody has had their say: no fetch is left unanswered, whoever may be stopped; and once those
+who were stopped are awake, one generation of each pool is left, as large as the budget lets it be, and every slot of
+it can be used.
 
-Checked after every event: bytes that somebody may read stay; the table names sealed bytes only; slots are conserved;
-memory stays within the budget.  Checked when everybody has had their say: no fetch is left unanswered, and every slot
-of a pool can still be used.
-
-Not covered: several generations of a pool and memory pressure (the core has neither yet), and how a worker keeps its
-promises (``worker.attach``, ``worker.experts``).
+Not covered: how a worker keeps its promises (``worker.attach``, ``worker.experts``).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
 
+from core_world import CHANNELS, LAYERS, MODELS, Kind, Worker, World
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from expertd.daemon.core import Core, events, instructions
-from expertd.daemon.core.core import BACKGROUND_READS
-from expertd.daemon.core.state import SlotState
-from expertd.protocol.errors import (
-    BudgetTooSmall,
-    ExpertdError,
-    FetchInvalid,
-    ReadFailed,
-    SegmentFailed,
-    SessionUnknown,
-)
-from expertd.protocol.layout import PAGE, PoolLayout
-from expertd.protocol.manifest import Layer, Manifest, Part
+from expertd.daemon.core import Core, events
+from expertd.daemon.core.core import GROWTH
+from expertd.daemon.core.plan import largest, resized
+from expertd.protocol.errors import ReadFailed
+from expertd.protocol.layout import PAGE
 from expertd.protocol.messages import AliasMode
 
-Block = tuple[int, int]
-Place = tuple[int, int]
-"""A slot of a segment: (segment, slot)."""
+MOVES = 24
+"""More than this often no pool may move while nothing happens to it."""
 
-Channel = Literal["data", "control"]
-CHANNELS: tuple[Channel, ...] = ("data", "control")
-GARBAGE: Block = (-1, -1)
+Choice = Callable[["CacheMachine"], list[int]]
 
 
-def _manifest(name: str, experts: int, pages: Iterable[int]) -> Manifest:
-    """A model with one layer for each of ``pages``, the size of a block in it."""
-    layers = tuple(
-        Layer(f"layers.{n}", experts, 2, (Part("w", "U8", (count * PAGE,), ("tensor",), (0,)),))
-        for n, count in enumerate(pages)
-    )
-    return Manifest(name, "family", (), layers)
-
-
-MODELS = {"plain": _manifest("/plain", 4, (1, 1, 1)), "mixed": _manifest("/mixed", 3, (1, 2, 1))}
-LAYERS = 3
-"""Of each model."""
-
-
-def _model_with(experts: int) -> str:
-    """The key of the model with so many experts in a layer: that tells them apart."""
-    return next(manifest.key for manifest in MODELS.values() if manifest.layers[0].experts == experts)
-
-
-@dataclass
-class Segment:
-    """One pool as its memory: what the table says and what the slots hold (GARBAGE from StartRead to ReadDone)."""
-
-    model: str
-    layout: PoolLayout
-    created: bool = False
-    layers: tuple[int, ...] = ()
-    table: dict[Block, int] = field(default_factory=dict)
-    content: dict[int, Block] = field(default_factory=dict)
-
-    @property
-    def blocks(self) -> int:
-        return self.layout.layers * self.layout.experts
-
-
-@dataclass
-class Worker:
-    """One session as its process sees it.
-
-    Attributes:
-        prompt: whether it hears what it is told at once.
-        told: newest version that a message told it.
-        asked: whether it owes an ack.
-        fetching: its newest Fetch while it has no answer; it looks nothing up meanwhile.
-        reading: what it might still read, and what it had been told when it looked that up.
-        leased: what the newest answer gave it, even if it has not heard of it yet.
-    """
-
-    number: int
-    manifest: Manifest
-    mode: AliasMode
-    prompt: bool
-    granted: bool = False
-    told: int = 0
-    asked: bool = False
-    sequence: int = 0
-    fetching: events.Fetch | None = None
-    answer_lost: bool = False
-    requests: dict[int, events.Fetch] = field(default_factory=dict)
-    answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    refusals: dict[int, ExpertdError] = field(default_factory=dict)
-    reading: dict[Place, tuple[Block, int]] = field(default_factory=dict)
-    leased: dict[Place, Block] = field(default_factory=dict)
-    complete: set[int] = field(default_factory=set)
-    outbox: dict[Channel, deque[events.Event]] = field(default_factory=lambda: {c: deque() for c in CHANNELS})
-    inbox: dict[Channel, deque[instructions.Instruction]] = field(
-        default_factory=lambda: {c: deque() for c in CHANNELS}
-    )
-
-
-def _some(choose: Callable[[CacheMachine], list[int]]) -> st.SearchStrategy[int]:
+def _some(choose: Choice) -> st.SearchStrategy[int]:
     """One of the session numbers that ``choose`` finds in the machine."""
     return st.runner().flatmap(lambda machine: st.sampled_from(choose(machine)))
 
 
-def _any_of(choose: Callable[[CacheMachine], list[int]]) -> Callable[[CacheMachine], bool]:
+def _any_of(choose: Choice) -> Callable[[CacheMachine], bool]:
     return lambda machine: bool(choose(machine))
 
 
-def _everybody(machine: CacheMachine) -> list[int]:
-    return sorted(machine.workers)
+def _who(condition: Callable[[Worker], object]) -> Choice:
+    return lambda machine: sorted(number for number, worker in machine.workers.items() if condition(worker))
 
 
-def _open(machine: CacheMachine) -> list[int]:
-    return sorted(number for number, worker in machine.workers.items() if worker.granted)
+_everybody = _who(lambda worker: True)
+_free = _who(lambda worker: worker.free)
+_awake = _who(lambda worker: worker.granted and not worker.stopped)
+_stopped = _who(lambda worker: worker.stopped)
+_reading = _who(lambda worker: worker.reading and not worker.stopped)
+_with_requests = _who(lambda worker: worker.requests and not worker.stopped)
+_with_offers = _who(lambda worker: worker.free and worker.offers)
+_with_spare = _who(lambda worker: worker.spare and not worker.stopped)
+_to_fetch_again = _who(lambda worker: worker.free and worker.again)
+_sending = {channel: _who(lambda worker, c=channel: worker.outbox[c]) for channel in CHANNELS}
+_deaf = {channel: _who(lambda worker, c=channel: worker.inbox[c] and not worker.stopped) for channel in CHANNELS}
 
 
-def _free(machine: CacheMachine) -> list[int]:
-    return [number for number in _open(machine) if machine.workers[number].fetching is None]
+def _owing(machine: CacheMachine) -> list[int]:
+    return sorted(machine.core.owing)
 
 
-def _reading(machine: CacheMachine) -> list[int]:
-    return [number for number in _open(machine) if machine.workers[number].reading]
-
-
-def _with_requests(machine: CacheMachine) -> list[int]:
-    return [number for number in _open(machine) if machine.workers[number].requests]
-
-
-def _sending(channel: Channel) -> Callable[[CacheMachine], list[int]]:
-    return lambda machine: [n for n in _open(machine) if machine.workers[n].outbox[channel]]
-
-
-def _deaf(channel: Channel) -> Callable[[CacheMachine], list[int]]:
-    return lambda machine: [n for n in _open(machine) if machine.workers[n].inbox[channel]]
+def _owing_and_stopped(machine: CacheMachine) -> list[int]:
+    return [number for number in _owing(machine) if machine.workers[number].stopped]
 
 
 _layer = st.integers(0, LAYERS - 1)
@@ -161,26 +71,19 @@ _experts = st.sets(st.integers(0, 3), min_size=1, max_size=2) | st.sets(st.integ
 _seldom = st.sampled_from([False, False, False, True])
 _late = _seldom
 _which = st.integers(0, 9)
+_pages = st.integers(3, 9) | st.integers(8, 16) | st.integers(3, 30)
 
 
-class CacheMachine(RuleBasedStateMachine):
-    """Server, workers and memory around one core."""
+class CacheMachine(World, RuleBasedStateMachine):
+    """What may happen, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = Core(0)
-        self.segments: dict[int, Segment] = {}
-        self.workers: dict[int, Worker] = {}
-        self.reads: dict[Place, instructions.StartRead] = {}
-        self.ghosts: list[events.Event] = []
-        self.abandoned: set[int] = set()
         self.attached = 0
-        self.broken = False
-        self.steps = 0
         self.last: dict[str, int] = {}
 
     @initialize(
-        pages=st.integers(3, 9) | st.integers(8, 12) | st.integers(3, 30),
+        pages=_pages,
         model=st.sampled_from(sorted(MODELS)),
         prompt=st.lists(st.booleans(), min_size=2, max_size=3),
     )
@@ -194,7 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Whether ``what`` was so many events ago: it would take up too much of a run."""
         return self.steps > self.last.get(what, 0) + steps
 
-    # -- the rules: sessions -------------------------------------------------------------------------------------------
+    # -- sessions ------------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: not self.workers or (len(self.workers) < 4 and self.is_time_for("attach", 5)))
     @rule(model=st.sampled_from(sorted(MODELS)), copy=_seldom, prompt=st.booleans(), slow=_seldom)
@@ -227,51 +130,48 @@ class CacheMachine(RuleBasedStateMachine):
         worker = self.workers[session]
         number, segment = self.pool_of(worker, layer)
         wanted = sorted({expert % segment.layout.experts for expert in experts})
-        row = segment.layers.index(layer)
-        slots = {expert: segment.table.get((row, expert)) for expert in wanted}
-        for expert, slot in slots.items():
-            if slot is None:
-                self.send_fetch(worker, layer, wanted, late)
-                return
-            worker.reading[number, slot] = ((layer, expert), worker.told)
-        note(f"   session {session} hits {slots} in segment {number}")
+        slots = self.look_up(worker, layer, wanted)
+        if None in slots:
+            self.send_fetch(worker, layer, wanted, late)
+            return
+        note(f"   session {session} hits {wanted} of layer {layer} in slots {slots} of segment {number}")
         self.feed(events.Routed(session, ((layer, wanted),)))
 
     @precondition(_any_of(_free))
     @rule(session=_some(_free))
     def run_hits(self, session: int) -> None:
-        """An event in each layer, of one expert that is resident there."""
+        """An event in each layer, of one expert that is resident there; nobody is told of it."""
         worker = self.workers[session]
         for layer in range(LAYERS):
-            _, segment = self.pool_of(worker, layer)
-            for row, expert in sorted(segment.table):
-                if row == segment.layers.index(layer):
-                    self.run_event(session, layer, {expert}, late=False)
-                    break
+            number, segment = self.pool_of(worker, layer)
+            for row, expert in sorted(segment.table)[:1]:
+                slots = self.look_up(worker, segment.layers[row], [expert])
+                note(f"   session {session} hits {expert} of layer {segment.layers[row]} in {slots} of {number}")
 
     @precondition(_any_of(_free))
     @rule(session=_some(_free), experts=st.tuples(*[_experts] * LAYERS))
     def run_forward(self, session: int, experts: tuple[set[int], ...]) -> None:
         """Events of all layers, each fetched block read at once, until one has to wait for other sessions."""
         for layer, chosen in enumerate(experts):
-            if self.workers[session].fetching is None:
+            if self.workers[session].free:
                 self.run_event(session, layer, chosen, late=False)
                 self.finish_reads()
 
-    @precondition(_any_of(_open))
-    @rule(session=_some(_open), layer=_layer, experts=_experts, late=_late)
+    @precondition(_any_of(_awake))
+    @rule(session=_some(_awake), layer=_layer, experts=_experts, late=_late)
     def fetch(self, session: int, layer: int, experts: set[int], late: bool) -> None:
         """Fetch without looking; if another fetch waits (its asker was interrupted), it gives that one up."""
         worker = self.workers[session]
         _, segment = self.pool_of(worker, layer)
         self.send_fetch(worker, layer, [expert % segment.layout.experts for expert in experts], late)
 
-    @precondition(lambda self: _open(self) and self.is_time_for("nonsense", 10))
-    @rule(session=_some(_open), layer=st.sampled_from([0, LAYERS]), expert=st.integers(3, 5))
+    @precondition(lambda self: _awake(self) and self.is_time_for("nonsense", 10))
+    @rule(session=_some(_awake), layer=st.sampled_from([0, LAYERS]), expert=st.integers(3, 5))
     def fetch_nonsense(self, session: int, layer: int, expert: int) -> None:
         self.last["nonsense"] = self.steps
         worker = self.workers[session]
-        self.send(worker, "data", self.new_fetch(worker, layer, (expert, 2, expert)), late=False)
+        number, _ = self.pool_of(worker, 0)
+        self.send(worker, "data", self.new_fetch(worker, number, layer, (expert, 2, expert)), late=False)
 
     @precondition(_any_of(_with_requests))
     @rule(session=_some(_with_requests), back=st.integers(0, 1), late=_late)
@@ -283,8 +183,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(_any_of(_free))
     @rule(session=_some(_free), channel=st.sampled_from(CHANNELS), late=_late)
-    def ack(self, session: int, channel: Channel, late: bool) -> None:
-        self.send_ack(self.workers[session], channel, late)
+    def ack(self, session: int, channel: str, late: bool) -> None:
+        self.send_ack(self.workers[session], "data" if channel == "data" else "control", late)
 
     @precondition(_any_of(_reading))
     @rule(session=_some(_reading))
@@ -292,64 +192,129 @@ class CacheMachine(RuleBasedStateMachine):
         """Finish computing without telling anybody."""
         self.workers[session].reading.clear()
 
-    # -- the rules: messages that took their time ----------------------------------------------------------------------
+    # -- moving to other generations, stopping, waking -----------------------------------------------------------------
 
-    @precondition(_any_of(_sending("data")))
-    @rule(session=_some(_sending("data")))
+    @precondition(_any_of(_with_offers))
+    @rule(session=_some(_with_offers), which=_which)
+    def follow(self, session: int, which: int) -> None:
+        worker = self.workers[session]
+        kinds = sorted(worker.offers)
+        self.adopt(worker, kinds[which % len(kinds)])
+
+    @precondition(_any_of(_with_spare))
+    @rule(session=_some(_with_spare), channel=st.sampled_from(CHANNELS), late=_late)
+    def leave(self, session: int, channel: str, late: bool) -> None:
+        worker = self.workers[session]
+        for segment in self.releasable(worker)[:1]:
+            self.release(worker, segment, "data" if channel == "data" else "control", late)
+
+    @precondition(_any_of(_to_fetch_again))
+    @rule(session=_some(_to_fetch_again))
+    def fetch_where_the_pool_is(self, session: int) -> None:
+        """What a worker does whose pool had moved: wait for the new generation, adopt it, fetch again."""
+        worker = self.workers[session]
+        fetch, worker.again = worker.again, None
+        assert fetch is not None
+        kind: Kind = self.segments[fetch.segment].kind if fetch.segment in self.segments else ("", 0)
+        if worker.adopted.get(kind) == fetch.segment:
+            if kind not in worker.offers:  # it has not heard of it yet
+                worker.again = fetch
+                return
+            self.adopt(worker, kind)
+        self.send_fetch(worker, fetch.layer, fetch.experts, late=False)
+
+    @precondition(lambda self: _awake(self) and self.is_time_for("stop", 10))
+    @rule(session=_some(_awake))
+    def stop(self, session: int) -> None:
+        self.last["stop"] = self.steps
+        note(f"   session {session} is stopped")
+        self.workers[session].stopped = True
+
+    @precondition(_any_of(_stopped))
+    @rule(session=_some(_stopped))
+    def wake(self, session: int) -> None:
+        worker = self.workers[session]
+        note(f"   session {session} is awake")
+        worker.stopped = False
+        while worker.prompt and any(worker.inbox.values()):
+            for channel in CHANNELS:
+                if worker.inbox[channel]:
+                    self.hear(worker, channel)
+
+    @precondition(_any_of(_owing_and_stopped))
+    @rule(session=_some(_owing_and_stopped))
+    def miss(self, session: int) -> None:
+        """The server's patience with a session that is stopped is at an end."""
+        self.feed(events.Silent(session))
+
+    @precondition(lambda self: self.workers and self.is_time_for("suspect", 20))
+    @rule(session=_some(_everybody))
+    def suspect(self, session: int) -> None:
+        """It is at an end with one that is only slow, or that has just answered."""
+        self.last["suspect"] = self.steps
+        self.feed(events.Silent(session))
+
+    @precondition(lambda self: _awake(self) and self.is_time_for("ping", 10))
+    @rule(session=_some(_awake), late=_late)
+    def ping(self, session: int, late: bool) -> None:
+        self.last["ping"] = self.steps
+        self.send(self.workers[session], "control", events.Heard(session), late)
+
+    # -- messages that took their time ---------------------------------------------------------------------------------
+
+    @precondition(_any_of(_sending["data"]))
+    @rule(session=_some(_sending["data"]))
     def deliver_data(self, session: int) -> None:
         self.feed(self.workers[session].outbox["data"].popleft())
 
-    @precondition(_any_of(_sending("control")))
-    @rule(session=_some(_sending("control")))
+    @precondition(_any_of(_sending["control"]))
+    @rule(session=_some(_sending["control"]))
     def deliver_control(self, session: int) -> None:
         self.feed(self.workers[session].outbox["control"].popleft())
 
-    @precondition(_any_of(_deaf("data")))
-    @rule(session=_some(_deaf("data")))
+    @precondition(_any_of(_deaf["data"]))
+    @rule(session=_some(_deaf["data"]))
     def hear_data(self, session: int) -> None:
         self.hear(self.workers[session], "data")
 
-    @precondition(_any_of(_deaf("control")))
-    @rule(session=_some(_deaf("control")))
+    @precondition(_any_of(_deaf["control"]))
+    @rule(session=_some(_deaf["control"]))
     def hear_control(self, session: int) -> None:
         self.hear(self.workers[session], "control")
 
-    @precondition(_any_of(_deaf("data")))
-    @rule(session=_some(_deaf("data")))
+    @precondition(_any_of(_deaf["data"]))
+    @rule(session=_some(_deaf["data"]))
     def lose_an_answer(self, session: int) -> None:
         worker = self.workers[session]
         worker.inbox["data"].popleft()
         worker.answer_lost = True
 
-    # -- the rules: memory and reads -----------------------------------------------------------------------------------
+    # -- memory and reads ----------------------------------------------------------------------------------------------
 
-    def creating(self) -> list[int]:
-        return sorted(number for number, segment in self.segments.items() if not segment.created)
+    @precondition(lambda self: self.is_time_for("budget", 10))
+    @rule(pages=_pages)
+    def change_budget(self, pages: int) -> None:
+        self.last["budget"] = self.steps
+        self.set_budget(max(pages * PAGE, self.core.smallest_budget))
+
+    def set_budget(self, size: int) -> None:
+        self.no_memory = self.no_memory and bool(self.creating())
+        self.feed(events.BudgetChanged(size))
 
     @precondition(lambda self: self.creating())
     @rule(which=_which)
     def create_pool(self, which: int) -> None:
-        number = self.creating()[which % len(self.creating())]
-        self.segments[number].created = True
-        self.feed(events.PoolCreated(number))
+        self.segment_created(self.creating()[which % len(self.creating())])
 
     @precondition(lambda self: self.creating())
     @rule(which=_which)
     def fail_to_create_pool(self, which: int) -> None:
-        number = self.creating()[which % len(self.creating())]
-        model = self.segments.pop(number).model
-        self.abandoned.discard(number)
-        self.abandoned |= {n for n, segment in self.segments.items() if segment.model == model and not segment.created}
-        self.feed(events.PoolFailed(number, SegmentFailed("no memory")))
+        self.segment_failed(self.creating()[which % len(self.creating())])
 
     @precondition(lambda self: self.reads)
     @rule(which=_which)
     def finish_read(self, which: int) -> None:
-        place = sorted(self.reads)[which % len(self.reads)]
-        read = self.reads.pop(place)
-        segment = self.segments[read.segment]
-        segment.content[read.slot] = (read.layer, read.expert)
-        self.feed(events.ReadDone(read.segment, read.slot, PAGE))
+        self.read_done(sorted(self.reads)[which % len(self.reads)])
 
     @precondition(lambda self: self.reads)
     @rule()
@@ -360,18 +325,48 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reads)
     @rule(which=_which)
     def fail_read(self, which: int) -> None:
-        place = sorted(self.reads)[which % len(self.reads)]
-        read = self.reads.pop(place)
-        self.failed = (read.layer, read.expert)
-        self.feed(events.ReadFailed(read.segment, read.slot, ReadFailed("bad sector")))
+        self.read_failed(sorted(self.reads)[which % len(self.reads)], ReadFailed("bad sector"))
+
+    # -- when everybody has had their say ------------------------------------------------------------------------------
 
     @precondition(lambda self: self.is_time_for("quiesce", 25))
     @rule()
     def quiesce(self) -> None:
-        """Everything under way arrives, everybody who is asked acks; then nobody may be left waiting."""
+        """Everything under way arrives, everybody who is asked acks; then nobody who is awake may be left waiting."""
         self.last["quiesce"] = self.steps
+        note("   everything arrives")
+        self.until_nothing_happens(self.catch_up)
+        for worker in self.workers.values():
+            assert worker.granted, f"session {worker.number} waits for ever to be opened"
+            if not worker.stopped:
+                assert worker.fetching is None, f"session {worker.number} waits for ever for {worker.fetching}"
+                assert worker.again is None, f"session {worker.number} waits for ever for where {worker.again} is"
+                self.knows_what_is_complete(worker)
+
+    @precondition(lambda self: self.is_time_for("quiesce", 25))
+    @rule()
+    def settle(self) -> None:
+        """Those who were stopped wake, and everybody follows: nothing old is left, and memory is put to use."""
+        self.quiesce()
+        for session in _stopped(self):
+            self.wake(session)
+        if self.no_memory:
+            self.set_budget(self.core.budget)  # there is memory again
+        note("   everybody follows")
+        self.until_nothing_happens(self.catch_up_and_leave)
+        assert not self.creating()
+        assert sorted(self.segments) == sorted(self.current.values()), "an old generation is left for ever"
+        for worker in self.workers.values():
+            assert worker.fetching is worker.again is None
+            assert sorted(worker.adopted.values()) == sorted(worker.held), f"session {worker.number} was left behind"
+            assert all(self.current[self.segments[number].kind] == number for number in worker.held)
+            self.knows_what_is_complete(worker)
+        assert self.core.used <= max(self.core.budget, self.core.smallest_budget)
+        self.pools_have_grown()
+
+    def until_nothing_happens(self, act: Callable[[Worker], None]) -> None:
         before = -1
-        rounds = 0
+        rounds = self.moves = 0
         while before != self.steps:
             before = self.steps
             rounds += 1
@@ -380,304 +375,77 @@ class CacheMachine(RuleBasedStateMachine):
                 self.hear_from_the_dead()
             while self.creating():
                 self.create_pool(0)
+                assert self.moves < MOVES, "pools move for ever"
             self.finish_reads()
-            for session in _open(self):
-                self.catch_up(self.workers[session])
-        for worker in self.workers.values():
-            assert worker.granted, f"session {worker.number} waits for ever to be opened"
-            assert worker.fetching is None, f"session {worker.number} waits for ever for {worker.fetching}"
-            for number, segment in self.segments.items():
-                if segment.model == worker.manifest.key and len(segment.table) == segment.blocks:
-                    assert number in worker.complete, f"session {worker.number} was not told that {number} is complete"
+            for session in _everybody(self):
+                if session in self.workers and self.workers[session].granted:
+                    act(self.workers[session])
 
     def catch_up(self, worker: Worker) -> None:
+        """A worker that is awake reads its messages and answers; one that is stopped is missed in the end."""
         for channel in CHANNELS:
             while worker.outbox[channel]:
                 self.feed(worker.outbox[channel].popleft())
-            while worker.inbox[channel]:
+            while worker.inbox[channel] and not worker.stopped:
                 self.hear(worker, channel)
-        if worker.fetching is not None and worker.answer_lost:
+        if worker.stopped:
+            if worker.number in self.core.owing:
+                self.miss(worker.number)
+        elif worker.fetching is not None and worker.answer_lost:
             worker.answer_lost = False
             self.feed(worker.fetching)
+        elif worker.again is not None:
+            self.fetch_where_the_pool_is(worker.number)
         elif worker.fetching is None and worker.asked:
             worker.reading.clear()
             self.send_ack(worker, "control", late=False)
 
-    # -- what workers do -----------------------------------------------------------------------------------------------
+    def catch_up_and_leave(self, worker: Worker) -> None:
+        if self.core.sessions[worker.number].silent:
+            self.feed(events.Heard(worker.number))  # it answers a Ping
+        self.catch_up(worker)
+        if worker.free:
+            worker.reading.clear()
+            for kind in sorted(worker.offers):
+                self.adopt(worker, kind)
+            for segment in self.releasable(worker):
+                self.release(worker, segment, "control", late=False)
 
-    def pool_of(self, worker: Worker, layer: int) -> tuple[int, Segment]:
-        """The segment of ``layer``, by its number, as the worker was told."""
-        for number, segment in self.segments.items():
-            if segment.model == worker.manifest.key and layer in segment.layers:
-                return number, segment
-        raise AssertionError(f"layer {layer} has no pool")
+    def knows_what_is_complete(self, worker: Worker) -> None:
+        for number in sorted(worker.held):
+            segment = self.segments[number]
+            if segment.complete and self.current[segment.kind] == number:
+                assert number in worker.complete, f"session {worker.number} was not told that {number} is complete"
 
-    def new_fetch(self, worker: Worker, layer: int, experts: tuple[int, ...]) -> events.Fetch:
-        """The next fetch of a worker; by sending one it promises that it reads nothing any more."""
-        worker.sequence += 1
-        worker.fetching = worker.requests[worker.sequence] = events.Fetch(
-            worker.number, worker.sequence, layer, experts
-        )
-        worker.asked = False
-        worker.answer_lost = False
-        worker.reading.clear()
-        worker.leased.clear()
-        return worker.fetching
-
-    def send_fetch(self, worker: Worker, layer: int, experts: list[int], late: bool) -> None:
-        _, segment = self.pool_of(worker, layer)
-        distinct = tuple(dict.fromkeys(experts))[: segment.layout.slots]
-        self.send(worker, "data", self.new_fetch(worker, layer, distinct), late)
-
-    def send_ack(self, worker: Worker, channel: Channel, late: bool) -> None:
-        worker.asked = False
-        worker.leased.clear()
-        worker.reading = {place: held for place, held in worker.reading.items() if held[1] >= worker.told}
-        self.send(worker, channel, events.Ack(worker.number, worker.told, worker.sequence), late)
-
-    def send(self, worker: Worker, channel: Channel, message: events.Event, late: bool) -> None:
-        if late or worker.outbox[channel]:
-            worker.outbox[channel].append(message)
-        else:
-            self.feed(message)
-
-    def hear(self, worker: Worker, channel: Channel) -> None:
-        """Take one message in."""
-        self.steps += 1
-        message = worker.inbox[channel].popleft()
-        match message:
-            case instructions.AskAck(_, version):
-                worker.told = max(worker.told, version)
-                worker.asked = True
-            case instructions.Announce(_, segment):
-                worker.complete.add(segment)
-            case instructions.Refuse(_, _, sequence):
-                if worker.fetching is not None and worker.fetching.sequence == sequence:
-                    worker.fetching = None
-            case instructions.Answer(_, sequence, version, slots):
-                if worker.fetching is None or worker.fetching.sequence != sequence:
-                    return
-                worker.told = max(worker.told, version)
-                number, segment = self.pool_of(worker, worker.fetching.layer)
-                for expert, slot in zip(worker.fetching.experts, slots, strict=True):
-                    block = (worker.fetching.layer, expert)
-                    assert segment.content.get(slot) == block, f"session {worker.number} computes with wrong bytes"
-                    worker.reading[number, slot] = (block, worker.told)
-                worker.fetching = None
-
-    # -- what the server does ------------------------------------------------------------------------------------------
-
-    def feed(self, event: events.Event) -> None:
-        self.steps += 1
-        note(f"   {_short(event)}")
-        broken, self.broken = self.broken, True
-        for instruction in self.core.handle(event):
-            note(f"     -> {_short(instruction)}")
-            self.carry_out(event, instruction)
-        self.bytes_that_somebody_may_read_stay()
-        self.the_table_names_sealed_bytes_only()
-        self.memory_stays_within_the_budget()
-        self.slots_are_conserved()
-        self.broken = broken
-
-    def carry_out(self, event: events.Event, instruction: instructions.Instruction) -> None:
-        match instruction:
-            case instructions.CreatePool(number, _, layout):
-                assert number not in self.segments
-                self.segments[number] = Segment(_model_with(layout.experts), layout)
-            case instructions.UnlinkPool(number):
-                self.unlink(number)
-            case instructions.StartRead():
-                self.start_read(instruction)
-            case instructions.Publish():
-                self.publish(instruction)
-            case instructions.Grant():
-                self.grant(instruction)
-            case instructions.Refuse(number, error, sequence):
-                self.refuse(event, number, error, sequence)
-            case instructions.Answer():
-                self.answer(instruction)
-            case instructions.AskAck(number, _):
-                self.tell(number, "control", instruction)
-            case instructions.Announce(number, segment):
-                worker = self.workers[number]
-                assert len(self.segments[segment].table) == self.segments[segment].blocks
-                assert segment not in worker.complete, "complete was announced twice"
-                assert instruction not in worker.inbox["control"], "complete was announced twice"
-                self.tell(number, "control", instruction)
-
-    def tell(self, number: int, channel: Channel, message: instructions.Instruction) -> None:
-        worker = self.workers[number]
-        assert worker.granted
-        worker.inbox[channel].append(message)
-        while worker.prompt and worker.inbox[channel]:
-            self.hear(worker, channel)
-
-    def unlink(self, number: int) -> None:
-        segment = self.segments.pop(number)
-        assert segment.created
-        assert not any(place[0] == number for place in self.reads), "unlinked while a read fills it"
-        if number in self.abandoned:
-            self.abandoned.discard(number)
-            return
-        for worker in self.workers.values():
-            assert not (worker.granted and worker.manifest.key == segment.model), "unlinked while in use"
-
-    def start_read(self, read: instructions.StartRead) -> None:
-        segment, place = self.segments[read.segment], (read.segment, read.slot)
-        block = (read.layer, read.expert)
-        assert segment.created
-        assert 0 <= read.slot < segment.layout.slots
-        assert place not in self.reads, "two reads into one slot"
-        assert not any(
-            (other.segment, other.layer, other.expert) == (read.segment, *block) for other in self.reads.values()
-        ), "one block is read twice at once"
-        assert (segment.layers.index(read.layer), read.expert) not in segment.table, "a resident block is read again"
-        assert read.slot not in segment.table.values(), "a slot in the table is filled again"
-        if segment.layout.slots == segment.blocks:
-            row = segment.layers.index(read.layer)
-            assert read.slot == row * segment.layout.experts + read.expert, "not in its natural place"
-        for worker in self.workers.values():
-            assert place not in worker.reading, f"session {worker.number} may still read what is overwritten"
-            assert place not in worker.leased, f"session {worker.number} has a lease on what is overwritten"
-        segment.content[read.slot] = GARBAGE
-        self.reads[place] = read
-        background = [r for r in self.reads.values() if r.segment == read.segment and not r.demand]
-        assert len(background) <= BACKGROUND_READS
-
-    def publish(self, entry: instructions.Publish) -> None:
-        segment, key = self.segments[entry.segment], (entry.row, entry.expert)
-        if entry.slot < 0:
-            assert key in segment.table, "an absent block was removed from the table"
-            place = (entry.segment, segment.table.pop(key))
-            for worker in self.workers.values():
-                assert place not in worker.leased, f"what is leased to session {worker.number} was evicted"
-                assert entry.segment not in worker.complete, "something left a pool that was announced as complete"
-        else:
-            assert segment.content.get(entry.slot) == (segment.layers[entry.row], entry.expert), "published garbage"
-            segment.table[key] = entry.slot
-
-    def grant(self, grant: instructions.Grant) -> None:
-        worker = self.workers[grant.session]
-        assert not worker.granted
-        assert grant.model == worker.manifest.key
-        worker.granted = True
-        worker.told = grant.version
-        for pool in grant.pools:
-            segment = self.segments[pool.segment]
-            assert segment.created
-            assert segment.model == grant.model
-            assert pool.slots == segment.layout.slots
-            segment.layers = tuple(pool.layers)
-            assert pool.complete == (len(segment.table) == segment.blocks)
-            if pool.complete:
-                worker.complete.add(pool.segment)
-
-    def refuse(self, event: events.Event, number: int, error: ExpertdError, sequence: int | None) -> None:
-        if sequence is None:
-            assert isinstance(error, BudgetTooSmall | SegmentFailed)
-            assert not self.workers.pop(number).granted
-            self.feed(events.Ended(number))  # as the server does
-            return
-        if number not in self.workers:
-            assert isinstance(error, SessionUnknown)
-            return
-        worker = self.workers[number]
-        request = worker.requests[sequence]
-        if sequence in worker.refusals:
-            assert worker.refusals[sequence] is error, "a repeated refusal is another one"
-        elif len(set(request.experts)) < len(request.experts):
-            assert isinstance(error, FetchInvalid)
-        else:
-            assert isinstance(event, events.ReadFailed)
-            assert error is event.error
-            assert self.failed in {(request.layer, expert) for expert in request.experts}, "refused for another's read"
-        worker.refusals[sequence] = error
-        self.tell(number, "data", instructions.Refuse(number, error, sequence))
-
-    def answer(self, answer: instructions.Answer) -> None:
-        worker = self.workers[answer.session]
-        request = worker.requests[answer.sequence]
-        assert len(answer.slots) == len(request.experts)
-        if answer.sequence in worker.answers:
-            assert worker.answers[answer.sequence] == answer.slots, "a repeated answer is another one"
-        else:
-            worker.answers[answer.sequence] = answer.slots
-            number, segment = self.pool_of(worker, request.layer)
-            for expert, slot in zip(request.experts, answer.slots, strict=True):
-                assert segment.content.get(slot) == (request.layer, expert), "answered with a slot of something else"
-                assert segment.table.get((segment.layers.index(request.layer), expert)) == slot
-                if answer.sequence == worker.sequence:
-                    worker.leased[number, slot] = (request.layer, expert)
-        self.tell(answer.session, "data", answer)
-
-    # -- what must hold after every event ------------------------------------------------------------------------------
-
-    def bytes_that_somebody_may_read_stay(self) -> None:
-        for worker in self.workers.values():
-            held = {place: block for place, (block, _) in worker.reading.items()} | worker.leased
-            for (segment, slot), block in held.items():
-                assert self.segments[segment].content[slot] == block, f"session {worker.number} reads wrong bytes"
-
-    def the_table_names_sealed_bytes_only(self) -> None:
-        for segment in self.segments.values():
-            assert len(set(segment.table.values())) == len(segment.table), "two blocks in one slot"
-            for (row, expert), slot in segment.table.items():
-                assert segment.content[slot] == (segment.layers[row], expert)
-
-    def memory_stays_within_the_budget(self) -> None:
-        """Segments that were given up while they were being created are not counted: they go as soon as they come."""
-        counted = [segment for number, segment in self.segments.items() if number not in self.abandoned]
-        used = sum(segment.layout.size for segment in counted)
-        for worker in self.workers.values():
-            if worker.granted and worker.mode == "copy":
-                used += sum(segment.layout.size for segment in counted if segment.model == worker.manifest.key)
-        assert used <= self.core.budget
-        assert self.core.used <= self.core.budget
-
-    def slots_are_conserved(self) -> None:
-        """The one look into the core: every slot is free, retired, or some block's."""
-        for model in self.core.models.values():
-            for pool in model.pools:
-                taken = {*pool.retired, *pool.where.values()}
-                assert len(taken) == len(pool.retired) + len(pool.where)
-                assert {slot.number for slot in pool.slots if slot.state is SlotState.FREE}.isdisjoint(taken)
-                assert len(taken) + pool.spare == pool.layout.slots
-                if not pool.holds_all:
-                    assert sorted([*taken, *pool.free]) == list(range(pool.layout.slots))
+    def pools_have_grown(self) -> None:
+        """Where there is room for everything, everything is held; one pool alone takes what is worth a move."""
+        used = [model for model in self.core.models.values() if model.sessions]
+        idle = sum(model.size for model in self.core.models.values() if not model.sessions)
+        if idle + sum(largest(model.manifest) * (1 + model.copies) for model in used) <= self.core.budget:
+            for model in used:
+                assert all(pool.holds_all for pool in model.pools), "memory lies idle and would hold everything"
+        elif len(used) == 1 and len(used[0].pools) == 1:
+            (pool,) = used[0].pools
+            room = (self.core.budget - self.core.used) // (1 + used[0].copies)
+            could = resized(used[0].manifest, pool.layers, pool.layout.size + room).slots
+            assert could < pool.layout.slots * GROWTH, "memory lies idle"
 
     def teardown(self) -> None:
         """Nobody waits for ever, and no slot was lost: fetching everything once fills every pool to the brim."""
         if self.broken:
             return
-        self.quiesce()
-        for session in _open(self):
+        self.settle()
+        for session in _awake(self):
             worker = self.workers[session]
             for layer in range(LAYERS):
-                number, segment = self.pool_of(worker, layer)
+                _, segment = self.pool_of(worker, layer)
                 for expert in range(segment.layout.experts):
                     self.send_fetch(worker, layer, [expert], late=False)
                     self.quiesce()
-                assert number in self.segments
-            for number, segment in self.segments.items():
-                if segment.model == worker.manifest.key:
-                    filled = min(segment.layout.slots, segment.blocks)
-                    assert len(segment.table) == filled, f"segment {number} has lost slots"
-
-
-def _short(thing: object) -> str:
-    """An event or instruction on one line."""
-    match thing:
-        case events.Attach(session, _, mode, manifest):
-            return f"Attach(session={session}, mode={mode}, manifest={manifest.folder})"
-        case instructions.CreatePool(segment, _, layout):
-            return f"CreatePool(segment={segment}, layers={layout.layers}, slots={layout.slots})"
-        case instructions.Grant(session, _, version, pools):
-            return f"Grant(session={session}, version={version}, segments={[pool.segment for pool in pools]})"
-        case instructions.StartRead(_, segment, slot, layer, expert, demand):
-            return f"StartRead(segment={segment}, slot={slot}, layer={layer}, expert={expert}, demand={demand})"
-        case _:
-            return repr(thing)
+            for number in worker.held:
+                segment = self.segments[number]
+                filled = min(segment.layout.slots, segment.blocks)
+                assert len(segment.table) == filled, f"segment {number} has lost slots"
 
 
 TestCore = CacheMachine.TestCase
