@@ -255,7 +255,7 @@ class Status(Message):
 class SetBudget(Message):
     """Change the budget of a running daemon; pools shrink or grow to it."""
 
-    budget: Annotated[int, Meta(ge=1, le=1 << 62)]
+    budget: Annotated[int, Meta(ge=1)]
 
 
 class BudgetSet(Message):
