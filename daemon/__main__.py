@@ -15,8 +15,6 @@ from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
 from expertd.protocol.sizes import parse_size
 
-log = logging.getLogger("expertd.daemon")
-
 OPEN_FILES = 65_536
 """Open files that a daemon asks for: it needs a few for each session, segment and checkpoint file."""
 
@@ -51,11 +49,9 @@ def run(budget: str | None, idle_exit_s: float | None) -> None:
     size = default_budget() if budget is None else parse_size(budget)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
-    files = raise_file_limit()
+    raise_file_limit()
 
     async def serve() -> None:
-        # Said once it serves: a daemon that cannot start says one sentence, which is why.
-        asyncio.get_running_loop().call_later(1.0, log.info, "it may open %d files", files)
         await Server(Home.current(), size, idle_exit_s=idle_exit_s).run()
 
     asyncio.run(serve())

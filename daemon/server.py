@@ -258,7 +258,7 @@ class Server:
             raise ProtocolMismatch(
                 f"this daemon (process {os.getpid()}, expertd {package_version()}) speaks protocol {PROTOCOL}, "
                 f"the {hello.role} (expertd {hello.package}) speaks {hello.protocol}; "
-                "restart it with: expertd daemon stop"
+                f"end it with 'expertd daemon stop' or 'kill {os.getpid()}' and try again"
             )
         welcome = messages.Welcome(protocol=PROTOCOL, package=package_version(), pid=os.getpid())
         self._send(identity, welcome)

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.daemon.core import Core
-from expertd.daemon.core.slots import BACKGROUND_READS
 from expertd.daemon.core.events import (
     Ack,
     Attach,
@@ -42,6 +41,7 @@ from expertd.daemon.core.instructions import (
     UnlinkPool,
 )
 from expertd.daemon.core.plan import largest, plan_pools, smallest
+from expertd.daemon.core.slots import BACKGROUND_READS
 from expertd.daemon.core.state import InvalidTransition, Slot, SlotState
 from expertd.protocol import errors
 from expertd.protocol.layout import PAGE, slot_limit

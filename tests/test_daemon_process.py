@@ -273,7 +273,7 @@ def test_a_foreign_protocol_is_refused_in_one_sentence(raw: Raw, protocol: int) 
     assert answer.code == "protocol_mismatch"
     assert re.fullmatch(
         rf"this daemon \(process \d+, expertd [\d.]+\) speaks protocol {PROTOCOL}, the worker \(expertd 9\.9\) speaks "
-        rf"{protocol}; restart it with: expertd daemon stop",
+        rf"{protocol}; end it with 'expertd daemon stop' or 'kill \d+' and try again",
         answer.message,
     )
 

@@ -81,7 +81,7 @@ def refusal(pid: int, daemon: int, role: str, client: int) -> str:
     version = package_version()
     return (
         f"this daemon (process {pid}, expertd {version}) speaks protocol {daemon}, the {role} (expertd {version}) "
-        f"speaks {client}; restart it with: expertd daemon stop"
+        f"speaks {client}; end it with 'expertd daemon stop' or 'kill {pid}' and try again"
     )
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import click
 
-from expertd.protocol.connection import package_version
 from expertd.protocol.errors import ExpertdError
 
 COMMANDS = {
     "serve": "Serve a model over an OpenAI API.",
     "generate": "Generate text from a prompt.",
     "status": "Show what the daemon holds and how well it does.",
+    "budget": "Show or change the memory that experts may take.",
     "daemon": "Run or stop the cache daemon.",
     "verify": "Compare a worker's logits and tokens with plain mlx-lm.",
     "worker": "Run one worker for a gateway (started by 'expertd serve').",
@@ -50,6 +50,6 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_version(), prog_name="expertd")
+@click.version_option(package_name="expertd", prog_name="expertd")
 def main() -> None:
     """One warm cache of Mixture-of-Experts weights for every app on the machine."""

@@ -29,7 +29,7 @@ def run(budget: str | None, idle_exit: float | None) -> None:
 @daemon.command()
 @click.option("--timeout", type=float, default=30.0, show_default=True, metavar="SECONDS", help="How long to wait.")
 def stop(timeout: float) -> None:
-    """Stop the daemon; sessions that use it lose it.
+    """Stop the daemon, of whatever version; sessions that use it lose it.
 
     Its memory is free when this returns, except what a process that still has a model loaded keeps until it ends.
     """

@@ -7,9 +7,9 @@ import json
 import click
 import msgspec
 
-from expertd.protocol.connection import Connection
-from expertd.protocol.messages import AskStatus, ModelStatus, Status
+from expertd.protocol.messages import AskStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
 
 
@@ -19,7 +19,7 @@ def ask_status(home: Home) -> Status:
     Raises:
         DaemonNotRunning: there is none.
     """
-    with Connection(home.daemon_socket, "cli") as connection:
+    with connect(home, "cli") as connection:
         return connection.ask(AskStatus(), Status)
 
 
@@ -73,11 +73,17 @@ def _model(model: ModelStatus) -> list[str]:
         f"  lookups   {rate} ({model.hits} hits, {model.misses} misses), {model.evictions} evictions, "
         f"{show_size(model.bytes_read)} read",
     ]
-    for session in model.sessions:
-        waits = ", waits for a read" if session.waiting else ""
-        lines.append(
-            f"  session   process {session.pid}, mode {session.mode}, {session.fetches} fetches{waits}"
-        )
+    lines += [f"  session   {_session(session)}" for session in model.sessions]
     if not model.sessions:
         lines.append("  session   none")
     return lines
+
+
+def _session(session: SessionStatus) -> str:
+    if session.left_behind:
+        return (
+            f"process {session.pid} does not answer and holds {show_size(session.held_bytes)}; "
+            f"continue it (kill -CONT {session.pid}) or end it"
+        )
+    waits = ", waits for a read" if session.waiting else ""
+    return f"process {session.pid}, mode {session.mode}, {session.fetches} fetches{waits}"

@@ -1,0 +1,30 @@
+"""``expertd budget [SIZE]``: show or change the memory that experts may take, while the daemon runs.
+
+What a daemon starts with is ``--budget`` of the command that starts it.
+"""
+
+from __future__ import annotations
+
+import click
+
+from expertd.protocol.messages import AskStatus, BudgetSet, SetBudget, Status
+from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import connect
+from expertd.protocol.sizes import parse_size, show_size
+
+
+@click.command()
+@click.argument("size", required=False)
+def budget(size: str | None) -> None:
+    """Set the running daemon's budget to SIZE (512MB, 2GiB, bytes), or show it.
+
+    A smaller budget gives memory back, without a restart of anything.  Exits with 3 if no daemon runs in this home.
+    """
+    wanted = None if size is None else parse_size(size)
+    with connect(Home.current(), "cli") as connection:
+        if wanted is None:
+            status = connection.ask(AskStatus(), Status)
+            click.echo(f"the budget is {show_size(status.budget_bytes)}; {show_size(status.used_bytes)} in use")
+        else:
+            answer = connection.ask(SetBudget(budget=wanted), BudgetSet)
+            click.echo(f"the budget is {show_size(answer.budget)} now; it was {show_size(answer.before)}")
