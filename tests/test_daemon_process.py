@@ -26,9 +26,10 @@ import msgspec
 import pytest
 import zmq
 
+from expertd.daemon.server import SESSION_LIMIT
 from expertd.protocol import PROTOCOL, lifeline
 from expertd.protocol.checkpoint import FileMark, read_header
-from expertd.protocol.connection import Connection
+from expertd.protocol.connection import Connection, control_identity
 from expertd.protocol.errors import DaemonAlreadyRunning, DaemonLost, DaemonNotRunning, HomeTooLong, SizeInvalid
 from expertd.protocol.manifest import Layer, Manifest, Part
 from expertd.protocol.messages import (
@@ -44,6 +45,9 @@ from expertd.protocol.messages import (
     Fetch,
     Hello,
     Message,
+    Ping,
+    Pong,
+    Released,
     Resident,
     RoutingLog,
     Status,
@@ -62,10 +66,12 @@ EXPERTS = 4
 
 
 class Raw:
-    """A DEALER that sends whatever it is given."""
+    """A DEALER that sends whatever it is given; named as the control socket of the session with its ``token``."""
 
     def __init__(self, home: Home) -> None:
+        self.token = secrets.token_bytes(16)
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.ROUTING_ID, control_identity(self.token))
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.connect(f"ipc://{home.daemon_socket}")
 
@@ -79,6 +85,9 @@ class Raw:
     def ask(self, *frames: bytes) -> Message:
         self.send(*frames)
         return self.receive()
+
+    def attach(self, manifest: Manifest) -> Message:
+        return self.ask(encode(Attach(token=self.token, pid=1, mode="shm", manifest=manifest)))
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +299,9 @@ def test_a_newer_hello_with_more_fields_is_understood(raw: Raw) -> None:
 def _garbage(count: int) -> list[list[bytes]]:
     """Messages that no peer of ours sends: random bytes, damaged frames, several frames, none of them valid."""
     dice = random.Random(7)
-    good = [encode(message) for message in (Stop(), AskStatus(), Detach(session=1), Fetch(
-        session=1, sequence=1, layer=0, experts=[0, 1]), Hello(protocol=1, package="x", role="y"))]  # fmt: skip
+    fetch = Fetch(session=1, sequence=1, segment=1, layer=0, experts=[0, 1])
+    hello = Hello(protocol=1, package="x", role="y")
+    good = [encode(message) for message in (Stop(), AskStatus(), Detach(session=1), fetch, hello)]
     out: list[list[bytes]] = [[b""], [b"", b""], [good[0], good[1]], [b"\x82\xa4type\xa4stop\xa1z" + b"\x91" * 99_999]]
     while len(out) < count:
         kind = dice.randrange(4)
@@ -341,7 +351,7 @@ def test_what_only_a_daemon_says_is_refused_by_it(raw: Raw, cls: type[Message]) 
 
 
 def test_a_fetch_of_an_unknown_session_is_refused(raw: Raw) -> None:
-    answer = raw.ask(encode(Fetch(session=99, sequence=1, layer=0, experts=[0])))
+    answer = raw.ask(encode(Fetch(session=99, sequence=1, segment=1, layer=0, experts=[0])))
     assert isinstance(answer, Error)
     assert answer.code == "session_unknown"
 
@@ -377,7 +387,7 @@ def _attach(home: Home, manifest: Manifest) -> tuple[socket.socket, Attached]:
     """Open a session; it lives as long as the lifeline that is returned."""
     token = secrets.token_bytes(16)
     line = lifeline.connect(home.lifeline_socket, token)
-    with Connection(home.daemon_socket, "test") as connection:
+    with Connection(home.daemon_socket, "test", identity=control_identity(token)) as connection:
         attached = connection.ask(Attach(token=token, pid=os.getpid(), mode="shm", manifest=manifest), Attached)
     return line, attached
 
@@ -422,9 +432,8 @@ def test_attach_without_a_lifeline_is_refused(raw: Raw, manifest: Manifest) -> N
 
 
 def test_a_second_attach_on_one_lifeline_is_refused(shared: Home, raw: Raw, manifest: Manifest) -> None:
-    token = secrets.token_bytes(16)
-    attach = encode(Attach(token=token, pid=1, mode="shm", manifest=manifest))
-    with lifeline.connect(shared.lifeline_socket, token):
+    attach = encode(Attach(token=raw.token, pid=1, mode="shm", manifest=manifest))
+    with lifeline.connect(shared.lifeline_socket, raw.token):
         raw.send(attach)
         raw.send(attach)
         answers = [raw.receive(), raw.receive(), raw.receive()]
@@ -432,10 +441,8 @@ def test_a_second_attach_on_one_lifeline_is_refused(shared: Home, raw: Raw, mani
 
 
 def test_attach_hands_over_a_segment_whose_bytes_are_the_files(shared: Home, raw: Raw, manifest: Manifest) -> None:
-    token = secrets.token_bytes(16)
-    with lifeline.connect(shared.lifeline_socket, token) as line:
-        raw.send(encode(Attach(token=token, pid=1, mode="shm", manifest=manifest)))
-        attached = expect(raw.receive(), Attached)
+    with lifeline.connect(shared.lifeline_socket, raw.token) as line:
+        attached = expect(raw.attach(manifest), Attached)
         assert raw.receive() == Complete(session=attached.session, segment=attached.pools[0].segment)
         segment, size, descriptor = lifeline.receive_segment(line)
         content = os.pread(descriptor, size, 0)
@@ -457,20 +464,75 @@ def test_a_session_ends_with_its_lifeline(shared: Home, raw: Raw, manifest: Mani
 
 
 def test_detach_ends_the_session_and_its_lifeline(shared: Home, raw: Raw, manifest: Manifest) -> None:
-    line, attached = _attach(shared, manifest)
-    with line:
+    with lifeline.connect(shared.lifeline_socket, raw.token) as line:
+        attached = expect(raw.attach(manifest), Attached)
+        assert isinstance(raw.receive(), Complete)
         assert raw.ask(encode(Detach(session=attached.session))) == Detached(session=attached.session)
         while received := line.recv(64):
             assert len(received) <= 16  # the segment's announcement, still unread
     assert attached.session not in _sessions(shared)
 
 
-def test_a_lifeline_that_ends_while_detaching_does_no_harm(shared: Home, raw: Raw, manifest: Manifest) -> None:
+def test_a_lifeline_that_ends_while_detaching_does_no_harm(shared: Home, manifest: Manifest) -> None:
     for _ in range(20):
-        line, attached = _attach(shared, manifest)
+        opened = Raw(shared)
+        line = lifeline.connect(shared.lifeline_socket, opened.token)
+        attached = expect(opened.attach(manifest), Attached)
         line.close()
-        raw.ask(encode(Detach(session=attached.session)))
+        opened.send(encode(Detach(session=attached.session)))
+        while not isinstance(opened.receive(), Detached):
+            pass
+        opened.socket.close()
     assert attached.session not in _sessions(shared)
+
+
+def test_nobody_else_speaks_for_a_session(shared: Home, raw: Raw, manifest: Manifest) -> None:
+    line, attached = _attach(shared, manifest)
+    number = attached.session
+    with line:
+        for message in (
+            Ack(session=number, version=0, sequence=0), Detach(session=number), Ping(session=number),
+            Fetch(session=number, sequence=1, segment=attached.pools[0].segment, layer=0, experts=[0]),
+            Released(session=number, segment=attached.pools[0].segment), RoutingLog(session=number, routing=b""),
+        ):  # fmt: skip
+            answer = raw.ask(encode(message))
+            assert isinstance(answer, Error)
+            assert answer.message == f"a message about session {number} came from somebody else"
+        assert number in _sessions(shared)
+
+
+def test_an_attach_from_a_socket_of_another_name_is_refused(shared: Home, raw: Raw, manifest: Manifest) -> None:
+    token = secrets.token_bytes(16)
+    with lifeline.connect(shared.lifeline_socket, token):
+        answer = raw.ask(encode(Attach(token=token, pid=1, mode="shm", manifest=manifest)))
+    assert isinstance(answer, Error)
+    assert answer.message == "an Attach came from a socket that is not named after its lifeline"
+
+
+def test_a_session_is_answered_when_it_asks_whether_the_daemon_lives(
+    shared: Home, raw: Raw, manifest: Manifest
+) -> None:
+    with lifeline.connect(shared.lifeline_socket, raw.token):
+        attached = expect(raw.attach(manifest), Attached)
+        assert isinstance(raw.receive(), Complete)
+        assert raw.ask(encode(Ping(session=attached.session))) == Pong(session=attached.session)
+
+
+def test_more_sessions_than_the_limit_are_refused_by_name(shared: Home, manifest: Manifest) -> None:
+    opened: list[tuple[Raw, socket.socket]] = []
+    try:
+        answer: Message = Stopping()
+        while not isinstance(answer, Error):
+            assert len(opened) <= SESSION_LIMIT, "there is no limit"
+            raw = Raw(shared)
+            opened.append((raw, lifeline.connect(shared.lifeline_socket, raw.token)))
+            answer = raw.attach(manifest)
+        assert (answer.code, f"{SESSION_LIMIT} sessions" in answer.message) == ("limit_reached", True)
+    finally:
+        for raw, line in opened:
+            line.close()
+            raw.socket.close()
+    _eventually(lambda: not _sessions(shared), "the end of all sessions")
 
 
 HOSTILE: dict[str, Callable[[Manifest], Manifest]] = {
@@ -486,9 +548,8 @@ HOSTILE: dict[str, Callable[[Manifest], Manifest]] = {
 def test_a_manifest_that_makes_no_sense_is_refused(
     shared: Home, raw: Raw, manifest: Manifest, change: Callable[[Manifest], Manifest]
 ) -> None:
-    token = secrets.token_bytes(16)
-    with lifeline.connect(shared.lifeline_socket, token):
-        answer = raw.ask(encode(Attach(token=token, pid=1, mode="shm", manifest=change(manifest))))
+    with lifeline.connect(shared.lifeline_socket, raw.token):
+        answer = raw.attach(change(manifest))
     assert isinstance(answer, Error)
     assert answer.code in ("header_invalid", "checkpoint_invalid")
     assert isinstance(raw.ask(encode(AskStatus())), Status)
@@ -497,9 +558,8 @@ def test_a_manifest_that_makes_no_sense_is_refused(
 def test_a_header_nested_without_end_is_refused(shared: Home, raw: Raw, manifest: Manifest) -> None:
     path = Path(manifest.folder) / manifest.files[0].name
     path.write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000)
-    token = secrets.token_bytes(16)
-    with lifeline.connect(shared.lifeline_socket, token):
-        answer = raw.ask(encode(Attach(token=token, pid=1, mode="shm", manifest=manifest)))
+    with lifeline.connect(shared.lifeline_socket, raw.token):
+        answer = raw.attach(manifest)
     assert isinstance(answer, Error)
     assert answer.code == "header_invalid"
 
@@ -511,7 +571,7 @@ def test_a_budget_that_is_too_small_is_refused_with_the_one_that_works(
     token = secrets.token_bytes(16)
     with (
         lifeline.connect(home.lifeline_socket, token) as line,
-        Connection(home.daemon_socket, "test") as connection,
+        Connection(home.daemon_socket, "test", identity=control_identity(token)) as connection,
     ):
         connection.send(Attach(token=token, pid=1, mode="shm", manifest=manifest))
         answer = connection.receive(DEADLINE_S)

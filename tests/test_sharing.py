@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import expertd
-from expertd.protocol.errors import BudgetTooSmall, DaemonLost, FileChanged, SessionClosed
+from expertd.protocol.errors import BudgetTooSmall, FileChanged, SessionClosed
 from expertd.protocol.layout import pool_layout
 from expertd.protocol.paths import Home
 from expertd.protocol.segments import create
@@ -216,16 +216,6 @@ def test_a_forked_child_refuses_and_its_parent_goes_on(
     subprocess.run([sys.executable, "-c", code, str(model_path)], check=True, timeout=60)
 
 
-def test_without_its_daemon_a_session_says_so(model_path: Path, manifest: Any, start_daemon: StartDaemon) -> None:
-    daemon = start_daemon(str(budget_for(manifest, 8)))
-    model, _ = expertd.load(model_path)
-    daemon.kill()
-    daemon.wait()
-    with pytest.raises(DaemonLost, match="load the model again"):
-        greedy(model, PROMPT, 40)
-    expertd.unload(model)
-
-
 def test_a_file_that_changes_fails_the_fetch_and_publishes_nothing(
     tmp_path: Path, home: Home, start_daemon: StartDaemon
 ) -> None:
@@ -325,28 +315,6 @@ def test_layers_that_are_called_without_the_model_are_exact_too(
     assert mx.array_equal(hidden, expected).item()
     expertd.unload(first)
     expertd.unload(second)
-
-
-def test_a_session_of_a_dead_daemon_is_nobody_to_its_successor(
-    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
-) -> None:
-    budget = str(budget_for(manifest, 8))
-    daemon = start_daemon(budget)
-    old, _ = expertd.load(model_path)
-    greedy(old, PROMPT, 4)
-    daemon.kill()
-    daemon.wait()
-    start_daemon(budget)
-    new, _ = expertd.load(model_path)
-    expected = greedy(plain_model(model_path), PROMPT, 16).tokens
-    assert np.array_equal(greedy(new, PROMPT, 16).tokens, expected)
-    for _ in range(3):
-        with pytest.raises(DaemonLost):
-            greedy(old, np.arange(90, 120)[None], 4)
-    assert np.array_equal(greedy(new, PROMPT, 16).tokens, expected)
-    assert len(ask_status(home).models[0].sessions) == 1
-    expertd.unload(new)
-    expertd.unload(old)
 
 
 def test_a_model_that_is_forgotten_ends_its_session(model_path: Path, home: Home, start_daemon: StartDaemon) -> None:

@@ -238,7 +238,8 @@ class Model:
     @property
     def copies(self) -> int:
         """How many sessions hold a copy of their own beside the segments."""
-        return [holder.mode for holder in (*self.sessions.values(), *self.opening)].count("copy")
+        modes = [session.mode for session in self.sessions.values()] + [attach.mode for attach in self.opening]
+        return modes.count("copy")
 
     @property
     def busy(self) -> bool:
