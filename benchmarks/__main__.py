@@ -1,12 +1,14 @@
-"""``python -m benchmarks NAME [--quick] [--json FILE]``: run one benchmark from the repository's root.
+"""``python -m benchmarks NAME [--quick] [--minutes N] [--json FILE]``: run one benchmark from the repository's root.
 
-Each benchmark is a module with ``run(quick) -> dict`` of named figures; it prints a table as it goes.
+Each benchmark is a module with ``run(quick) -> dict`` of named figures; it prints a table as it goes.  One that runs
+for as long as it is told has ``minutes`` too.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import pkgutil
 from pathlib import Path
@@ -25,8 +27,15 @@ def main() -> None:
     parser.add_argument("name", choices=names())
     parser.add_argument("--quick", action="store_true", help="a version that ends within a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one flat object")
+    parser.add_argument("--minutes", type=float, metavar="N", help="how long, for a benchmark that can be told")
     arguments = parser.parse_args()
-    figures = importlib.import_module(f"benchmarks.{arguments.name}").run(quick=arguments.quick)
+    run = importlib.import_module(f"benchmarks.{arguments.name}").run
+    options = {"quick": arguments.quick}
+    if arguments.minutes is not None:
+        if "minutes" not in inspect.signature(run).parameters:
+            parser.error(f"{arguments.name} takes no --minutes")
+        options["minutes"] = arguments.minutes
+    figures = run(**options)
     width = max(len(name) for name in figures)
     print()
     for name, figure in figures.items():

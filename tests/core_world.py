@@ -19,7 +19,7 @@ from hypothesis import note
 
 from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.core.plan import resized, smallest
-from expertd.daemon.core.slots import BACKGROUND_READS
+from expertd.daemon.core.slots import BACKGROUND_READS, in_the_way
 from expertd.daemon.core.state import SlotState
 from expertd.protocol.errors import (
     BudgetTooSmall,
@@ -251,7 +251,8 @@ class World:
                     worker.complete.add(pool.segment)
             case instructions.Refuse(_, error, sequence):
                 if worker.fetching is not None and worker.fetching.sequence == sequence:
-                    worker.again = worker.fetching if isinstance(error, PoolMoved) else None
+                    sensible = len(set(worker.fetching.experts)) == len(worker.fetching.experts)
+                    worker.again = worker.fetching if isinstance(error, PoolMoved) and sensible else None
                     worker.fetching = None
             case instructions.Answer(_, sequence, version, slots):
                 self.hear_answer(worker, sequence, version, slots)
@@ -328,10 +329,13 @@ class World:
         for instruction in self.core.handle(event):
             note(f"     -> {short(instruction)}")
             self.carry_out(event, instruction)
+        if broken:  # in the middle of another event's instructions
+            return
         self.bytes_that_somebody_may_read_stay()
         self.the_table_names_sealed_bytes_only()
         self.memory_is_accounted_for()
         self.slots_are_conserved()
+        self.whoever_stands_in_the_way_owes()
         self.broken = broken
 
     def carry_out(self, event: events.Event, instruction: instructions.Instruction) -> None:
@@ -410,7 +414,7 @@ class World:
             assert number not in worker.held, f"unlinked while session {worker.number} has it"
         if number in self.abandoned:
             self.abandoned.discard(number)
-        elif self.current[segment.kind] == number:
+        elif self.current.get(segment.kind) == number:
             for worker in self.workers.values():
                 assert not (worker.granted and worker.manifest is segment.manifest), "unlinked while in use"
             del self.current[segment.kind]
@@ -426,9 +430,7 @@ class World:
         for other in self.reads.values():
             if other.segment == read.segment:
                 theirs = (
-                    self.source_of(other)
-                    if isinstance(other, instructions.StartCopy)
-                    else (other.layer, other.expert)
+                    self.source_of(other) if isinstance(other, instructions.StartCopy) else (other.layer, other.expert)
                 )
                 assert theirs != block, "one block is brought in twice at once"
         assert (row, block[1]) not in segment.table, "a resident block is read again"
@@ -570,6 +572,15 @@ class World:
                 assert len(taken) + pool.spare == pool.layout.slots
                 if not pool.holds_all:
                     assert sorted([*taken, *pool.free]) == list(range(pool.layout.slots))
+
+    def whoever_stands_in_the_way_owes(self) -> None:
+        """A look into the core: only who owes an ack is missed when it says nothing, and so it does not block."""
+        for model in self.core.models.values():
+            for pool in model.pools:
+                if pool.next is None and any(not waiting.granted for waiting in pool.queue):
+                    for session in in_the_way(model, pool):
+                        owes = session.silent or session.number in self.core.owing
+                        assert owes, f"session {session.number} is waited for and was not asked"
 
 
 def short(thing: object) -> str:

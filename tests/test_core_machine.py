@@ -71,7 +71,7 @@ _experts = st.sets(st.integers(0, 3), min_size=1, max_size=2) | st.sets(st.integ
 _seldom = st.sampled_from([False, False, False, True])
 _late = _seldom
 _which = st.integers(0, 9)
-_pages = st.integers(3, 9) | st.integers(8, 16) | st.integers(3, 30)
+_pages = st.integers(3, 9) | st.integers(8, 16) | st.integers(3, 30) | st.sampled_from([3, 8, 11, 13, 14, 27])
 
 
 class CacheMachine(World, RuleBasedStateMachine):
@@ -118,6 +118,12 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.ghosts += [message for channel in CHANNELS for message in worker.outbox[channel]]
         self.feed(events.Ended(session))
 
+    @precondition(lambda self: self.workers and self.is_time_for("end", 40))
+    @rule()
+    def end_all(self) -> None:
+        for session in _everybody(self):
+            self.end(session)
+
     @precondition(lambda self: self.ghosts)
     @rule()
     def hear_from_the_dead(self) -> None:
@@ -138,15 +144,19 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.feed(events.Routed(session, ((layer, wanted),)))
 
     @precondition(_any_of(_free))
-    @rule(session=_some(_free))
-    def run_hits(self, session: int) -> None:
-        """An event in each layer, of one expert that is resident there; nobody is told of it."""
+    @rule(session=_some(_free), acks=st.booleans(), stops=_seldom)
+    def run_hits(self, session: int, acks: bool, stops: bool) -> None:
+        """Compute with everything that is resident, and tell nobody; perhaps give up the leases before, or stop then."""
         worker = self.workers[session]
-        for layer in range(LAYERS):
-            number, segment = self.pool_of(worker, layer)
-            for row, expert in sorted(segment.table)[:1]:
-                slots = self.look_up(worker, segment.layers[row], [expert])
-                note(f"   session {session} hits {expert} of layer {segment.layers[row]} in {slots} of {number}")
+        if acks:
+            self.send_ack(worker, "data", late=False)
+        for number in sorted(worker.adopted.values()):
+            segment = self.segments[number]
+            for row, expert in sorted(segment.table):
+                self.look_up(worker, segment.layers[row], [expert])
+            note(f"   session {session} hits (row, expert) {sorted(segment.table)} of segment {number}")
+        if stops and self.is_time_for("stop", 10):
+            self.stop(session)
 
     @precondition(_any_of(_free))
     @rule(session=_some(_free), experts=st.tuples(*[_experts] * LAYERS))
@@ -173,10 +183,11 @@ class CacheMachine(World, RuleBasedStateMachine):
         number, _ = self.pool_of(worker, 0)
         self.send(worker, "data", self.new_fetch(worker, number, layer, (expert, 2, expert)), late=False)
 
-    @precondition(_any_of(_with_requests))
+    @precondition(lambda self: _with_requests(self) and self.is_time_for("again", 5))
     @rule(session=_some(_with_requests), back=st.integers(0, 1), late=_late)
     def fetch_again(self, session: int, back: int, late: bool) -> None:
         """Send the newest fetch or the one before it once more, whether it was answered or not."""
+        self.last["again"] = self.steps
         worker = self.workers[session]
         sequence = max(1, worker.sequence - back)
         self.send(worker, "data", worker.requests[sequence], late)
@@ -200,6 +211,7 @@ class CacheMachine(World, RuleBasedStateMachine):
         worker = self.workers[session]
         kinds = sorted(worker.offers)
         self.adopt(worker, kinds[which % len(kinds)])
+        self.run_hits(session, acks=False, stops=False)
 
     @precondition(_any_of(_with_spare))
     @rule(session=_some(_with_spare), channel=st.sampled_from(CHANNELS), late=_late)
@@ -291,11 +303,13 @@ class CacheMachine(World, RuleBasedStateMachine):
 
     # -- memory and reads ----------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.is_time_for("budget", 10))
-    @rule(pages=_pages)
-    def change_budget(self, pages: int) -> None:
+    @precondition(lambda self: self.is_time_for("budget", 3))
+    @rule(pages=_pages, slow=st.booleans())
+    def change_budget(self, pages: int, slow: bool) -> None:
         self.last["budget"] = self.steps
         self.set_budget(max(pages * PAGE, self.core.smallest_budget))
+        while self.creating() and not slow:
+            self.create_pool(0)
 
     def set_budget(self, size: int) -> None:
         self.no_memory = self.no_memory and bool(self.creating())

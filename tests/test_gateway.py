@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,153 +11,33 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx_lm
 import openai
-import psutil
 import pytest
 from aiohttp import web
 
-from expertd.clients.gateway import chat, workers
+from expertd.clients.gateway import chat
 from expertd.clients.gateway.app import Gateway
 from expertd.clients.gateway.lifetime import listen
 from expertd.clients.gateway.workers import Worker
-from expertd.protocol.connection import Connection
-from expertd.protocol.errors import DaemonNotRunning, ExpertdError, PortInUse, QueueFull, WorkerUnavailable
-from expertd.protocol.messages import Delta, Stop
+from expertd.protocol.errors import ExpertdError, PortInUse, QueueFull, WorkerUnavailable
+from expertd.protocol.messages import Delta
 from expertd.protocol.paths import Home
-
-DEADLINE_S = 60.0
-HELLO = [{"role": "user", "content": "Hello there."}]
-ENDLESS = 30_000
-"""An answer that would take minutes."""
-
-
-class Served:
-    """A running gateway."""
-
-    def __init__(self, process: subprocess.Popen[str], home: Home, model: Path) -> None:
-        self.process = process
-        self.home = home
-        self.model = model.name
-        self.line = ""
-        self.url = ""
-
-    def wait_ready(self) -> None:
-        assert self.process.stdout is not None
-        self.line = self.process.stdout.readline()
-        assert self.line, f"the gateway ended with {self.process.wait(5)}: {self.errors()}"
-        self.url = self.line.split()[-1]
-
-    def errors(self) -> str:
-        return (self.home.root / "stderr").read_text()
-
-    @property
-    def port(self) -> int:
-        return int(self.url.split(":")[2].removesuffix("/v1"))
-
-    @property
-    def worker(self) -> psutil.Process:
-        (worker,) = self.workers()
-        return worker
-
-    def workers(self) -> list[psutil.Process]:
-        """The worker, once it is started; the daemon is a child too until the gateway ends."""
-        found = []
-        for child in psutil.Process(self.process.pid).children():
-            try:
-                if "--gateway" in child.cmdline():
-                    found.append(child)
-            except psutil.Error:
-                continue
-        return found
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=DEADLINE_S)
-
-    def request(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, dict[str, str], Any]:
-        """One plain HTTP request: status, headers in lower case, decoded body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
-        try:
-            connection.request(method, path, body, headers or {})
-            answer = connection.getresponse()
-            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, json.loads(answer.read() or b"null")
-        finally:
-            connection.close()
-
-    def raw_chat(self, **fields: Any) -> socket.socket:
-        """A connection on which a chat request was sent and nothing was read."""
-        body = json.dumps({"model": self.model, "messages": HELLO} | fields).encode()
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        return connection
-
-
-@contextmanager
-def starting(home: Home, model: Path, *options: str) -> Iterator[Served]:
-    """A gateway that was told to start; whatever happens, it has ended afterwards."""
-    command = [sys.executable, "-m", "expertd.clients.cli", "serve", str(model), "--port", "0", "--budget", "64MiB"]
-    environment = {**os.environ, "EXPERTD_HOME": str(home.root)}
-    with (home.root / "stderr").open("w") as errors:
-        process = subprocess.Popen(
-            [*command, *options], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        )
-    with process:
-        try:
-            yield Served(process, home, model)
-        finally:
-            process.terminate()
-            try:
-                process.wait(DEADLINE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-
-
-@contextmanager
-def serving(home: Home, model: Path, *options: str) -> Iterator[Served]:
-    """A gateway that takes requests."""
-    with starting(home, model, *options) as served:
-        served.wait_ready()
-        yield served
-
-
-def stop_daemon(home: Home) -> None:
-    """End the daemon that a gateway started."""
-    try:
-        with Connection(home.daemon_socket, "test", handshake_s=1.0) as connection:
-            daemon = psutil.Process(connection.daemon.pid)
-            connection.send(Stop())
-            daemon.wait(DEADLINE_S)
-    except (DaemonNotRunning, psutil.NoSuchProcess):
-        pass
-
-
-def eventually(condition: Callable[[], bool], deadline_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + deadline_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def idle(worker: psutil.Process) -> bool:
-    """Whether the worker computes nothing for half a second."""
-
-    def used_s() -> float:
-        times = worker.cpu_times()
-        return times.user + times.system
-
-    before = used_s()
-    time.sleep(0.5)
-    return used_s() - before < 0.1
+from tests.gateway_stage import (
+    DEADLINE_S,
+    ENDLESS,
+    HELLO,
+    Served,
+    eventually,
+    idle,
+    say,
+    serving,
+    starting,
+    stop_daemon,
+)
 
 
 @pytest.fixture
@@ -194,11 +72,6 @@ def plain_text(checkpoints: dict[str, Path]) -> str:
     model, tokenizer = mlx_lm.load(str(checkpoints["stacked"]))
     prompt = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True)
     return str(mlx_lm.generate(model, tokenizer, prompt, max_tokens=24))
-
-
-def say(client: openai.OpenAI, served: Served, **options: Any) -> Any:
-    given: dict[str, Any] = {"model": served.model, "messages": HELLO, "temperature": 0, "max_tokens": 24} | options
-    return client.chat.completions.create(**given)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -418,6 +291,9 @@ class EndlessWorker:
         self.sent = 0
         return self
 
+    def retry_after_s(self) -> float:
+        return 6.5
+
     def __enter__(self) -> EndlessWorker:
         return self
 
@@ -503,32 +379,6 @@ def test_more_requests_than_may_wait_are_refused(own_home: Home, checkpoints: di
     asyncio.run(fill())
 
 
-def test_a_worker_that_hangs_counts_as_gone(
-    own_home: Home, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def hang() -> None:
-        worker = Worker(own_home, checkpoints["stacked"], budget="64MiB")
-        wanted = chat.parse({"model": "m", "messages": HELLO, "max_tokens": ENDLESS})
-        try:
-            await worker.start()
-            process = psutil.Process((await worker.ready()).pid)
-            with worker.open(wanted) as answer:
-                assert await answer.receive(DEADLINE_S)
-                process.suspend()
-                monkeypatch.setattr(workers, "SILENCE_S", 0.3)
-                with pytest.raises(WorkerUnavailable, match="has not answered"):
-                    while True:
-                        await answer.receive(0.5)
-                with pytest.raises(WorkerUnavailable):
-                    worker.check()
-                process.resume()
-            worker.check()
-        finally:
-            await worker.stop()
-
-    asyncio.run(hang())
-
-
 def test_a_full_queue_and_a_missing_worker_are_worth_another_try() -> None:
     class Full(EndlessWorker):
         def __init__(self, error: ExpertdError) -> None:
@@ -545,34 +395,8 @@ def test_a_full_queue_and_a_missing_worker_are_worth_another_try() -> None:
     for error in (QueueFull("full"), WorkerUnavailable("loading")):
         asyncio.run(with_endless_worker(Full(error), head))
     assert [head.split()[1] for head in heads] == ["429", "503"]
-    assert all("\r\nRetry-After: " in head for head in heads)
-
-
-def test_when_the_worker_dies_requests_fail_and_say_so(own_home: Home, checkpoints: dict[str, Path]) -> None:
-    with serving(own_home, checkpoints["stacked"]) as served, served.client() as client:
-        stream = say(client, served, stream=True, max_tokens=ENDLESS)
-        next(stream)
-        served.worker.kill()
-        with pytest.raises(openai.APIError, match="killed by signal 9"):
-            list(stream)
-        with pytest.raises(openai.InternalServerError) as caught:
-            say(client, served)
-        assert (caught.value.status_code, caught.value.code) == (503, "worker_unavailable")
-        assert int(caught.value.response.headers["retry-after"]) > 0
-        assert served.request("GET", "/health/live")[0] == 200
-        assert served.request("GET", "/health/ready")[0] == 503
-
-
-def test_when_the_gateway_is_killed_its_worker_ends(own_home: Home, checkpoints: dict[str, Path]) -> None:
-    with serving(own_home, checkpoints["stacked"]) as served:
-        worker = served.worker
-        served.process.kill()
-        served.process.wait(DEADLINE_S)
-        assert eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
-        left = own_home.gateway_socket(served.process.pid)
-        assert left.exists(), "nobody was there to remove it"
-        with serving(own_home, checkpoints["stacked"]):
-            assert not left.exists(), "the next gateway does"
+    assert "\r\nRetry-After: 1\r\n" in heads[0]
+    assert "\r\nRetry-After: 7\r\n" in heads[1]
 
 
 # -- start and end -----------------------------------------------------------------------------------------------------

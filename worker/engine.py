@@ -37,6 +37,8 @@ PREFILL_REQUESTS = 4
 DECODE_REQUESTS = 32
 COLDEST = 1e-5
 """Below this a temperature is greedy: its inverse would overflow to NaN on the way to the same token."""
+LONGEST_REASON = 1000
+"""Characters of an error's sentence that are passed on: a chat template may quote the whole prompt in one."""
 
 
 @dataclass
@@ -262,10 +264,10 @@ class Engine:
 
 
 def _refused(request: int, error: Exception) -> Refused:
+    code, param = ExpertdError.code, None
+    message = f"the worker failed while generating ({type(error).__name__}: {error}); its log says where"
     if isinstance(error, ExpertdError):
-        return Refused(request=request, code=error.code, message=error.message, param=error.param)
-    return Refused(
-        request=request,
-        code=ExpertdError.code,
-        message=f"the worker failed while generating ({type(error).__name__}: {error}); its log says where",
-    )
+        code, message, param = error.code, error.message, error.param
+    if len(message) > LONGEST_REASON:
+        message = f"{message[:LONGEST_REASON]}..."
+    return Refused(request=request, code=code, message=message, param=param)

@@ -1,8 +1,8 @@
 """The worker process: one model, one engine, one socket to the gateway that started it.
 
 Loads the model, says that it is ready or why not, then turns messages into calls of ``expertd.worker.engine`` and its
-events into messages.  It ends on Shutdown, on SIGTERM, and when the process that started it is gone.  It does not
-restart anything, and it knows nothing of HTTP: see ``expertd.clients.gateway``.
+events into messages.  It ends on Shutdown, on SIGTERM, and when the process that started it is gone, whatever it is
+doing then.  It does not restart anything, and it knows nothing of HTTP: see ``expertd.clients.gateway``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -38,9 +40,15 @@ __all__ = ["run"]
 log = logging.getLogger(__name__)
 
 LOOK_ROUND_MS = 1000
-"""How often an idle worker looks whether its gateway lives and whether it was told to end."""
+"""How often an idle worker looks whether it was told to end."""
+GATEWAY_LOOK_S = 1.0
+"""How often a worker looks whether its gateway lives."""
 LINGER_MS = 2000
 """How long a worker that ends waits for its last words to leave."""
+FRAMES_AT_A_TIME = 256
+"""Frames that wait in the socket, and are taken between two steps."""
+LOG_EVERY_S = 1.0
+LONGEST_REASON = 200
 
 
 def run(
@@ -66,25 +74,40 @@ def run(
     # The model is a folder on this machine: nothing that loads it may ask the network, or chat about the attempt.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    worker = _Worker(gateway, parent or os.getppid())
+    threading.Thread(target=_end_with, args=[parent or os.getppid()], name="expertd-gateway-watch", daemon=True).start()
+    worker = _Worker(gateway)
     try:
         return worker.run(Path(model_path), budget, alias)
     finally:
         worker.close()
 
 
+def _end_with(parent: int) -> None:
+    """End this process as soon as ``parent`` has ended.
+
+    At once and from a thread, because the main one may be busy for long with loading, computing or waiting for the
+    daemon, and nobody is left to whom an orderly end would matter: the daemon sees any end by the lifeline.
+    """
+    while os.getppid() == parent:
+        time.sleep(GATEWAY_LOOK_S)
+    log.info("the gateway is gone")
+    os._exit(0)
+
+
 class _Worker:
     """The loop and what it owns."""
 
-    def __init__(self, gateway: str, parent: int) -> None:
-        self._parent = parent
+    def __init__(self, gateway: str) -> None:
         self._told_to_end = False
         self._bad_frames = 0
+        self._log_at = 0.0
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        # What is sent never waits for the gateway to read it; its memory is bounded by what the requests may generate.
         self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
+        # What comes waits in the gateway, which counts it.
+        self._socket.setsockopt(zmq.RCVHWM, FRAMES_AT_A_TIME)
         self._socket.connect(gateway)
 
     def run(self, model_path: Path, budget: str | None, alias: Alias) -> int:
@@ -108,7 +131,7 @@ class _Worker:
             signal.signal(number, self._on_signal)
         self._send(WorkerReady(pid=os.getpid(), model=model_path.resolve().name, context=engine.context))
         try:
-            while self._wanted():
+            while not self._told_to_end:
                 if self._socket.poll(0 if engine.busy else LOOK_ROUND_MS):
                     self._take_frames(engine)
                 if engine.busy:
@@ -123,15 +146,8 @@ class _Worker:
         self._socket.close()
         self._context.term()
 
-    def _wanted(self) -> bool:
-        if not self._told_to_end and os.getppid() != self._parent:
-            log.info("the gateway is gone")
-            self._told_to_end = True
-            self._socket.setsockopt(zmq.LINGER, 0)
-        return not self._told_to_end
-
     def _take_frames(self, engine: Engine) -> None:
-        while True:
+        for _ in range(FRAMES_AT_A_TIME):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -141,8 +157,7 @@ class _Worker:
                     raise MessageInvalid(f"a message of {len(frames)} frames came where one was expected")
                 self._handle(engine, decode(frames[0]))
             except MessageInvalid as error:
-                self._bad_frames += 1
-                log.warning("dropped frame %d: %s", self._bad_frames, error.message)
+                self._drop(error.message)
 
     def _handle(self, engine: Engine, message: Message) -> None:
         match message:
@@ -154,6 +169,13 @@ class _Worker:
                 self._told_to_end = True
             case _:
                 raise MessageInvalid(f"a worker takes no {type(message).__name__}")
+
+    def _drop(self, why: str) -> None:
+        self._bad_frames += 1
+        now = time.monotonic()
+        if now >= self._log_at:
+            self._log_at = now + LOG_EVERY_S
+            log.warning("%d frames dropped so far; the last: %s", self._bad_frames, why[:LONGEST_REASON])
 
     def _send(self, message: Message) -> None:
         self._socket.send(encode(message))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,7 +20,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from expertd.clients.gateway import chat
+from expertd.clients.gateway import awake, chat
 from expertd.clients.gateway.workers import Answer, Worker
 from expertd.protocol.errors import (
     ExpertdError,
@@ -29,10 +30,11 @@ from expertd.protocol.errors import (
     RequestInvalid,
     RequestTooLarge,
     RouteNotFound,
+    WorkerUnavailable,
 )
 from expertd.protocol.messages import Delta, Finished
 
-__all__ = ["BODY_LIMIT", "Gateway", "error_body"]
+__all__ = ["BODY_LIMIT", "STALL_S", "Gateway", "error_body"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ KEEPALIVE_S = 10.0
 """A stream is never silent for longer, however long a prompt takes."""
 STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
-RETRY_QUEUE_S, RETRY_WORKER_S = 1, 5
+RETRY_QUEUE_S, RETRY_S = 1, 5
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -72,6 +74,8 @@ class Gateway:
         self._keepalive_s = keepalive_s
         self._stall_s = stall_s
         self._created = int(time.time())
+        self.busy: set[object] = set()
+        """Connections with a request under way, as their aiohttp protocols."""
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
@@ -105,7 +109,7 @@ class Gateway:
         try:
             await response.prepare(request)
             async for data in self._events(answer, event, id, created, include_usage):
-                async with asyncio.timeout(self._stall_s):
+                async with awake.timeout(self._stall_s):
                     await response.write(data)
         except ConnectionError:
             log.info("a client left a stream")
@@ -165,11 +169,12 @@ class Gateway:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self.busy.add(request.protocol)
         try:
             self._check_host(request.headers.get("Host", ""))
             return await handler(request)
         except ExpertdError as error:
-            return _error_response(error)
+            return _error_response(error, self._retry_after_s(error))
         except web.HTTPNotFound:
             return _error_response(RouteNotFound(f"there is nothing at {request.path}; the API begins with /v1"))
         except web.HTTPMethodNotAllowed as error:
@@ -185,6 +190,13 @@ class Gateway:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             return _error_response(ExpertdError("the gateway failed; its log says where"))
+        finally:
+            self.busy.discard(request.protocol)
+
+    def _retry_after_s(self, error: ExpertdError) -> float:
+        if isinstance(error, QueueFull):
+            return RETRY_QUEUE_S
+        return self._worker.retry_after_s() if isinstance(error, WorkerUnavailable) else RETRY_S
 
     def _check_host(self, header: str) -> None:
         host = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
@@ -210,10 +222,10 @@ def error_body(error: ExpertdError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-def _error_response(error: ExpertdError) -> web.Response:
+def _error_response(error: ExpertdError, retry_after_s: float = RETRY_S) -> web.Response:
     response = _json(error_body(error), status=error.http_status)
     if error.retryable:
-        response.headers["Retry-After"] = str(RETRY_QUEUE_S if isinstance(error, QueueFull) else RETRY_WORKER_S)
+        response.headers["Retry-After"] = str(math.ceil(retry_after_s))
     else:
         # OpenAI's libraries retry by status; this one says that it cannot help.
         response.headers["x-should-retry"] = "false"

@@ -8,13 +8,15 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
-from expertd.clients.gateway.app import Gateway
-from expertd.clients.gateway.workers import Worker
+from expertd.clients.gateway.app import STALL_S, Gateway
+from expertd.clients.gateway.connections import connection_limit, take_connections
+from expertd.clients.gateway.workers import SILENCE_S, Worker
 from expertd.protocol.errors import ExpertdError, PortInUse
 from expertd.protocol.paths import Home
 
@@ -27,6 +29,8 @@ DRAIN_S = 10.0
 """How long requests may go on after the gateway was told to stop."""
 HANGUP_S = 2.0
 """How long handlers get to write the error that ends them."""
+KEEP_OPEN_S = 86400.0
+"""How long an idle connection stays where nobody needs its place.  Long, because this one counts a machine's sleep."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -64,38 +68,62 @@ async def serve(
     *,
     home: Home,
     budget: str | None = None,
+    silence_s: float = SILENCE_S,
+    stall_s: float = STALL_S,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve ``model`` on ``listener`` until SIGTERM, SIGINT or SIGHUP; a second signal kills the worker at once.
 
     From the first moment it answers: health says whether it is ready.  ``ready`` is called with the API's URL once the
-    model is loaded.
+    model is loaded; a worker that dies later is started again.
+
+    Args:
+        silence_s: a worker that was asked and says nothing for so long is killed.
+        stall_s: how long a client may leave a full buffer unread.
 
     Raises:
         ExpertdError: the model could not be loaded.
     """
-    worker = Worker(home, model, budget=budget)
-    gateway = Gateway(worker, model, host)
-    runner = web.AppRunner(gateway.app, handler_cancellation=True, access_log=None, shutdown_timeout=HANGUP_S)
+    worker = Worker(home, model, budget=budget, silence_s=silence_s)
+    gateway = Gateway(worker, model, host, stall_s=stall_s)
+    runner = web.AppRunner(
+        gateway.app,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=HANGUP_S,
+        keepalive_timeout=KEEP_OPEN_S,
+    )
+    url = _url(host, listener)
     with _stop_signals(worker) as told_to_stop:
         try:
             await runner.setup()
-            site = web.SockSite(runner, listener)
-            await site.start()
-            await worker.start()
-            loaded, stopped = asyncio.create_task(worker.ready()), asyncio.create_task(told_to_stop.wait())
-            await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
-            if loaded.done():
-                loaded.result()
-                ready(_url(host, listener))
-                await stopped
-            loaded.cancel()
-            stopped.cancel()
-            await site.stop()
+            assert runner.server is not None
+            async with _background(take_connections(listener, runner.server, gateway.busy, connection_limit())):
+                await worker.start()
+                loaded, stopped = asyncio.create_task(worker.ready()), asyncio.create_task(told_to_stop.wait())
+                await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if loaded.done():
+                    loaded.result()
+                    ready(url)
+                    await stopped
+                loaded.cancel()
+                stopped.cancel()
+            listener.close()
             await worker.drain(DRAIN_S)
         finally:
             await runner.cleanup()
             await worker.stop()
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Do ``work`` beside the body, and end it with the body."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""The gateway's worker: starts the process, talks to it, notices its end, and ends it.
+"""The gateway's worker: its requests, and its process, which is started again when it has died.
 
-One asyncio loop owns everything here.  A worker that died is not restarted; its requests fail with a clear error and
-so do all later ones.  What a worker does is ``expertd.worker``, which is never imported here.
+One asyncio loop owns everything here.  When a process is started again, and after how long, is
+``expertd.clients.gateway.supervision``; frames are ``expertd.clients.gateway.link``.  What a worker does is
+``expertd.worker``, which is never imported here.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-import zmq
-import zmq.asyncio
-
+from expertd.clients.gateway import awake
 from expertd.clients.gateway.chat import ChatRequest
+from expertd.clients.gateway.link import Link
+from expertd.clients.gateway.supervision import Supervision
 from expertd.protocol.errors import (
     ExpertdError,
     MessageInvalid,
@@ -37,12 +38,11 @@ from expertd.protocol.messages import (
     Shutdown,
     WorkerFailed,
     WorkerReady,
-    decode,
     encode,
 )
 from expertd.protocol.paths import Home
 
-__all__ = ["Answer", "Worker"]
+__all__ = ["SILENCE_S", "Answer", "Worker"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ LAST_WORDS_S = 1.0
 """How long to wait for messages of a process that has ended already."""
 END_S = 30.0
 """How long a worker may take to end (one step of a long prompt) before it is killed."""
+BEING_STOPPED = "the gateway is being stopped"
 
 
 class Answer:
@@ -65,33 +66,29 @@ class Answer:
         self.begun = False
         """Whether the worker has said anything about it."""
         self.ended = False
-        self.since = asyncio.get_running_loop().time()
 
     async def receive(self, timeout_s: float) -> Delta | Finished | None:
         """The next event, or None after ``timeout_s``.
 
         Raises:
             ExpertdError: what the worker refused the request with.
-            WorkerUnavailable: the worker died, hangs, or is being stopped.
+            WorkerUnavailable: the worker died, hung, or is being stopped.
         """
         try:
             async with asyncio.timeout(timeout_s):
                 event = await self._events.get()
         except TimeoutError:
-            silent_s = self._worker.silent_s(self.since)
-            if silent_s < SILENCE_S:
-                return None
-            raise WorkerUnavailable(
-                f"the worker has not answered for {silent_s:.0f} s; restart expertd serve"
-            ) from None
+            return None
         if isinstance(event, ExpertdError):
             raise event
         return event
 
     def put(self, event: Delta | Finished | ExpertdError) -> None:
-        """For the worker's owner: hand over the next event."""
+        """For the worker's owner: hand over the next event.  What comes after the last one is not taken."""
+        if self.ended:
+            return
         self.begun = True
-        self.ended = self.ended or not isinstance(event, Delta)
+        self.ended = not isinstance(event, Delta)
         self._events.put_nowait(event)
 
     def __enter__(self) -> Answer:
@@ -104,78 +101,77 @@ class Answer:
 
 
 class Worker:
-    """One worker process and its requests.  Use ``start``, then ``ready``, then ``open``; at the end ``stop``."""
+    """One model's worker, which is one process after the other and never two.
 
-    def __init__(self, home: Home, model: Path, *, budget: str | None = None, queue_limit: int = QUEUE_LIMIT) -> None:
+    Use ``start``, then ``ready``, then ``open``; at the end ``drain`` and ``stop``.  A model that cannot be loaded the
+    first time is given up; after that every end of the process but ours is followed by a new start.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        model: Path,
+        *,
+        budget: str | None = None,
+        queue_limit: int = QUEUE_LIMIT,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         self._home = home
         self._model = model
         self._budget = budget
         self._queue_limit = queue_limit
-        self._path = home.gateway_socket(os.getpid())
-        self._zmq = zmq.asyncio.Context()
-        self._socket = self._zmq.socket(zmq.ROUTER)
-        self._peer: bytes | None = None  # The worker's address on the socket, while it lives.
-        self._taking = False
+        self._silence_s = silence_s
+        self._link = Link(home.gateway_socket(os.getpid()))
+        self._supervision = Supervision()
         self._answers: dict[int, Answer] = {}
         self._requests = 0
-        self._dropped = 0
-        self._heard = 0.0
         self._process: asyncio.subprocess.Process | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._outcome: asyncio.Future[WorkerReady] = asyncio.get_running_loop().create_future()
+        self._spoken = asyncio.Event()  # Whether this process has told how its loading went.
+        self._peer: bytes | None = None  # Its address on the link, once it is ready and while it lives.
+        self._cause: ExpertdError | None = None  # Why it ends, where its status does not tell.
+        self._silent_pieces = 0
+        self._late_cancels: list[int] = []
         self._why_not = f"the worker is loading {model.name}; try again in a moment"
+        self._ending = asyncio.Event()
+        self._first: asyncio.Future[WorkerReady] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._life: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Bind the socket and start the process, in a process group of its own: Ctrl-C is the gateway's to handle."""
+        """Bind the socket and start the process."""
         _remove_dead_sockets(self._home)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind(f"ipc://{self._path}")
-        command = [sys.executable, "-m", "expertd.clients.cli", "worker", str(self._model)]
-        command += ["--gateway", f"ipc://{self._path}", "--parent", str(os.getpid())]
-        if self._budget is not None:
-            command += ["--budget", self._budget]
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            env={**os.environ, "EXPERTD_HOME": str(self._home.root)},
-            process_group=0,
-        )
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch(self._process))]
+        self._link.bind()
+        self._tasks = [asyncio.create_task(self._link.listen(self._handle)), asyncio.create_task(self._mind_silence())]
+        self._life = asyncio.create_task(self._supervise())
 
     async def ready(self) -> WorkerReady:
-        """Wait until the model is loaded.
+        """Wait until the model is loaded for the first time.
 
         Raises:
             ExpertdError: the worker's reason why it cannot be.
             WorkerUnavailable: the process ended without one.
         """
-        return await asyncio.shield(self._outcome)
+        return await asyncio.shield(self._first)
 
     def check(self) -> None:
         """Whether a request would be taken.
 
         Raises:
-            WorkerUnavailable: it is loading, dead, hanging, or being stopped.
+            WorkerUnavailable: it is loading, dead, or being stopped.
         """
-        if not self._taking:
+        if self._peer is None or self._ending.is_set():
             raise WorkerUnavailable(self._why_not)
-        oldest = min((answer.since for answer in self._answers.values()), default=None)
-        if oldest is not None and (silent_s := self.silent_s(oldest)) >= SILENCE_S:
-            raise WorkerUnavailable(f"the worker has not answered for {silent_s:.0f} s; restart expertd serve")
 
-    def silent_s(self, since: float) -> float:
-        """Seconds since the worker said anything, or since ``since`` (on the loop's clock) if that is later."""
-        return asyncio.get_running_loop().time() - max(self._heard, since)
+    def retry_after_s(self) -> float:
+        """After how many seconds a request that found no worker may find one."""
+        return self._supervision.retry_after_s(_now())
 
     def open(self, chat: ChatRequest) -> Answer:
         """Send a request to the worker.
 
         Raises:
             WorkerUnavailable: see ``check``.
-            QueueFull: ``queue_limit`` requests wait already.
+            QueueFull: ``queue_limit`` requests wait already, or the worker reads nothing.
             RequestTooLarge: the messages do not fit into a frame.
         """
         self.check()
@@ -195,128 +191,213 @@ class Worker:
         )
         if len(frame) > FRAME_LIMIT:
             raise RequestTooLarge(f"the messages take {len(frame)} bytes, more than the {FRAME_LIMIT} that are allowed")
+        self._send(frame)
+        if not self._is_asked():
+            self._silent_pieces = 0
         answer = Answer(self, self._requests)
         self._answers[answer.request] = answer
-        try:
-            self._send(frame)
-        except WorkerUnavailable:
-            del self._answers[answer.request]
-            raise
         return answer
 
     def release(self, answer: Answer) -> None:
         """Forget a request, and cancel it where it still runs."""
         self._answers.pop(answer.request, None)
         if not answer.ended:
-            with contextlib.suppress(WorkerUnavailable):
-                self._send(encode(Cancel(request=answer.request)))
+            self._cancel(answer.request)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests; wait until those that run have ended, and end the rest after ``timeout_s``."""
-        self._refuse("the gateway is being stopped")
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._answers and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-        self._fail_all(WorkerUnavailable("the gateway is being stopped"))
+        """Take no more requests; wait until those that run have ended, and end the rest after ``timeout_s``.
+
+        A worker that dies from now on is not started again.
+        """
+        self._end()
+        with contextlib.suppress(TimeoutError):
+            async with awake.timeout(timeout_s):
+                while self._answers:
+                    await asyncio.sleep(0.02)
+        self._fail_all(BEING_STOPPED)
 
     async def stop(self, timeout_s: float = END_S) -> None:
         """End the process, with a kill after ``timeout_s``; leave no socket behind."""
-        process = self._process
-        if process is not None and process.returncode is None:
+        self._end()
+        self._ask_to_end()
+        if self._life is not None:
             try:
-                self._send(encode(Shutdown()))
-            except WorkerUnavailable:
-                # It is still loading, and takes no messages yet.
-                process.terminate()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await process.wait()
+                async with awake.timeout(timeout_s):
+                    await asyncio.wait([self._life])
             except TimeoutError:
-                log.warning("the worker (process %d) did not end in %.0f s and is killed", process.pid, timeout_s)
+                log.warning("the worker did not end in %.0f s and is killed", timeout_s)
                 self.kill()
-                await process.wait()
+            await self._life
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if not self._outcome.done():
-            self._outcome.cancel()
-        elif not self._outcome.cancelled():
-            self._outcome.exception()
-        self._socket.close(linger=0)
-        self._zmq.term()
-        self._path.unlink(missing_ok=True)
+        if not self._first.done():
+            self._first.cancel()
+        elif not self._first.cancelled():
+            self._first.exception()
+        self._link.close()
 
     def kill(self) -> None:
-        """End the process without asking."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        """End the process without asking, and for good."""
+        self._end()
+        self._kill()
 
-    def _refuse(self, why_not: str) -> None:
-        self._taking = False
-        self._why_not = why_not
+    # -- requests ------------------------------------------------------------------------------------------------------
 
-    def _fail_all(self, error: ExpertdError) -> None:
-        for answer in self._answers.values():
-            answer.put(error)
+    def _is_asked(self) -> bool:
+        """Whether anybody waits for the worker to say something."""
+        return any(not answer.ended for answer in self._answers.values())
 
     def _send(self, frame: bytes) -> None:
         if self._peer is None:
             raise WorkerUnavailable(self._why_not)
-        # With no limit on what may wait in the socket a send never blocks: its future is done at once.
-        sent = asyncio.ensure_future(self._socket.send_multipart([self._peer, frame], flags=zmq.NOBLOCK))
-        if (error := sent.exception()) is not None:
-            raise WorkerUnavailable("the worker is gone; restart expertd serve") from error
+        self._link.send(self._peer, frame)
 
-    async def _listen(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart()
-            try:
-                if len(frames) != 2:
-                    raise MessageInvalid(f"a message of {len(frames)} frames came where two were expected")
-                self._handle(frames[0], decode(frames[1]))
-            except MessageInvalid as error:
-                self._dropped += 1
-                log.warning("dropped frame %d: %s", self._dropped, error.message)
+    def _cancel(self, request: int) -> None:
+        try:
+            self._send(encode(Cancel(request=request)))
+        except QueueFull:
+            # It reads nothing now.  When it speaks again, it reads.
+            self._late_cancels.append(request)
+        except WorkerUnavailable as error:
+            log.debug("request %d needs no cancelling: %s", request, error.message)
 
     def _handle(self, peer: bytes, message: Message) -> None:
-        assert self._process is not None
         if isinstance(message, WorkerReady | WorkerFailed):
-            if message.pid != self._process.pid:
+            if self._process is None or message.pid != self._process.pid:
                 raise MessageInvalid(f"process {message.pid} is not the worker that this gateway started")
-            if self._outcome.done():
+            if self._spoken.is_set():
                 raise MessageInvalid("the worker told twice how its loading went")
-            self._peer = peer
-            if isinstance(message, WorkerReady):
-                self._taking = True
-                self._outcome.set_result(message)
+            self._spoken.set()
+            if isinstance(message, WorkerFailed):
+                self._cause = from_code(message.code, message.message)
             else:
-                self._why_not = message.message
-                self._outcome.set_exception(from_code(message.code, message.message))
+                self._on_ready(peer, message)
         elif peer != self._peer:
             raise MessageInvalid("a message came from somebody who is not the worker")
         elif isinstance(message, Delta | Finished | Refused):
-            self._heard = asyncio.get_running_loop().time()
+            self._silent_pieces = 0
             # One that is unknown was released a moment ago, and its Cancel is under way.
-            if (answer := self._answers.get(message.request)) is not None and not answer.ended:
+            if (answer := self._answers.get(message.request)) is not None:
                 answer.put(_error(message) if isinstance(message, Refused) else message)
+            late, self._late_cancels = self._late_cancels, []
+            for request in late:
+                self._cancel(request)
         else:
             raise MessageInvalid(f"a gateway takes no {type(message).__name__}")
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        status = await process.wait()
-        if not self._outcome.done():
+    def _fail_all(self, why: str) -> None:
+        for answer in self._answers.values():
+            answer.put(WorkerUnavailable(why))
+
+    # -- the process ---------------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        """Keep a process alive until ``_ending``: the only place that starts one, and only when there is none."""
+        while not self._ending.is_set():
+            error = await self._live()
+            if not self._first.done():
+                self._first.set_exception(error)
+                return
+            wait_s = self._supervision.died(_now())
+            if self._ending.is_set():
+                return
+            if self._supervision.is_news(error.message):
+                log.error("%s [%s]; the worker is being started again", error.message, error.code)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LAST_WORDS_S):
-                    await asyncio.wait([self._outcome])
+                async with asyncio.timeout(wait_s):
+                    await self._ending.wait()
+
+    async def _live(self) -> ExpertdError:
+        """One process from its start to its end; return why it ended."""
+        self._spoken.clear()
+        self._cause = None
+        self._supervision.started(_now())
+        try:
+            process = self._process = await self._start_process()
+        except OSError as error:
+            self._cause = WorkerUnavailable(f"the worker could not be started ({error.strerror})")
+        else:
+            if self._ending.is_set():
+                self._ask_to_end()
+            status = await process.wait()
+            if status >= 0 and not self._spoken.is_set():
+                # Its last words may still be on their way.
+                with contextlib.suppress(TimeoutError):
+                    async with awake.timeout(LAST_WORDS_S):
+                        await self._spoken.wait()
+            self._cause = self._cause or WorkerUnavailable(self._how_it_ended(status))
+        self._process = None
+        self._lose(self._cause.message)
+        return self._cause
+
+    async def _start_process(self) -> asyncio.subprocess.Process:
+        """In a process group of its own: Ctrl-C is the gateway's to handle."""
+        command = [sys.executable, "-m", "expertd.clients.cli", "worker", str(self._model)]
+        command += ["--gateway", self._link.address, "--parent", str(os.getpid())]
+        if self._budget is not None:
+            command += ["--budget", self._budget]
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            env={**os.environ, "EXPERTD_HOME": str(self._home.root)},
+            process_group=0,
+        )
+
+    def _how_it_ended(self, status: int) -> str:
         how = f"ended with status {status}" if status >= 0 else f"was killed by signal {-status}"
-        if not self._outcome.done():
-            self._outcome.set_exception(WorkerUnavailable(f"the worker {how} while it was loading {self._model.name}"))
-        if self._taking:
-            log.error("the worker (process %d) %s; restart expertd serve", process.pid, how)
+        when = "" if self._peer is not None else f" while it was loading {self._model.name}"
+        return f"the worker {how}{when}"
+
+    def _on_ready(self, peer: bytes, message: WorkerReady) -> None:
+        self._peer = peer
+        self._supervision.ready(_now())
+        if not self._first.done():
+            self._first.set_result(message)
+        elif not self._ending.is_set():
+            log.warning("the worker is ready again (process %d)", message.pid)
+
+    def _lose(self, why: str) -> None:
+        """There is no worker any more to send to or to hear from."""
         self._peer = None
-        self._refuse(f"the worker {how}; restart expertd serve")
-        self._fail_all(WorkerUnavailable(self._why_not))
+        self._late_cancels.clear()
+        if not self._ending.is_set():
+            self._why_not = f"{why}; the worker is being started again, try again in a moment"
+        self._fail_all(self._why_not)
+
+    async def _mind_silence(self) -> None:
+        """Take a worker that was asked and says nothing for ``silence_s`` for hung, and kill it."""
+        most, piece_s = awake.pieces(self._silence_s)
+        while True:
+            await asyncio.sleep(piece_s)
+            self._silent_pieces = self._silent_pieces + 1 if self._peer is not None and self._is_asked() else 0
+            if self._silent_pieces >= most:
+                self._cause = WorkerUnavailable(f"the worker said nothing for {self._silence_s:.0f} s and was killed")
+                self._lose(self._cause.message)
+                self._kill()
+
+    def _end(self) -> None:
+        """From here on nothing is started."""
+        self._why_not = BEING_STOPPED
+        self._ending.set()
+
+    def _ask_to_end(self) -> None:
+        try:
+            self._send(encode(Shutdown()))
+        except ExpertdError:
+            # It takes no messages: it is loading, or reads none.
+            if self._process is not None and self._process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.terminate()
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _error(refused: Refused) -> ExpertdError:

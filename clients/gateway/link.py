@@ -1,0 +1,99 @@
+"""The gateway's end of the socket to its worker: frames in and out, and nothing about what they mean.
+
+Anybody who can reach the socket may send anything; what is no message is dropped and counted.  The folder is private
+to the user (0700) and the socket's file too (0600), so this keeps accidents out, and not an attacker who is the user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from expertd.protocol.errors import MessageInvalid, QueueFull, WorkerUnavailable
+from expertd.protocol.messages import FRAME_LIMIT, Message, decode
+
+__all__ = ["Link"]
+
+log = logging.getLogger(__name__)
+
+RECEIVE_FRAMES = 256
+"""Frames of one peer that wait in the socket.  A peer with more keeps them in its own memory: none is lost.  (A
+worker's own socket takes any number, so that it never waits for its gateway.)"""
+SEND_FRAMES = 256
+"""Frames that wait for a worker that reads none of them, while clients come and go."""
+FRAMES_AT_A_TIME = 32
+"""Frames handled before others on the loop get a turn: as long as there are frames, receiving never waits."""
+LOG_EVERY_S = 1.0
+LONGEST_REASON = 200
+
+
+class Link:
+    """A ROUTER socket at ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.address = f"ipc://{path}"
+        self._path = path
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._dropped = 0
+        self._log_at = 0.0
+
+    def bind(self) -> None:
+        """Listen; a dead file of an earlier process is replaced."""
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, SEND_FRAMES)
+        self._socket.setsockopt(zmq.RCVHWM, RECEIVE_FRAMES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(self.address)
+        self._path.chmod(0o600)
+
+    async def listen(self, handle: Callable[[bytes, Message], None]) -> None:
+        """Hand all messages and who sent them to ``handle``, for ever.  What it raises drops the frame."""
+        while True:
+            for _ in range(FRAMES_AT_A_TIME):
+                frames = await self._socket.recv_multipart()
+                try:
+                    if len(frames) != 2:
+                        raise MessageInvalid(f"a message of {len(frames)} frames came where two were expected")
+                    handle(frames[0], decode(frames[1]))
+                except MessageInvalid as error:
+                    self._drop(error.message)
+                except Exception as error:
+                    # Whatever a stranger found, the worker's next message has to be heard.
+                    self._drop(repr(error))
+            await asyncio.sleep(0)
+
+    def send(self, peer: bytes, frame: bytes) -> None:
+        """Send without waiting.
+
+        Raises:
+            QueueFull: the peer has read nothing for long.
+            WorkerUnavailable: nobody of that name is connected.
+        """
+        # A send that must not wait is done, or failed, when its future comes back.
+        sent = asyncio.ensure_future(self._socket.send_multipart([peer, frame], flags=zmq.NOBLOCK))
+        error = sent.exception()
+        if isinstance(error, zmq.Again):
+            raise QueueFull("the worker is busy and takes no more messages now; try again later") from error
+        if error is not None:
+            raise WorkerUnavailable("the worker is gone; try again in a moment") from error
+
+    def close(self) -> None:
+        """Give up the socket and its file."""
+        self._socket.close(linger=0)
+        self._context.term()
+        self._path.unlink(missing_ok=True)
+
+    def _drop(self, why: str) -> None:
+        self._dropped += 1
+        now = time.monotonic()
+        if now >= self._log_at:
+            self._log_at = now + LOG_EVERY_S
+            log.warning("%d frames dropped so far; the last: %s", self._dropped, why[:LONGEST_REASON])
