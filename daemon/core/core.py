@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Iterable
 
 from expertd.daemon.core import events, instructions, slots
-from expertd.daemon.core.plan import divide, largest, plan_pools, resized, smallest
+from expertd.daemon.core.plan import divide, largest, largest_of, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
 from expertd.daemon.policy import LRU, PolicyFactory
 from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
@@ -56,6 +56,11 @@ class Core:
     def used(self) -> int:
         """Bytes of all segments and of the copies that sessions in copy mode hold."""
         return sum(model.size * (1 + model.copies) + model.extra for model in self.models.values())
+
+    @property
+    def _settled(self) -> int:
+        """The part of ``used`` that is current generations of models that are open."""
+        return sum(model.size * (1 + model.copies) for model in self.models.values() if model.ready)
 
     @property
     def smallest_budget(self) -> int:
@@ -218,6 +223,7 @@ class Core:
 
     def _open_sessions(self, model: Model) -> None:
         opening, model.opening = model.opening, []
+        self._memory_changed = True
         for attach in opening:
             session = Session(attach.session, attach.pid, attach.mode, model.key, acked=model.version)
             self.sessions[session.number] = session
@@ -253,8 +259,10 @@ class Core:
         """A session that was left behind is back: let it follow."""
         if session.silent:
             session.silent = session.owes = False
+            session.asked = (0, 0)
             self._offer(self.models[session.model], session)
             self._memory_changed = True
+            self._pump_all(self.models[session.model])
 
     def _silent(self, number: int) -> None:
         session = self.sessions.get(number)
@@ -335,7 +343,8 @@ class Core:
             return
         self._heard(session)
         model = self.models[session.model]
-        session.owes = False
+        if event.version >= session.asked[0] and event.sequence >= session.asked[1]:
+            session.owes = False  # else it was sent before the question
         self._observe_hits(model, event.routing)
         session.acked = max(session.acked, min(event.version, model.version))
         if event.sequence == session.sequence and session.waiting is None:
@@ -451,6 +460,8 @@ class Core:
         old = next(pool for pool in model.pools if pool.next is new)
         del self._pools[new.segment]
         old.next = None
+        self._memory_changed |= old.outdated
+        old.outdated = False
         if _only_silent(slots.in_the_way(model, old)):
             for waiting in [entry for entry in old.queue if not entry.granted]:
                 self._give_up(model, old, waiting, error)
@@ -490,28 +501,33 @@ class Core:
     def _divide_memory(self) -> None:
         """Let pools shrink where more is used than may be, and grow where there is room."""
         held = sum(model.held_by_silent for model in self.models.values())
+        held += sum(model.size * (1 + model.copies) for model in self.models.values() if not model.ready)
         for model in self._idle():
-            if held + sum(m.size * (1 + m.copies) for m in self.models.values()) <= self.budget:
+            if held + self._settled <= self.budget:
                 break
             self._drop(model)
-        users = [model for model in self.models.values() if model.ready]
-        wants = []
-        for model in users:
+        # What sessions that answer still hold will be given back: no reason to shrink, but no room to grow either.
+        to_grow = self.budget - (self.used - self._settled)
+        room = max(min(self._settled, self.budget - held), to_grow)
+        users, wants = [], []
+        for model in self.models.values():
+            if not model.ready:
+                continue
             times = 1 + model.copies
-            floor, most = smallest(model.manifest), largest(model.manifest)
-            can_grow = model.sessions and not model.old  # one move after the other: each needs memory for two
-            most = max(model.size, most if can_grow else 0)
-            wants.append((min(floor, model.size) * times, model.size * times, most * times))
-        shares = divide(self.budget - held, wants)
-        for model, share in zip(users, shares, strict=True):
-            size = share // (1 + model.copies)
             for pool in model.pools:
-                self._resize(model, pool, pool.layout.size * size // model.size)
+                size = pool.layout.size
+                fewest = resized(model.manifest, pool.layers, 0).size
+                most = max(size, largest_of(model.manifest, pool.layers)) if model.sessions else size
+                users.append((model, pool))
+                wants.append((min(fewest, size) * times, size * times, most * times))
+        for (model, pool), share in zip(users, divide(room, wants), strict=True):
+            self._resize(model, pool, share // (1 + model.copies))
 
     def _resize(self, model: Model, pool: Pool, size: int) -> None:
         """Begin another generation of ``pool`` if ``size`` bytes differ enough from what it has."""
         before, now = pool.layout.slots, resized(model.manifest, pool.layers, size).slots
         everything = now >= pool.layout.layers * pool.layout.experts
+        pool.outdated = pool.next is not None and now != pool.next.layout.slots
         if now < before or now >= before * GROWTH or (now > before and everything):
             self._move(model, pool, size)
 
@@ -533,6 +549,7 @@ class Core:
         if not pool.superseded:
             self._pump(model, pool)
         self._sweep(model)
+        self._memory_changed |= not model.sessions
 
     def _read_failed(self, event: events.ReadFailed) -> None:
         model, pool = self._pools[event.segment]
@@ -541,6 +558,7 @@ class Core:
             self._give_up(model, pool, waiting, event.error)
         self._pump_all(model)
         self._sweep(model)
+        self._memory_changed |= not model.sessions
 
     def _answer(self, model: Model, pool: Pool, waiting: Waiting) -> None:
         session = self.sessions[waiting.fetch.session]

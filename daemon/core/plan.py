@@ -46,6 +46,11 @@ def resized(manifest: Manifest, pool_layers: Sequence[int], size: int) -> PoolLa
     return _layout(layers, pool_layers, max(_floor(layers, pool_layers), min(slots, most)))
 
 
+def largest_of(manifest: Manifest, pool_layers: Sequence[int]) -> int:
+    """Bytes of a pool of these layers that holds as much as a pool can."""
+    return resized(manifest, pool_layers, largest(manifest)).size
+
+
 def divide(size: int, wants: Sequence[tuple[int, int, int]]) -> list[int]:
     """Bytes for each of several users of memory, together ``size`` (or the sum of what they need, if that is more).
 
@@ -79,8 +84,7 @@ def largest(manifest: Manifest) -> int:
 def plan_pools(manifest: Manifest, size: int) -> list[PoolPlan]:
     """Pools for ``manifest`` in at most ``size`` bytes.
 
-    Each group of layers of one shape gets bytes in proportion to its blocks' bytes (never less than its floor) and
-    shares one pool; a pool whose slabs would reach 2^31 elements is split into runs of neighbouring layers.  One wide
+    Each group of layers of one shape gets its floor and its part of the rest (``divide``), and shares one pool; a pool whose slabs would reach 2^31 elements is split into runs of neighbouring layers.  One wide
     pool lets slots follow the layers that need them (docs/decisions.md).
 
     Raises:
@@ -95,12 +99,11 @@ def plan_pools(manifest: Manifest, size: int) -> list[PoolPlan]:
         )
     groups = _groups(layers)
     floors = [_layout(layers, group, _floor(layers, group)).size for group in groups]
-    total = sum(len(g) * layers[g[0]].experts * layers[g[0]].block_bytes for g in groups)
-    spare = size - sum(floors)
+    most = [_layout(layers, group, len(group) * layers[group[0]].experts).size for group in groups]
+    shares = divide(size, list(zip(floors, floors, most, strict=True)))
     plans: list[PoolPlan] = []
-    for group, floor in zip(groups, floors, strict=True):
+    for group, share in zip(groups, shares, strict=True):
         first = layers[group[0]]
-        share = floor + spare * len(group) * first.experts * first.block_bytes // total
         slots = most_slots(len(group), first.experts, first.parts, share)
         limit = slot_limit(first.parts)
         width = -(-len(group) // -(-slots // limit))

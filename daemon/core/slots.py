@@ -108,9 +108,9 @@ def fill(model: Model, pool: Pool, out: Out) -> None:
 
     They are quick, and the memory that they come from is given back when they are done.
     """
-    if not model.sessions or (pool.queue and not pool.carried):
-        return
     while pool.wish and len(pool.background) < BACKGROUND_READS:
+        if not pool.carried and (pool.queue or not model.sessions):
+            return
         if not pool.spare:
             forget_wishes(pool)
             return

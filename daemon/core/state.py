@@ -89,6 +89,7 @@ class Pool:
         carried: blocks of the generation before that the policy knows as resident and that are not here yet.
         source: the generation before, as long as its blocks can be copied.
         next: the generation after, while its memory is being created.
+        outdated: the memory was divided again since ``next`` was asked for, and it should be of another size now.
         superseded: there is a newer generation; nothing is granted or evicted here any more.
     """
 
@@ -111,6 +112,7 @@ class Pool:
     source: Pool | None = None
     next: Pool | None = None
     superseded: bool = False
+    outdated: bool = False
     filling: int = 0
     copies_from: int = 0
 
