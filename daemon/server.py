@@ -456,10 +456,10 @@ class Server:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     async def _watch_sessions(self) -> None:
-        """Ping those who owe an ack; tell the core of those who have gone silent."""
+        """Ping those of whom something is expected; tell the core of those who have gone silent."""
         while True:
             await asyncio.sleep(TICK_S)
-            ping, silent = self._liveness.tick(self._core.owing)
+            ping, silent = self._liveness.tick(self._core.owing, self._core.holding)
             for session in ping:
                 self._to_control(session, messages.Ping(session=session))
             for session in silent:

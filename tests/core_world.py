@@ -10,15 +10,26 @@ message on either may come late, and a session that is stopped says nothing and 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
 
+from core_parts import (
+    GARBAGE,
+    LAYERS,
+    MODELS,
+    POOLS,
+    UNTIL_EVALUATED,
+    Block,
+    Channel,
+    Kind,
+    Place,
+    Segment,
+    WatchedLRU,
+    Worker,
+)
 from hypothesis import note
 
 from expertd.daemon.core import Core, events, instructions
-from expertd.daemon.core.plan import resized, smallest
+from expertd.daemon.core.plan import smallest
 from expertd.daemon.core.slots import BACKGROUND_READS, in_the_way
 from expertd.daemon.core.state import SlotState
 from expertd.protocol.errors import (
@@ -29,124 +40,8 @@ from expertd.protocol.errors import (
     SegmentFailed,
     SessionUnknown,
 )
-from expertd.protocol.layout import PAGE, PoolLayout
-from expertd.protocol.manifest import Layer, Manifest, Part
-from expertd.protocol.messages import AliasMode, PoolInfo
-
-Block = tuple[int, int]
-Place = tuple[int, int]
-"""A slot of a segment: (segment, slot)."""
-
-Kind = tuple[str, int]
-"""What all generations of a pool have in common: (model, number of layers)."""
-
-Channel = Literal["data", "control"]
-CHANNELS: tuple[Channel, ...] = ("data", "control")
-GARBAGE: Block = (-1, -1)
-UNTIL_EVALUATED = 1 << 60
-"""What a session computes on a complete generation is given up by no ack."""
-
-
-def _manifest(name: str, experts: int, pages: Iterable[int]) -> Manifest:
-    """A model with one layer for each of ``pages``, the size of a block in it."""
-    layers = tuple(
-        Layer(f"layers.{n}", experts, 2, (Part("w", "U8", (count * PAGE,), ("tensor",), (0,)),))
-        for n, count in enumerate(pages)
-    )
-    return Manifest(name, "family", (), layers)
-
-
-MODELS = {"plain": _manifest("/plain", 4, (1, 1, 1)), "mixed": _manifest("/mixed", 3, (1, 2, 1))}
-LAYERS = 3
-"""Of each model."""
-
-_POOLS = {("/plain", 3): (0, 1, 2), ("/mixed", 2): (0, 2), ("/mixed", 1): (1,)}
-"""The layers of each pool, by the folder of its model and their number."""
-
-
-@dataclass
-class Segment:
-    """One generation of a pool as its memory: its table, and what the slots hold (GARBAGE until a read is done)."""
-
-    manifest: Manifest
-    generation: int
-    layout: PoolLayout
-    layers: tuple[int, ...]
-    created: bool = False
-    superseded: bool = False
-    table: dict[Block, int] = field(default_factory=dict)
-    content: dict[int, Block] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> Kind:
-        return self.manifest.key, self.layout.layers
-
-    @property
-    def blocks(self) -> int:
-        return self.layout.layers * self.layout.experts
-
-    @property
-    def complete(self) -> bool:
-        return len(self.table) == self.blocks
-
-    @property
-    def smallest(self) -> int:
-        """Bytes of the smallest generation that there can be of this pool."""
-        return resized(self.manifest, self.layers, 0).size
-
-
-@dataclass
-class Worker:
-    """One session as its process sees it.
-
-    Attributes:
-        prompt: whether it hears what it is told at once.
-        stopped: it says and hears nothing.
-        told: newest version that a message told it.
-        asked: whether it owes an ack.
-        fetching: its newest Fetch while it has no answer; it looks nothing up meanwhile.
-        again: its newest Fetch, if the pool had moved: to be sent again where the pool is now.
-        reading: what it might still read, and what it had been told when it looked that up.
-        leased: what the newest answer gave it, even if it has not heard of it yet.
-        held: segments that the core handed it and that the core has not heard it has released.
-        adopted: where it looks up, for each pool.
-        spare: segments that it has mapped (or was told of) and does not look up in: to be released.
-        offers: the newest generation that it heard of, for each pool, until it adopts it.
-        promised: segments that the core told it, or is telling it, are complete; ``complete``: that it heard of.
-    """
-
-    number: int
-    manifest: Manifest
-    mode: AliasMode
-    prompt: bool
-    granted: bool = False
-    stopped: bool = False
-    told: int = 0
-    asked: bool = False
-    sequence: int = 0
-    fetching: events.Fetch | None = None
-    again: events.Fetch | None = None
-    answer_lost: bool = False
-    requests: dict[int, events.Fetch] = field(default_factory=dict)
-    answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    refusals: dict[int, ExpertdError] = field(default_factory=dict)
-    reading: dict[Place, tuple[Block, int]] = field(default_factory=dict)
-    leased: dict[Place, Block] = field(default_factory=dict)
-    held: set[int] = field(default_factory=set)
-    adopted: dict[Kind, int] = field(default_factory=dict)
-    spare: list[int] = field(default_factory=list)
-    offers: dict[Kind, int] = field(default_factory=dict)
-    promised: set[int] = field(default_factory=set)
-    complete: set[int] = field(default_factory=set)
-    outbox: dict[Channel, deque[events.Event]] = field(default_factory=lambda: {c: deque() for c in CHANNELS})
-    inbox: dict[Channel, deque[instructions.Instruction]] = field(
-        default_factory=lambda: {c: deque() for c in CHANNELS}
-    )
-
-    @property
-    def free(self) -> bool:
-        """Whether it may run the next event."""
-        return self.granted and not self.stopped and self.fetching is None
+from expertd.protocol.layout import PAGE
+from expertd.protocol.messages import PoolInfo
 
 
 class World:
@@ -154,7 +49,7 @@ class World:
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = Core(0)
+        self.core = Core(0, WatchedLRU)
         self.segments: dict[int, Segment] = {}
         self.current: dict[Kind, int] = {}
         self.workers: dict[int, Worker] = {}
@@ -335,6 +230,7 @@ class World:
         self.the_table_names_sealed_bytes_only()
         self.memory_is_accounted_for()
         self.slots_are_conserved()
+        self.policies_know_what_is_resident()
         self.whoever_stands_in_the_way_owes()
         self.broken = broken
 
@@ -382,7 +278,7 @@ class World:
     def create(self, pool: instructions.CreatePool) -> None:
         assert pool.segment not in self.segments
         manifest = next(m for m in MODELS.values() if m.layers[0].experts == pool.layout.experts)
-        layers = _POOLS[manifest.folder, pool.layout.layers]
+        layers = POOLS[manifest.folder, pool.layout.layers]
         self.segments[pool.segment] = segment = Segment(manifest, pool.generation, pool.layout, layers)
         if pool.generation == 1:
             assert segment.kind not in self.current
@@ -572,6 +468,15 @@ class World:
                 assert len(taken) + pool.spare == pool.layout.slots
                 if not pool.holds_all:
                     assert sorted([*taken, *pool.free]) == list(range(pool.layout.slots))
+
+    def policies_know_what_is_resident(self) -> None:
+        """And what is on its way from the generation before, which they have known all along."""
+        for model in self.core.models.values():
+            for pool in model.pools:
+                assert isinstance(pool.policy, WatchedLRU)
+                sealed = {block for block in pool.where if pool.sealed_slot(block) is not None}
+                copied = {block for block, slot in pool.where.items() if pool.slots[slot].carried}
+                assert pool.policy.known == sealed | copied | pool.carried
 
     def whoever_stands_in_the_way_owes(self) -> None:
         """A look into the core: only who owes an ack is missed when it says nothing, and so it does not block."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from core_world import CHANNELS, LAYERS, MODELS, Kind, Worker, World
+from core_parts import CHANNELS, LAYERS, MODELS, Kind, WatchedLRU, Worker
+from core_world import World
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -89,7 +90,7 @@ class CacheMachine(World, RuleBasedStateMachine):
     )
     def start(self, pages: int, model: str, prompt: list[bool]) -> None:
         """A core with a few sessions open, so that runs get somewhere."""
-        self.core = Core(pages * PAGE)
+        self.core = Core(pages * PAGE, WatchedLRU)
         for hears_at_once in prompt:
             self.attach(model, copy=False, prompt=hears_at_once, slow=False)
 
@@ -107,8 +108,8 @@ class CacheMachine(World, RuleBasedStateMachine):
         mode: AliasMode = "copy" if copy else "shm"
         self.workers[self.attached] = Worker(self.attached, MODELS[model], mode, prompt)
         self.feed(events.Attach(self.attached, 100 + self.attached, mode, MODELS[model]))
-        while self.creating() and not slow:
-            self.create_pool(0)
+        if not slow:
+            self.create_pools()
 
     @precondition(lambda self: self.workers and self.is_time_for("end", 10))
     @rule(session=_some(_everybody))
@@ -146,7 +147,7 @@ class CacheMachine(World, RuleBasedStateMachine):
     @precondition(_any_of(_free))
     @rule(session=_some(_free), acks=st.booleans(), stops=_seldom)
     def run_hits(self, session: int, acks: bool, stops: bool) -> None:
-        """Compute with everything that is resident, and tell nobody; perhaps give up the leases before, or stop then."""
+        """Compute with everything that is resident, and tell nobody; perhaps ack before, perhaps stop then."""
         worker = self.workers[session]
         if acks:
             self.send_ack(worker, "data", late=False)
@@ -308,12 +309,19 @@ class CacheMachine(World, RuleBasedStateMachine):
     def change_budget(self, pages: int, slow: bool) -> None:
         self.last["budget"] = self.steps
         self.set_budget(max(pages * PAGE, self.core.smallest_budget))
-        while self.creating() and not slow:
-            self.create_pool(0)
+        if not slow:
+            self.create_pools()
 
     def set_budget(self, size: int) -> None:
         self.no_memory = self.no_memory and bool(self.creating())
         self.feed(events.BudgetChanged(size))
+
+    def create_pools(self) -> None:
+        """Everything that is being created, and what follows from it; that must come to an end."""
+        self.moves = 0
+        while self.creating():
+            self.create_pool(0)
+            assert self.moves < MOVES, "pools move for ever"
 
     @precondition(lambda self: self.creating())
     @rule(which=_which)
@@ -380,16 +388,14 @@ class CacheMachine(World, RuleBasedStateMachine):
 
     def until_nothing_happens(self, act: Callable[[Worker], None]) -> None:
         before = -1
-        rounds = self.moves = 0
+        rounds = 0
         while before != self.steps:
             before = self.steps
             rounds += 1
-            assert rounds < 500, "the core and its sessions talk for ever"
+            assert rounds < 200, "the core and its sessions talk for ever"
             while self.ghosts:
                 self.hear_from_the_dead()
-            while self.creating():
-                self.create_pool(0)
-                assert self.moves < MOVES, "pools move for ever"
+            self.create_pools()
             self.finish_reads()
             for session in _everybody(self):
                 if session in self.workers and self.workers[session].granted:

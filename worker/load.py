@@ -13,7 +13,9 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
 
-from expertd.protocol.errors import AliasFailed, CheckpointError, SessionClosed
+from expertd.protocol.checkpoint import check_unchanged
+from expertd.protocol.errors import AliasFailed, CheckpointError, ExpertdError, ReadFailed, SessionClosed
+from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.worker import attach
@@ -74,7 +76,7 @@ def load(
 
         model = _attach(loaded, home, mode, start)
         if not lazy:
-            mx.eval(model.parameters())
+            _read_base(model, loaded.manifest)
     except BaseException:
         if started:
             stop_if_idle(home, "worker")
@@ -105,6 +107,27 @@ def session_of(model: Any) -> attach.Session:
     if not isinstance(events, Events):
         raise SessionClosed("this model was not loaded by expertd.load")
     return events.session
+
+
+def _read_base(model: Any, manifest: Manifest) -> None:
+    """Read the weights that are not experts'; MLX does that itself, so whether the files held still is asked after.
+
+    Raises:
+        ReadFailed: a file could not be read.
+        FileChanged: a file is not the one whose header was read.
+    """
+    try:
+        try:
+            mx.eval(model.parameters())
+        finally:
+            for mark in manifest.files:
+                check_unchanged(Path(manifest.folder) / mark.name, mark)
+    except RuntimeError as error:
+        unload(model)
+        raise ReadFailed(f"the weights in {manifest.folder} could not be read ({error}); try again") from error
+    except ExpertdError:
+        unload(model)
+        raise
 
 
 def _announce(sentence: str) -> None:

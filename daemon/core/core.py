@@ -9,7 +9,7 @@ may have its pool mapped has acked the version at which it was retired, or waits
 a pool is never resized or taken away: a new generation takes its place, and nothing is written to the old one any more.
 
 What it does not do: choose victims (``expertd.daemon.policy``), the life of slots (``slots``), divide memory
-(``plan``), read, write or send (``expertd.daemon.server``).
+(``plan`` and ``memory``), read, write or send (``expertd.daemon.server``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from expertd.daemon.core import events, instructions, slots
-from expertd.daemon.core.plan import divide, largest, largest_of, plan_pools, resized, smallest
+from expertd.daemon.core import events, instructions, memory, slots
+from expertd.daemon.core.plan import largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
 from expertd.daemon.policy import LRU, PolicyFactory
 from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
@@ -55,18 +55,13 @@ class Core:
     @property
     def used(self) -> int:
         """Bytes of all segments and of the copies that sessions in copy mode hold."""
-        return sum(model.size * (1 + model.copies) + model.extra for model in self.models.values())
-
-    @property
-    def _settled(self) -> int:
-        """The part of ``used`` that is current generations of models that are open."""
-        return sum(model.size * (1 + model.copies) for model in self.models.values() if model.ready)
+        return memory.used(self.models.values())
 
     @property
     def smallest_budget(self) -> int:
         """Bytes that the models in use need at least: one event of one session each."""
         used = [model for model in self.models.values() if model.sessions or model.opening]
-        return sum(smallest(model.manifest) * (1 + model.copies) for model in used)
+        return sum(memory.fewest(model, pool) * (1 + model.copies) for model in used for pool in model.pools)
 
     @property
     def keys(self) -> set[str]:
@@ -77,6 +72,16 @@ class Core:
     def owing(self) -> list[int]:
         """Sessions that were asked for an ack and have not answered."""
         return [session.number for session in self.sessions.values() if session.owes and not session.silent]
+
+    @property
+    def holding(self) -> list[int]:
+        """Sessions that have not given back an older generation yet; they do so at a moment of their own choosing."""
+        return [
+            number
+            for model in self.models.values()
+            for number in {number for old in model.old for number in old.holders}
+            if not model.sessions[number].silent
+        ]
 
     def handle(self, event: events.Event) -> list[instructions.Instruction]:
         """Take ``event`` in and return what has to be done about it, in order."""
@@ -155,12 +160,7 @@ class Core:
         needed = smallest(manifest) * copies
         idle = sum(model.size + model.extra for model in self._idle())
         if needed > self.budget - self.used + idle:
-            unused = sum(
-                model.size + model.extra
-                for model in self.models.values()
-                if not model.sessions and not model.opening
-            )
-            if needed <= self.budget - self.used + unused:
+            if needed <= self.budget - self.used + memory.coming_back(self.models.values()):
                 return None
             held = self.used - idle
             others = f", and models in use hold {show_size(held)} of it" if held else ""
@@ -266,9 +266,13 @@ class Core:
 
     def _silent(self, number: int) -> None:
         session = self.sessions.get(number)
-        if session is not None and session.owes:
+        if session is None or session.silent:
+            return
+        model = self.models[session.model]
+        if session.owes or model.held_by(number):
             session.silent = True
-            self._pump_all(self.models[session.model])
+            self._memory_changed = True
+            self._pump_all(model)
 
     # -- fetch and ack -------------------------------------------------------------------------------------------------
 
@@ -500,28 +504,13 @@ class Core:
 
     def _divide_memory(self) -> None:
         """Let pools shrink where more is used than may be, and grow where there is room."""
-        held = sum(model.held_by_silent for model in self.models.values())
-        held += sum(model.size * (1 + model.copies) for model in self.models.values() if not model.ready)
         for model in self._idle():
-            if held + self._settled <= self.budget:
+            models = self.models.values()
+            if memory.committed(models) + memory.settled(models) <= self.budget:
                 break
             self._drop(model)
-        # What sessions that answer still hold will be given back: no reason to shrink, but no room to grow either.
-        to_grow = self.budget - (self.used - self._settled)
-        room = max(min(self._settled, self.budget - held), to_grow)
-        users, wants = [], []
-        for model in self.models.values():
-            if not model.ready:
-                continue
-            times = 1 + model.copies
-            for pool in model.pools:
-                size = pool.layout.size
-                fewest = resized(model.manifest, pool.layers, 0).size
-                most = max(size, largest_of(model.manifest, pool.layers)) if model.sessions else size
-                users.append((model, pool))
-                wants.append((min(fewest, size) * times, size * times, most * times))
-        for (model, pool), share in zip(users, divide(room, wants), strict=True):
-            self._resize(model, pool, share // (1 + model.copies))
+        for model, pool, size in memory.shares(self.budget, self.models.values()):
+            self._resize(model, pool, size)
 
     def _resize(self, model: Model, pool: Pool, size: int) -> None:
         """Begin another generation of ``pool`` if ``size`` bytes differ enough from what it has."""

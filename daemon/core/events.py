@@ -74,7 +74,7 @@ class Released:
 
 @dataclass(frozen=True)
 class Silent:
-    """A session that owes an ack has said nothing for too long: it is stopped, swapped out or debugged."""
+    """A session of whom something is expected has said nothing for too long: it is stopped, swapped out or debugged."""
 
     session: int
 

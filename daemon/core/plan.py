@@ -84,8 +84,9 @@ def largest(manifest: Manifest) -> int:
 def plan_pools(manifest: Manifest, size: int) -> list[PoolPlan]:
     """Pools for ``manifest`` in at most ``size`` bytes.
 
-    Each group of layers of one shape gets its floor and its part of the rest (``divide``), and shares one pool; a pool whose slabs would reach 2^31 elements is split into runs of neighbouring layers.  One wide
-    pool lets slots follow the layers that need them (docs/decisions.md).
+    Each group of layers of one shape gets its floor and its part of the rest (``divide``), and shares one pool; a pool
+    whose slabs would reach 2^31 elements is split into runs of neighbouring layers.  One wide pool lets slots follow
+    the layers that need them (docs/decisions.md).
 
     Raises:
         BudgetTooSmall: ``size`` is below ``smallest(manifest)``.
