@@ -12,20 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from core_parts import (
-    GARBAGE,
-    LAYERS,
-    MODELS,
-    POOLS,
-    UNTIL_EVALUATED,
-    Block,
-    Channel,
-    Kind,
-    Place,
-    Segment,
-    WatchedLRU,
-    Worker,
-)
 from hypothesis import note
 
 from expertd.daemon.core import Core, events, instructions
@@ -42,6 +28,20 @@ from expertd.protocol.errors import (
 )
 from expertd.protocol.layout import PAGE
 from expertd.protocol.messages import PoolInfo
+from tests.core_parts import (
+    GARBAGE,
+    LAYERS,
+    MODELS,
+    POOLS,
+    UNTIL_EVALUATED,
+    Block,
+    Channel,
+    Kind,
+    Place,
+    Segment,
+    WatchedLRU,
+    Worker,
+)
 
 
 class World:

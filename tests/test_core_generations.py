@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from test_core import ONE_PAGE, TWO_PAGES, Daemon, manifest, of, two_sessions
 
 from expertd.daemon.core.events import (
     Attach,
@@ -37,6 +36,7 @@ from expertd.daemon.core.plan import largest, smallest
 from expertd.protocol import errors
 from expertd.protocol.layout import PAGE
 from expertd.protocol.manifest import Manifest
+from tests.test_core import ONE_PAGE, TWO_PAGES, Daemon, manifest, of, two_sessions
 
 
 def created(daemon: Daemon, out: list[Instruction]) -> list[Instruction]:
@@ -97,6 +97,20 @@ def test_silence_of_a_session_that_owes_nothing_is_no_news() -> None:
     daemon.get(1, 1, 0, 0, 1)
     assert daemon.feed(Silent(1)) == daemon.feed(Silent(77)) == []
     assert not daemon.core.sessions[1].silent
+
+
+def test_what_a_session_holds_that_is_stopped_while_it_is_idle_is_taken_from_the_others() -> None:
+    """It stands in nobody's way and owes no ack, but the memory is gone."""
+    daemon = two_sessions(8)
+    copied(daemon, created(daemon, budget(daemon, 7)))
+    daemon.feed(Released(2, 1))
+    assert (daemon.core.owing, daemon.core.holding) == ([], [1])
+    (create,) = of(CreatePool, daemon.feed(Silent(1)))
+    assert create.layout.slots == 2, "the floor: nine pages of seven are held"
+    created(daemon, [create])
+    assert daemon.core.holding == [2], "what is silent is not asked again"
+    daemon.feed(Heard(1))
+    assert sorted(daemon.core.holding) == [1, 2]
 
 
 def test_a_session_that_answers_slowly_is_waited_for_even_if_another_is_silent() -> None:

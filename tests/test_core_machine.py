@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from core_parts import CHANNELS, LAYERS, MODELS, Kind, WatchedLRU, Worker
-from core_world import World
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -26,6 +24,8 @@ from expertd.daemon.core.plan import largest, resized
 from expertd.protocol.errors import ReadFailed
 from expertd.protocol.layout import PAGE
 from expertd.protocol.messages import AliasMode
+from tests.core_parts import CHANNELS, LAYERS, MODELS, Kind, WatchedLRU, Worker
+from tests.core_world import World
 
 MOVES = 24
 """More than this often no pool may move while nothing happens to it."""

@@ -25,7 +25,7 @@ from expertd.protocol import messages
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import BudgetTooSmall, DaemonLost, FileChanged
 from expertd.protocol.paths import Home
-from expertd.worker import attach
+from expertd.worker import attach, load
 from expertd.worker.load import session_of
 from expertd.worker.manifest import load_lazily
 from tests.conftest import DEADLINE_S, StartDaemon
@@ -165,6 +165,28 @@ def test_a_checkpoint_that_changed_meanwhile_is_refused_until_it_is_back(
             generate(model, 40)
         os.utime(weights, ns=times)
         assert generate(model, 40) == expected[:40]
+
+
+@pytest.mark.parametrize("size", [0, None])
+def test_dense_weights_of_a_file_that_changes_while_it_is_loaded_are_refused(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    """MLX reads them itself, long after the headers were checked."""
+    path = write_checkpoint(tmp_path / "model", "qwen3_moe", **SIZES)
+    weights, attach_model = path / "model.safetensors", load._attach
+
+    def attach_and_damage(*arguments: Any) -> Any:
+        model = attach_model(*arguments)
+        if size is None:
+            os.utime(weights, ns=(1, 1))
+        else:
+            os.truncate(weights, size)
+        return model
+
+    monkeypatch.setattr(load, "_attach", attach_and_damage)
+    with pytest.raises(FileChanged):
+        expertd.load(path)
+    wait_for(lambda: not home.daemon_socket.exists() or not any(m.sessions for m in ask_status(home).models))
 
 
 @linux_only
