@@ -84,7 +84,6 @@ def stranger(home: Home, start_daemon: StartDaemon) -> Iterator[zmq.Socket[bytes
         msgspec.msgpack.encode(FETCH | {"experts": []}),
         msgspec.msgpack.encode(FETCH | {"experts": [65536]}),
         msgspec.msgpack.encode({"type": "setbudget", "budget": 0}),
-        msgspec.msgpack.encode({"type": "setbudget", "budget": 1 << 63}),
         msgspec.msgpack.encode({"type": "welcome", "protocol": 1, "package": "x", "pid": 1}),
         msgspec.msgpack.encode({"type": "shutdown"}),
     ],
