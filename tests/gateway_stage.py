@@ -84,7 +84,7 @@ class Served:
 
     def raw_chat(self, **fields: Any) -> socket.socket:
         """A connection on which a chat request was sent and nothing was read."""
-        body = json.dumps({"model": self.model, "messages": HELLO} | fields).encode()
+        body = json.dumps({"model": self.model, "messages": HELLO, "temperature": 0} | fields).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
