@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +36,18 @@ def held_by(stage: Stage, pid: int) -> Held | None:
     try:
         status = ask_status(stage.home)
         sessions = sum(len(model.sessions) for model in status.models)
-        return Held(pid, psutil.Process(pid).num_fds(), memory_of(pid).anonymous, sessions)
+        return Held(pid, _steady_descriptors(pid), memory_of(pid).anonymous, sessions)
     except (ExpertdError, psutil.Error, OSError):
         return None
+
+
+def _steady_descriptors(pid: int) -> int:
+    """The fewest of a second: connections come and go (the one that asked for the status has just gone), leaks stay."""
+    counts = []
+    for _ in range(10):
+        counts.append(psutil.Process(pid).num_fds())
+        time.sleep(0.1)
+    return min(counts)
 
 
 def descriptors_by_kind(pid: int) -> dict[str, int]:
