@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from benchmarks.torture.attacks import Attack, Attacks, Cast, Under
 
 QUIET_EVERY_S = 75.0
-RECOVERY_S = 30.0
-"""When attacks pause, everybody says something right within this time (a gateway's worker may have to start twice)."""
+RECOVERY_S = 45.0
+"""When attacks pause, everybody says something right within this time: a gateway waits up to 30 s before it starts a
+worker that has died many times, and then that has to load."""
 POLL_S = 0.05
 
 
