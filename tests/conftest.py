@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from tools.stage import end, launch_daemon, temporary_home
 
 DEADLINE_S = 20.0
 """How long a test waits for anything before it fails."""
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell that runs the tests in the background (``make test &``) has them ignore it; some tests interrupt programs."""
 
 
 class StartDaemon(Protocol):

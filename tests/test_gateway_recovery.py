@@ -103,7 +103,10 @@ def text(client: openai.OpenAI, served: Served, max_tokens: int = 24) -> str:
 
 
 def gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it went between the two questions
+        return True
 
 
 def daemon_of(home: Home) -> psutil.Process:
