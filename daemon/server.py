@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -25,12 +26,14 @@ import zmq
 import zmq.asyncio
 
 from expertd.daemon.core import Core, events, instructions
+from expertd.daemon.core.state import Model
 from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.lifelines import Lifelines
 from expertd.daemon.liveness import TICK_S, Liveness
 from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.reader import OpenFiles, Read, Reader
 from expertd.daemon.status import model_status
+from expertd.daemon.tracing import Tracing
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -56,6 +59,8 @@ SESSION_LIMIT = 128
 MODEL_LIMIT = 32
 FAIR_FRAMES = 64
 """After so many frames in a row the loop sees to everything else: a flood may not keep reads and deaths waiting."""
+TRACE_END_S = 20.0
+"""So long sessions have to write what they recorded, before whoever ends it hears of the others."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Server:
         self._files: dict[str, OpenFiles] = {}
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
+        self._tracing = Tracing()
         self._peers: dict[int, _Peer] = {}
         self._events: deque[events.Event] = deque()
         self._numbers = itertools.count(secrets.randbits(48))
@@ -211,6 +217,9 @@ class Server:
             case messages.Released(session=session, segment=segment):
                 if self._check_sender(identity, session):
                     self._feed(events.Released(session, segment))
+            case messages.Recorded(session=session):
+                if self._check_sender(identity, session):
+                    self._tracing.recorded(message)
             case messages.Ping(session=session):
                 if self._check_sender(identity, session):
                     self._send(identity, messages.Pong(session=session))
@@ -235,6 +244,10 @@ class Server:
                 self._set_budget(identity, budget)
             case messages.AskStatus():
                 self._send(identity, self._status())
+            case messages.StartTrace(folder=folder):
+                self._start_trace(identity, Path(folder))
+            case messages.StopTrace():
+                self._spawn(self._stop_trace(identity))
             case messages.Stop(if_idle=if_idle):
                 if if_idle and (self._peers or self._attaching):
                     raise DaemonBusy(f"the daemon (process {os.getpid()}) is in use")
@@ -252,6 +265,29 @@ class Server:
         log.info("the budget changes from %s to %s", show_size(before), show_size(budget))
         self._feed(events.BudgetChanged(budget))
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
+
+    def _start_trace(self, identity: bytes, folder: Path) -> None:
+        if self._tracing.folder is not None:
+            raise DaemonBusy(f"traces are being recorded in {self._tracing.folder}; end that with 'expertd trace stop'")
+        self._tracing.start(folder)
+        for model in self._core.models.values():
+            for session in model.sessions:
+                self._trace(session, model)
+        self._send(identity, messages.TraceStarted(sessions=len(self._peers)))
+
+    def _trace(self, session: int, model: Model) -> None:
+        name = Path(model.manifest.folder).name
+        record = self._tracing.begin(session, model.sessions[session].pid, name)
+        if record is not None:
+            self._to_control(session, record)
+
+    async def _stop_trace(self, identity: bytes) -> None:
+        for record in self._tracing.stop():
+            self._to_control(record.session, record)
+        deadline = time.monotonic() + TRACE_END_S
+        while self._tracing.waiting and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._send(identity, self._tracing.report())
 
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:
         if hello.protocol != PROTOCOL:
@@ -313,6 +349,7 @@ class Server:
     def _end(self, session: int) -> None:
         peer = self._peers.pop(session, None)
         if peer is not None:
+            self._tracing.gone(session)
             self._lifelines.close_line(peer.token)
             self._feed(events.Ended(session))
 
@@ -398,6 +435,7 @@ class Server:
             pools=[pool for pool in pools if pool is not None],
         )
         self._to_control(grant.session, attached)
+        self._trace(grant.session, self._core.models[grant.model])
 
     def _hand_over(self, session: int, info: messages.PoolInfo) -> messages.PoolInfo | None:
         """Send a segment's descriptor over the lifeline; returns ``info`` with its nonce, None if the session is over.
@@ -489,6 +527,7 @@ class Server:
             budget_bytes=self._core.budget,
             used_bytes=self._core.used,
             pressure="normal",
+            tracing=str(self._tracing.folder or ""),
             frames_dropped=self._frames_dropped,
             models=[model_status(model) for model in self._core.models.values()],
         )

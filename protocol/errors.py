@@ -29,6 +29,8 @@
     |-- SessionUnknown                session_unknown
     |-- SessionClosed                 session_closed
     |-- AliasFailed                   alias_failed
+    |-- TraceInvalid                  trace_invalid
+    |-- TraceWriteFailed              trace_write_failed
     |-- PortInUse                     port_in_use
     |-- RequestInvalid                request_invalid
     |   |-- ParameterUnsupported      parameter_unsupported
@@ -263,6 +265,19 @@ class AliasFailed(ExpertdError):
     """Shared pages could not be made into MLX arrays, and copying was not allowed."""
 
     code = "alias_failed"
+
+
+class TraceInvalid(ExpertdError):
+    """A file is no routing trace, is damaged, or is of a newer format; or a file of prompts cannot be used."""
+
+    code = "trace_invalid"
+    exit_status = 2
+
+
+class TraceWriteFailed(ExpertdError):
+    """A trace cannot be written: the disk is full, or something is in its place."""
+
+    code = "trace_write_failed"
 
 
 class PortInUse(ExpertdError):

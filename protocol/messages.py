@@ -171,6 +171,22 @@ class Pong(Message):
     session: Count
 
 
+class Record(Message):
+    """The daemon wants the session's routing to be recorded in the file ``path``; empty: no more."""
+
+    session: Count
+    path: Name
+
+
+class Recorded(Message):
+    """A recording has ended, with so many tokens in ``path``; ``error`` says why it failed, or could not begin."""
+
+    session: Count
+    path: Name
+    tokens: Count
+    error: Text = ""
+
+
 class RoutingLog(Message):
     """What the routers chose since the last report (PROTOCOL.md, "Routing log")."""
 
@@ -248,6 +264,7 @@ class Status(Message):
     budget_bytes: int
     used_bytes: int
     pressure: str
+    tracing: str
     frames_dropped: int
     models: list[ModelStatus]
 
@@ -263,6 +280,29 @@ class BudgetSet(Message):
 
     before: Count
     budget: Count
+
+
+class StartTrace(Message):
+    """Have every session's routing recorded, each in a file of its own in ``folder``, until StopTrace."""
+
+    folder: Name
+
+
+class TraceStarted(Message):
+    """Answer to StartTrace: how many sessions there are now; those that come later are recorded too."""
+
+    sessions: Count
+
+
+class StopTrace(Message):
+    """Have recording ended; the answer comes when all sessions have written their files, or do not answer."""
+
+
+class TraceStopped(Message):
+    """Answer to StopTrace: the recordings that have ended, and the paths of those that have not answered."""
+
+    ended: list[Recorded]
+    unfinished: list[Name]
 
 
 class Stop(Message):
@@ -347,8 +387,8 @@ class Shutdown(Message):
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Error,
     Attach, Attached, Fetch, Resident, Ack, AckRequest, Complete, Moved, Released, RoutingLog, Ping, Pong,
-    Detach, Detached,
-    AskStatus, Status, SetBudget, BudgetSet, Stop, Stopping,
+    Record, Recorded, Detach, Detached,
+    AskStatus, Status, SetBudget, BudgetSet, StartTrace, TraceStarted, StopTrace, TraceStopped, Stop, Stopping,
     WorkerReady, WorkerFailed, Generate, Cancel, Delta, Finished, Refused, Shutdown,
 )  # fmt: skip
 
@@ -356,8 +396,9 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     Hello | Welcome | Error
     | Attach | Attached | Fetch | Resident | Ack | AckRequest | Complete | Moved | Released | RoutingLog | Ping | Pong
-    | Detach | Detached
-    | AskStatus | Status | SetBudget | BudgetSet | Stop | Stopping
+    | Record | Recorded | Detach | Detached
+    | AskStatus | Status | SetBudget | BudgetSet | StartTrace | TraceStarted | StopTrace | TraceStopped
+    | Stop | Stopping
     | WorkerReady | WorkerFailed | Generate | Cancel | Delta | Finished | Refused | Shutdown
 )  # fmt: skip
 

@@ -111,7 +111,7 @@ def _default(field: msgspec.inspect.Field) -> list[str]:
     if field.required:
         return []
     value: Any = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-    return ["default " + ("nil" if value is None else "empty" if value in (b"", []) else str(value).lower())]
+    return ["default " + ("nil" if value is None else "empty" if value in (b"", "", []) else str(value).lower())]
 
 
 def field_rows(cls: type) -> list[tuple[str, str, str]]:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -38,6 +37,7 @@ from expertd.protocol.errors import (
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.routing import pack
+from expertd.worker.doorbell import Doorbell
 from expertd.worker.link import Link, MappedPool, Mode
 
 log = logging.getLogger("expertd.worker")
@@ -82,9 +82,11 @@ class Session:
             differ, the owner calls ``ack`` when it may.
         routing: what routers chose, ``(layer, experts)``, and no message has told yet.  The owner appends events that
             were all hits; the others ride in their Fetch.
-        news: grows when pools are offered or have become complete.
+        news: grows when pools are offered or have become complete, or ``to_record`` changes.
+        to_record: the file that the daemon wants this session's routing to be recorded in, None for none.
         pools: those that have been adopted.
         on_idle: called by the control thread under the forward lock, when no forward has run for a while.
+        on_close: called under the forward lock when the session is closed, before anything is given up.
     """
 
     def __init__(self, home: Home, manifest: Manifest, mode: Mode, start: Callable[[], None] | None = None) -> None:
@@ -114,18 +116,19 @@ class Session:
         # that goes.
         self._exchange = threading.Condition()
         self._offers: dict[tuple[int, ...], MappedPool] = {}
-        self._released: deque[tuple[int, int]] = deque()
+        self._outbox: deque[messages.Released | messages.Recorded] = deque()
         self._needed = False
         self._attempts = 0
         self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
         self.news = 0
+        self.to_record: str | None = None
+        self._recorded = False
         self.on_idle: Callable[[], None] = lambda: None
+        self.on_close: Callable[[], None] = lambda: None
         self._link = self._active = Link(home, manifest, mode)
         self.pools, self._link.pools = self._link.pools, []
         self._follow_unmapping(self._link, self.pools)
-        self._wake, self._woken = socket.socketpair()
-        self._wake.setblocking(False)
-        self._woken.setblocking(False)
+        self._bell = Doorbell()
         self._thread = threading.Thread(target=self._run, name=f"session-{self._link.number}", daemon=True)
         _sessions.add(self)
         self._thread.start()
@@ -134,6 +137,11 @@ class Session:
     def number(self) -> int:
         """The session's number in its present daemon."""
         return self._link.number
+
+    @property
+    def manifest(self) -> Manifest:
+        """Which blocks the session's model has."""
+        return self._manifest
 
     # -- the computing thread ------------------------------------------------------------------------------------------
 
@@ -181,6 +189,22 @@ class Session:
             # The control thread may have noted a request after the ack and found the lock still taken.
             if self.asked == self.acked or not self._forward.acquire(blocking=False):
                 return
+
+    @contextlib.contextmanager
+    def between_forwards(self) -> Iterator[None]:
+        """No forward runs in the block.
+
+        Raises:
+            SessionClosed: the session was closed, or this process is a fork of its owner.
+        """
+        with self._forward:
+            self._check_open()
+            yield
+
+    def recorded(self, path: str, tokens: int, error: str = "") -> None:
+        """Tell the daemon that the recording in ``path`` has ended, or why it could not begin."""
+        self._recorded = True
+        self._tell(messages.Recorded(session=self._link.number, path=path, tokens=tokens, error=error))
 
     def ack(self) -> None:
         """Answer the daemon's request for an ack; the caller has evaluated all that was looked up until now."""
@@ -277,7 +301,7 @@ class Session:
                         self._raise_trouble(waited_s)
                     if waited_s >= MOVE_S and not self._active.lost:
                         self._active.lost = True
-                    self._poke()
+                    self._bell.ring()
                     self._exchange.wait(_POLL_S)
                     waited_s += _POLL_S
             finally:
@@ -341,12 +365,12 @@ class Session:
     def _give_up(self, link: Link) -> None:
         """Let the control thread attach anew."""
         link.lost = True
-        self._poke()
+        self._bell.ring()
 
-    def _poke(self) -> None:
-        """Wake the control thread."""
-        with contextlib.suppress(BlockingIOError, OSError):  # it is awake, or has ended
-            self._wake.send(b"x")
+    def _tell(self, message: messages.Released | messages.Recorded) -> None:
+        """Have the control thread send ``message``, unless the daemon that it is for is gone; on whatever thread."""
+        self._outbox.append(message)
+        self._bell.ring()
 
     # -- the control thread --------------------------------------------------------------------------------------------
 
@@ -357,7 +381,7 @@ class Session:
             try:
                 if self._active.lost:
                     self._active.hang_up()
-                    self._woken_within(pause_s if not self._needed else min(pause_s, _RETRY_S[0]))
+                    self._bell.wait(pause_s if not self._needed else min(pause_s, _RETRY_S[0]))
                     pause_s = self._attach_again(pause_s)
                 else:
                     forwards = self._attend(self._active, forwards)
@@ -370,25 +394,20 @@ class Session:
             with self._forward:  # somebody may still compute with one of the model's layers
                 self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
         if self._settled:
+            self._send_outbox(self._active)
+            if self._recorded:
+                self._active.say_goodbye()
             self._active.hang_up()
         if self._abandoned:
             self._close_sockets()
         with self._exchange:
             self._exchange.notify_all()
 
-    def _woken_within(self, timeout_s: float) -> bool:
-        """Sleep, at most so long; returns whether somebody woke this thread."""
-        poller = zmq.Poller()
-        poller.register(self._woken.fileno(), zmq.POLLIN)
-        if not poller.poll(round(timeout_s * 1000)):
-            return False
-        self._drain()
-        return True
-
-    def _drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._woken.recv(64):
-                pass
+    def _send_outbox(self, link: Link) -> None:
+        while self._outbox:
+            said = self._outbox.popleft()
+            if said.session == link.number and not link.lost:
+                link.control.send(said)
 
     def _attach_again(self, pause_s: float) -> float:
         """Try to attach to whatever daemon there is; returns how long to pause before the next attempt."""
@@ -406,6 +425,7 @@ class Session:
             return min(max(2 * pause_s, _RETRY_S[0]), _RETRY_S[1])
         log.info("session %d goes on as session %d", self._link.number, link.number)
         with self._exchange:
+            self.to_record = None  # it was the last daemon's wish
             if self._active is not self._link:
                 self._active.data.close()  # nobody has used it
             self._active = link
@@ -425,14 +445,11 @@ class Session:
         poller = zmq.Poller()
         poller.register(link.control.socket, zmq.POLLIN)
         poller.register(link.line.fileno(), zmq.POLLIN)
-        poller.register(self._woken.fileno(), zmq.POLLIN)
+        poller.register(self._bell.fileno(), zmq.POLLIN)
         ready = dict(poller.poll(round(IDLE_FLUSH_S * 1000)))
-        if self._woken.fileno() in ready:
-            self._drain()
-        while self._released:
-            number, segment = self._released.popleft()
-            if number == link.number:
-                link.control.send(messages.Released(session=number, segment=segment))
+        if self._bell.fileno() in ready:
+            self._bell.answer()
+        self._send_outbox(link)
         if link.control.socket in ready:
             self._listen(link)
         elif link.line.fileno() in ready and link.ended():
@@ -468,6 +485,10 @@ class Session:
                 with self._exchange:
                     self._follow_unmapping(link, [pool])
                     self._offers[pool.layers] = pool
+                    self._told()
+            case messages.Record(path=path):
+                with self._exchange:
+                    self.to_record = path or None
                     self._told()
             case messages.Ping():
                 link.control.send(messages.Pong(session=link.number))
@@ -521,8 +542,9 @@ class Session:
             return
         with self._forward:
             if self._closed is None:
+                self.on_close()
                 self._closed = SessionClosed("the model was closed; load it again")
-        self._poke()
+        self._bell.ring()
         self._thread.join()
         self._close_sockets()
 
@@ -533,8 +555,7 @@ class Session:
                 link.data.close()
             self.pools.clear()
             self._offers.clear()
-        self._wake.close()
-        self._woken.close()
+        self._bell.close()
 
     def abandon(self) -> None:
         """Close a session whose model was garbage-collected.
@@ -543,15 +564,14 @@ class Session:
         """
         if not self.forked:
             self._abandoned = True
-            self._poke()
+            self._bell.ring()
 
 
 def _unmapped(session: weakref.ref[Session], number: int, segment: int) -> None:
     """The pages of a pool are gone; on whatever thread, so this only notes it down."""
     alive = session()
     if alive is not None and not alive.forked:
-        alive._released.append((number, segment))
-        alive._poke()
+        alive._tell(messages.Released(session=number, segment=segment))
 
 
 def _void_after_fork() -> None:
@@ -560,7 +580,7 @@ def _void_after_fork() -> None:
         session._closed = SessionClosed(_FORKED)
         session._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
         # The parent's death must reach the daemon as an end of file, so the child may not hold the line open.
-        for end in (session._active.line, session._link.line, session._wake, session._woken):
+        for end in (session._active.line, session._link.line, session._bell):
             end.close()
 
 

@@ -11,9 +11,12 @@ evicted from them.
 
 from __future__ import annotations
 
+import logging
 import struct
+import weakref
 from collections.abc import Callable
 from mmap import mmap
+from pathlib import Path
 from threading import get_ident
 from typing import Any
 
@@ -22,11 +25,14 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd.protocol.errors import PoolMoved, SessionClosed
+from expertd.protocol.errors import ExpertdError, PoolMoved, SessionClosed
 from expertd.protocol.layout import ABSENT, PoolLayout
 from expertd.worker.alias import CopiedSlabs, Slabs
 from expertd.worker.attach import Session
 from expertd.worker.link import MappedPool
+from expertd.worker.recording import Recorder
+
+log = logging.getLogger("expertd.worker")
 
 FEW = 128
 """Up to so many ids are looked up one by one.  With cold caches, as they are after each layer, that takes half the time
@@ -48,6 +54,9 @@ class Events:
         self.slabs: list[Slabs] = []  # all that are mapped: always the same list
         self.layers: list[_Parts] = []
         self.unevaluated: Any = None  # or still being computed
+        self.recorder: Recorder | None = None
+        self.model: weakref.ref[Any] | None = None
+        self._wanted: str | None = None  # where the daemon wants this model's traffic to be recorded
         self._news = 0
         self._calls = 0
         self._left: list[tuple[int, Slabs]] = []
@@ -67,10 +76,14 @@ class Events:
             mx.eval(self.unevaluated)
             self.unevaluated = None
 
-    def begin_call(self) -> None:
-        """A forward starts: take news in, and read what routers chose some calls ago."""
+    def begin_call(self, inputs: Any, cache: Any) -> None:
+        """A forward of ``inputs`` starts: take news in, and read what routers chose some calls ago."""
+        if self.recorder is not None:
+            self.recorder.collect(LOG_AFTER_CALLS - 1)
         self.take_news()
         self._calls += 1
+        if self.recorder is not None:
+            self.recorder.begin(inputs, cache)
         if self._left:
             self._let_left_go(LOG_AFTER_CALLS)
         self._lazy.append([])
@@ -90,13 +103,41 @@ class Events:
                 self._adopt(offered)
             for parts in self.layers:
                 parts.become_complete()
+            if self.session.to_record != self._wanted:
+                self._record(self.session.to_record)
             self._news = news
 
     def while_idle(self) -> None:
         """No forward runs: take news in, and give back what has been left."""
+        if self.recorder is not None:
+            self.recorder.collect(0)
         self.take_news()
         if self._left:
             self._let_left_go(0)
+
+    def _record(self, wanted: str | None) -> None:
+        """Begin or end to record this model's traffic, as the daemon wants."""
+        self._wanted = wanted
+        self.stop_recording()
+        model = self.model() if self.model is not None else None
+        if wanted is not None and model is not None:
+            try:
+                self.recorder = Recorder(Path(wanted), model, self.session.manifest)
+            except ExpertdError as error:
+                self.session.recorded(wanted, 0, error.message)
+
+    def stop_recording(self) -> None:
+        """End the recording of this model, if there is one."""
+        recorder, self.recorder = self.recorder, None
+        if recorder is None:
+            return
+        try:
+            info = recorder.finish()
+        except ExpertdError as error:
+            log.error("%s", error.message)
+            self.session.recorded(str(recorder.path), recorder.tokens, error.message)
+        else:
+            self.session.recorded(str(recorder.path), info.tokens)
 
     def follow(self) -> None:
         """A layer's pool has moved, or the daemon is gone: wait for what comes in its place, and adopt it."""
@@ -147,6 +188,8 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
             raise SessionClosed("the model was closed; load it again")
         if parts.events.session.owner != get_ident():
             return parts.lone_event(x, indices)
+        if parts.events.recorder is not None:
+            parts.events.recorder.note(parts.layer, indices)
         if not parts.complete:
             return parts.event(x, indices)
         if not (parts.last and indices.shape[-2] > 1):

@@ -8,6 +8,7 @@ No mlx here: arrays over the pools are ``expertd.worker.alias``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import secrets
@@ -18,15 +19,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import zmq
 from numpy.typing import NDArray
 
 from expertd.protocol import lifeline, messages
 from expertd.protocol.connection import Connection, control_identity, data_identity
-from expertd.protocol.errors import AliasFailed, DaemonLost
+from expertd.protocol.errors import AliasFailed, DaemonLost, ExpertdError
 from expertd.protocol.layout import PoolLayout, pool_layout, read_header
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.segments import map_readonly
+
+log = logging.getLogger("expertd.worker")
 
 Mode = Literal["shm", "copy"]
 
@@ -35,6 +39,9 @@ ATTACH_S = 600.0
 
 SEGMENT_S = 10.0
 """A segment's descriptor is sent before the message that names it."""
+
+GOODBYE_S = 2.0
+"""How long a session that is closed waits for the daemon to have heard its last words."""
 
 
 @dataclass(eq=False)
@@ -148,6 +155,16 @@ class Link:
         for _, descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+    def say_goodbye(self) -> None:
+        """See that the daemon has heard all that was said, before it sees the lifeline end."""
+        if not self.lost:
+            try:
+                self.control.send(messages.Detach(session=self.number))
+                while not isinstance(self.control.receive(GOODBYE_S), messages.Detached | None):
+                    pass
+            except (ExpertdError, zmq.ZMQError) as error:
+                log.debug("nobody heard the end of session %d: %s", self.number, error)
 
     def hang_up(self) -> None:
         """Tell the daemon, if it lives, that nobody answers here any more, and close what is the control thread's."""

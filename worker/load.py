@@ -103,10 +103,19 @@ def session_of(model: Any) -> attach.Session:
     Raises:
         SessionClosed: it is not such a model.
     """
+    return events_of(model).session
+
+
+def events_of(model: Any) -> Events:
+    """What the layers of a model share that ``load`` returned.
+
+    Raises:
+        SessionClosed: it is not such a model.
+    """
     events = getattr(model, "_expertd_events", None)
     if not isinstance(events, Events):
         raise SessionClosed("this model was not loaded by expertd.load")
-    return events.session
+    return events
 
 
 def _read_base(model: Any, manifest: Manifest) -> None:
@@ -165,23 +174,24 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: 
     model = loaded.model
     model.__class__ = _cached(type(model))
     model._expertd_events = events
-    session.on_idle = _weakly(events)
+    events.model = weakref.ref(model)
+    session.on_idle, session.on_close = _weakly(events.while_idle), _weakly(events.stop_recording)
     # At exit it is close_all that ends sessions, because it waits for forwards.
     forgotten = weakref.finalize(model, _forgotten, session, events.slabs)
     forgotten.atexit = False
     return model
 
 
-def _weakly(events: Events) -> Callable[[], None]:
-    """``events.while_idle``, for a session that must not keep its own model alive."""
-    held = weakref.ref(events)
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """``method`` of a model's events, for a session that must not keep its own model alive."""
+    held = weakref.WeakMethod(method)
 
-    def while_idle() -> None:
+    def call() -> None:
         alive = held()
         if alive is not None:
-            alive.while_idle()
+            alive()
 
-    return while_idle
+    return call
 
 
 _orphans: list[Slabs] = []
@@ -202,6 +212,11 @@ def _sweep() -> None:
             return  # another thread was faster
 
 
+def _cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache that a model is called with: all of mlx-lm's take it by name, or as the second argument."""
+    return kwargs["cache"] if "cache" in kwargs else args[1] if len(args) > 1 else None
+
+
 _classes: dict[type, type] = {}
 
 
@@ -219,8 +234,11 @@ def _cached(cls: type) -> type:
             settled = False
             try:
                 try:
-                    events.begin_call()
-                    return cls.__call__(self, *args, **kwargs)
+                    events.begin_call(args[0] if args else kwargs.get("inputs"), _cache_of(args, kwargs))
+                    out = cls.__call__(self, *args, **kwargs)
+                    if events.recorder is not None:
+                        events.recorder.end()
+                    return out
                 finally:
                     events.settle()
                     settled = True

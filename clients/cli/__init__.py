@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "Generate text from a prompt.",
     "status": "Show what the daemon holds and how well it does.",
     "budget": "Show or change the memory that experts may take.",
+    "trace": "Record which experts routers choose, and look at it.",
     "daemon": "Run or stop the cache daemon.",
     "verify": "Compare a worker's logits and tokens with plain mlx-lm.",
     "worker": "Run one worker for a gateway (started by 'expertd serve').",

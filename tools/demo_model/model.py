@@ -81,9 +81,11 @@ class Experts(nn.Module):
         counts = torch.bincount(flat, minlength=s.experts)
         rows = tokens[order // s.top_k]
         parts = []
-        for expert, chunk in enumerate(rows.split(counts.tolist())):
-            gate, up = F.linear(chunk, self.gate_up[expert]).chunk(2, -1)
-            parts.append(F.linear(F.silu(gate) * up, self.down[expert]))
+        # unbind, because its gradient is one stack; indexing makes a zeroed tensor of all experts for each of them.
+        each = zip(rows.split(counts.tolist()), self.gate_up.unbind(), self.down.unbind(), strict=True)
+        for chunk, gate_up, down in each:
+            gate, up = F.linear(chunk, gate_up).chunk(2, -1)
+            parts.append(F.linear(F.silu(gate) * up, down))
         done = torch.cat(parts) * weight.reshape(-1)[order, None]
         out = torch.zeros_like(tokens).index_add(0, order // s.top_k, done)
         share = counts / flat.numel()
@@ -123,11 +125,11 @@ class Qwen3MoE(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         s = self.shape
-        frequency = s.rope_theta ** (-torch.arange(0, s.head_dim, 2) / s.head_dim)
-        angle = torch.arange(ids.shape[1])[:, None] * frequency
+        frequency = s.rope_theta ** (-torch.arange(0, s.head_dim, 2, device=ids.device) / s.head_dim)
+        angle = torch.arange(ids.shape[1], device=ids.device)[:, None] * frequency
         cos, sin = angle.cos(), angle.sin()
         x = self.embed_tokens(ids)
-        balance = torch.zeros(())
+        balance = torch.zeros((), device=ids.device)
         for layer in self.layers:
             x, one = layer(x, cos, sin)
             balance = balance + one / s.layers

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tools.demo_model.corpus import BOS, END, TURN, documents, held_out
+from tools.demo_model.corpus import (
+    BOS,
+    DOMAINS,
+    END,
+    TURN,
+    Document,
+    held_out,
+    prose_documents,
+    python_documents,
+    recall_documents,
+)
 
 VOCABULARY = 4096
 CHAT_TEMPLATE = (
@@ -35,16 +46,32 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def encode(tokenizer: Tokenizer, found: list[Document]) -> np.ndarray:
+    """The tokens of all ``found`` one after another, uint16."""
+    return np.concatenate([np.asarray(e.ids, np.uint16) for e in tokenizer.encode_batch([d.text for d in found])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--docs", type=Path, default=Path("/usr/share/doc/python3.11/html/_sources"))
     parser.add_argument("--library", type=Path, default=Path("/usr/lib/python3.11"))
+    parser.add_argument("--prose", type=Path, default=Path("node_modules/@stdlib"))
+    parser.add_argument("--tokenizer", type=Path, help="folder of a checkpoint whose tokenizer is kept")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    found = documents(arguments.docs, arguments.library)
-    tokenizer = train_tokenizer([d.text for d in found if not held_out(d)])
+    python = python_documents(arguments.docs, arguments.library)
+    prose = prose_documents(arguments.prose)
+    seen = [d for d in python + prose if not held_out(d)]
+    unseen = [d for d in python + prose if held_out(d)]
+    seen += recall_documents(seen, len(seen) // 12)
+    unseen += recall_documents(unseen, 200, seed=1)
+    random.Random(0).shuffle(seen)
+    if arguments.tokenizer is not None:
+        tokenizer = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer([d.text for d in seen])
     tokenizer.save(str(arguments.out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -56,12 +83,19 @@ def main() -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (arguments.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name, chosen in (("train", False), ("held_out", True)):
-        texts = [d.text for d in found if held_out(d) is chosen]
-        ids = np.concatenate([np.asarray(e.ids, np.uint16) for e in tokenizer.encode_batch(texts)])
-        np.save(arguments.out / f"{name}.npy", ids)
-        size = sum(len(t.encode()) for t in texts)
-        print(f"{name}: {len(texts)} documents, {size / 1e6:.1f} MB, {ids.size / 1e6:.2f} M tokens")
+    ids = encode(tokenizer, seen)
+    np.save(arguments.out / "train.npy", ids)
+    print(f"train: {len(seen)} documents, {ids.size / 1e6:.2f} M tokens")
+    for domain in DOMAINS:
+        chosen = [d for d in unseen if d.domain == domain]
+        ids = encode(tokenizer, chosen)
+        np.save(arguments.out / f"held_out_{domain}.npy", ids)
+        shown = [d for d in seen if d.domain == domain]
+        size = sum(len(d.text.encode()) for d in chosen)
+        print(
+            f"{domain}: {len(shown)} documents, {sum(len(d.text.encode()) for d in shown) / 1e6:.1f} MB; held out "
+            f"{len(chosen)} documents, {ids.size / 1e3:.1f} k tokens, {size / ids.size:.2f} bytes a token"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""Answers to many prompts, one after another or some at a time, for whoever wants the model to have run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from expertd.worker.sequential import SequentialGenerator
+
+PREFILL_TOKENS = 512
+
+
+def answer_all(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    parallel: int = 1,
+) -> Iterator[tuple[int, list[int]]]:
+    """Generate an answer to each of ``prompts``: ``(its place in prompts, tokens)``, as they come to their end.
+
+    Args:
+        prompts: token ids; each has at least one.
+        max_tokens: longest answer.
+        temperature: 0 is greedy; above, ``seed`` makes it repeatable.
+        parallel: how many are generated at a time.
+    """
+    mx.random.seed(seed)
+    sampler = make_sampler(temperature) if temperature else None
+    ends = set(tokenizer.eos_token_ids)
+    generator: Any
+    if all(hasattr(layer, "merge") for layer in make_prompt_cache(model)):
+        generator = BatchGenerator(
+            model,
+            stop_tokens=[[end] for end in sorted(ends)],
+            completion_batch_size=parallel,
+            prefill_batch_size=parallel,
+            prefill_step_size=PREFILL_TOKENS,
+        )
+    else:
+        generator = SequentialGenerator(model, ends, PREFILL_TOKENS)
+    waiting = list(enumerate(prompts))[::-1]
+    running: dict[int, tuple[int, list[int]]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                place, prompt = waiting.pop()
+                (uid,) = generator.insert([prompt], [max_tokens], samplers=[sampler])
+                running[uid] = place, []
+            for answer in generator.next()[1]:
+                place, tokens = running[answer.uid]
+                tokens.append(answer.token)
+                if answer.finish_reason is not None:
+                    # BatchGenerator has dropped it already.
+                    del running[answer.uid]
+                    yield place, tokens
+    finally:
+        generator.close()

@@ -1,0 +1,84 @@
+"""Where a layer's routing scores come from: the router beside each switch, found by its shape, and listened to.
+
+mlx-lm's layers hand their switch the ids of the chosen experts only.  What the router thought of the others is the
+output of a linear layer with one row an expert, somewhere in the same block; it is found here for any family, and
+whether its scores explain the choice is measured where they are used (``expertd.worker.recording``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+NAMES = {"gate", "router", "gating", "moe_gate", "wg"}
+"""What routers are called, at the beginning of their path in the block."""
+BIASES = ("e_score_correction_bias", "expert_bias", "correction_bias", "moe_statics")
+"""Weights that some routers add to the sigmoid of a score before they choose."""
+
+
+class Witness:
+    """Listens to one router: ``scores()`` is what it thought of every expert in its last call.
+
+    The router's class is replaced by a subclass of it, so that the model's tree of modules and weights stays as it is.
+    """
+
+    def __init__(self, router: Any, bias: Any | None) -> None:
+        self.bias = bias
+        self._router = router
+        self._class = type(router)
+        self._seen: Any = None
+        plain = isinstance(router, nn.Linear | nn.QuantizedLinear)
+        cls = self._class
+
+        def call(module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+            out = cls.__call__(module, x, *args, **kwargs)
+            self._seen = out if plain else x
+            return out
+
+        self._plain = plain
+        router.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+    def scores(self) -> Any | None:
+        """The router's scores ``[..., experts]`` in its last call, not evaluated; None if it has not been called."""
+        seen, self._seen = self._seen, None
+        if seen is None or self._plain:
+            return seen
+        # A router that is its own linear layer (deepseek's MoEGate) returns its choice only.
+        return seen @ self._router.weight.T
+
+    def leave(self) -> None:
+        """Let the router be what it was."""
+        self._router.__class__ = self._class
+
+
+def find_router(model: Any, path: str, experts: int) -> Witness | None:
+    """Listen to the router of the switch at ``path`` in ``model``, or None if there is none that is known as one."""
+    *above, _ = path.split(".")
+    block = model
+    for step in above:
+        block = block[int(step)] if isinstance(block, list) else getattr(block, step)
+    for name, module in block.named_modules():
+        weight = module.get("weight") if isinstance(module, dict) else None
+        if (
+            name.split(".")[0] in NAMES
+            and isinstance(weight, mx.array)
+            and weight.ndim == 2
+            and weight.shape[0] == experts
+        ):
+            return Witness(module, _bias(block, name, experts))
+    return None
+
+
+def _bias(block: Any, name: str, experts: int) -> Any | None:
+    """The bias by which the router ``name`` of ``block`` chooses, in it or in the modules above."""
+    holders = [block]
+    for step in name.split("."):
+        holders.append(getattr(holders[-1], step))
+    for holder in holders:
+        for bias in BIASES:
+            found = holder.get(bias)
+            if isinstance(found, mx.array) and found.shape == (experts,):
+                return found
+    return None
