@@ -1,7 +1,8 @@
-"""``python -m benchmarks NAME [--quick] [--minutes N] [--json FILE]``: run one benchmark from the repository's root.
+"""``python -m benchmarks NAME [MODEL] [--quick] [--minutes N] [--json FILE]``: run one benchmark from the repository's
+root.
 
 Each benchmark is a module with ``run(quick) -> dict`` of named figures; it prints a table as it goes.  One that runs
-for as long as it is told has ``minutes`` too.
+for as long as it is told has ``minutes`` too, one that takes any checkpoint ``model``.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ def names() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=names())
+    parser.add_argument("model", type=Path, nargs="?", help="folder of a checkpoint, for a benchmark that takes one")
     parser.add_argument("--quick", action="store_true", help="a version that ends within a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one flat object")
     parser.add_argument("--minutes", type=float, metavar="N", help="how long, for a benchmark that can be told")
     arguments = parser.parse_args()
     run = importlib.import_module(f"benchmarks.{arguments.name}").run
     options = {"quick": arguments.quick}
-    if arguments.minutes is not None:
-        if "minutes" not in inspect.signature(run).parameters:
-            parser.error(f"{arguments.name} takes no --minutes")
-        options["minutes"] = arguments.minutes
+    for option in ("minutes", "model"):
+        value = getattr(arguments, option)
+        if value is not None:
+            if option not in inspect.signature(run).parameters:
+                parser.error(f"{arguments.name} takes no {option}")
+            options[option] = value
     figures = run(**options)
     width = max(len(name) for name in figures)
     print()

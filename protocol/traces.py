@@ -130,7 +130,7 @@ class TraceFile:
             TraceWriteFailed: the disk is full, or fails; what was appended before is still there.
         """
         packed = io.BytesIO()
-        np.savez_compressed(packed, allow_pickle=False, **arrays)
+        np.savez(packed, allow_pickle=False, **arrays)
         self._write(packed.getvalue())
         self.tokens += len(arrays["pos"])
 

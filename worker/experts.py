@@ -79,7 +79,7 @@ class Events:
     def begin_call(self, inputs: Any, cache: Any) -> None:
         """A forward of ``inputs`` starts: take news in, and read what routers chose some calls ago."""
         if self.recorder is not None:
-            self.recorder.collect(LOG_AFTER_CALLS - 1)
+            self.recorder.collect_many(LOG_AFTER_CALLS - 1)
         self.take_news()
         self._calls += 1
         if self.recorder is not None:

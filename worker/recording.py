@@ -1,7 +1,7 @@
 """Recording what a model's routers choose, while it computes.
 
 On the computing thread a forward costs a few references a layer: what the layers were called with is read when it has
-long been computed, and packed and written by a thread of the recorder.
+long been computed, and packed and written by a thread of the recorder (``expertd.worker.packing``).
 """
 
 from __future__ import annotations
@@ -14,40 +14,34 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
-from expertd.protocol.errors import ExpertdError, TraceWriteFailed, from_code
+from expertd.protocol.errors import TraceWriteFailed, from_code
 from expertd.protocol.manifest import Manifest
-from expertd.protocol.traces import DECODE, PREFILL, TraceFile, TraceInfo
+from expertd.protocol.traces import TraceFile, TraceInfo
+from expertd.worker.packing import Forward, Packer
 from expertd.worker.routers import Witness, find_router
-from expertd.worker.rows import Rows, Sequences, listen
+from expertd.worker.rows import Sequences, call_of, listen
 
 log = logging.getLogger("expertd.worker")
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 4096
 CHUNK_S = 1.0
 """A chunk is written when it has so many tokens, or is so old: what a killed recorder loses."""
+READ_FORWARDS = 32
+READ_TOKENS = 256
+"""What was computed is read when there are so many forwards or tokens: code that runs 32 times in a row is fast, what
+runs once a token is not."""
 WAITING_FORWARDS = 1024
 """So many forwards wait for the disk; then the model waits too."""
 
 
-@dataclass
-class _Forward:
-    """One forward pass: its rows, and of each layer (its number, chosen ids, scores), arrays of MLX, then of NumPy."""
-
-    rows: Rows
-    tokens: int
-    choices: list[tuple[int, Any, Any]] = field(default_factory=list)
-
-
 class Recorder:
-    """Writes one trace of one model.  ``begin``, ``note`` and ``collect`` are for the thread that computes."""
+    """Writes one trace of one model.  ``begin``, ``note``, ``end`` and ``collect`` are for the thread that computes."""
 
     def __init__(self, path: Path, model: Any, manifest: Manifest, *, scores: bool = True) -> None:
         """Begin to record.
@@ -56,30 +50,32 @@ class Recorder:
             model: the one that ``expertd.load`` returned, of which ``manifest`` names the layers.
             scores: record what routers thought of twice as many experts as they chose.
         Raises:
-            TraceWriteFailed: the file cannot be begun.
+            TraceWriteFailed: the file cannot be begun, or the model has layers that a trace cannot hold together.
         """
         self.path = path
+        shapes = {(layer.experts, layer.top_k) for layer in manifest.layers}
+        if len(shapes) > 1:
+            raise TraceWriteFailed(f"the layers of {manifest.folder} differ in their experts; no trace can hold them")
+        ((experts, top_k),) = shapes
         self._layers = len(manifest.layers)
-        self._experts = max(layer.experts for layer in manifest.layers)
-        top_k = max(layer.top_k for layer in manifest.layers)
-        self._candidates = min(2 * top_k, self._experts) if scores else 0
         info = TraceInfo(
             model=Path(manifest.folder).name,
             layers=self._layers,
-            experts=self._experts,
+            experts=experts,
             top_k=top_k,
-            candidates=self._candidates,
+            candidates=min(2 * top_k, experts) if scores else 0,
         )
-        self._packer = _Packer(TraceFile(path, info), [None] * self._layers)
+        file = TraceFile(path, info)
         self._witnesses: list[Witness | None] = [None] * self._layers
         if scores:
-            self._witnesses = [find_router(model, layer.path, layer.experts) for layer in manifest.layers]
-            self._packer.biases = [_bias(witness) for witness in self._witnesses]
+            self._witnesses = [find_router(model, layer.path, experts) for layer in manifest.layers]
+        self._packer = Packer(file, [_bias(witness) for witness in self._witnesses])
         listen()
         self._sequences = Sequences()
-        self._now: _Forward | None = None
-        self._computed: deque[_Forward] = deque()
-        self._queue: queue.SimpleQueue[_Forward | None] = queue.SimpleQueue()
+        self._now: Forward | None = None
+        self._computed: deque[Forward] = deque()
+        self._unread = 0  # tokens in these
+        self._queue: queue.SimpleQueue[Forward | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=_write, args=[self._queue, self._packer], name="expertd-recorder", daemon=True
         )
@@ -108,25 +104,37 @@ class Recorder:
             raise from_code(self._packer.failed.code, self._packer.failed.message)
 
     def begin(self, inputs: Any, cache: Any) -> None:
-        """A forward of ``inputs`` starts; read what was computed some forwards ago."""
-        self._now = _Forward(self._sequences.rows(inputs.shape, cache), inputs.size)
+        """A forward of ``inputs`` starts on this thread."""
+        self._now = Forward(call_of(inputs.shape, cache))
 
     def note(self, layer: int, indices: Any) -> None:
         """The router of ``layer`` chose ``indices`` in the forward that runs."""
-        if self._now is None:
+        now = self._now
+        if now is None:
             return  # somebody calls a layer without its model, or recording began in the middle of a forward
+        if layer != len(now.ids):
+            self._now = None  # a layer was left out, or computed twice
+            return
         witness = self._witnesses[layer]
-        self._now.choices.append((layer, indices, witness.scores() if witness is not None else None))
+        now.ids.append(indices)
+        now.scores.append(None if witness is None else witness.scores())
 
     def end(self) -> None:
         """The forward is over: keep it if it was whole."""
         now, self._now = self._now, None
-        if now is None or len(now.choices) != self._layers:
+        if now is None or len(now.ids) != self._layers:
             return
-        if not now.rows.decode:
+        if now.tokens > now.call.batch:
             # mlx-lm never asks for the last layer of a prompt's chunk, so nobody else has it computed.
-            mx.async_eval([array for _, *arrays in now.choices for array in arrays if array is not None])  # type: ignore[no-untyped-call]
+            arrays = [array for array in now.ids + now.scores if array is not None]
+            mx.async_eval(arrays)  # type: ignore[no-untyped-call]
         self._computed.append(now)
+        self._unread += now.tokens
+
+    def collect_many(self, keep: int) -> None:
+        """``collect`` if it is worth it."""
+        if self._unread >= READ_TOKENS or len(self._computed) >= READ_FORWARDS:
+            self.collect(keep)
 
     def collect(self, keep: int) -> None:
         """Hand all but the last ``keep`` forwards to the writer.
@@ -138,14 +146,35 @@ class Recorder:
             forward = self._computed[0]
             if self._packer.failed is None:
                 try:
-                    forward.choices = [(layer, _raw(ids), _raw(scores)) for layer, ids, scores in forward.choices]
+                    forward.read(self._sequences)
                 except RuntimeError as error:
                     log.debug("a forward is not recorded yet: %s", error)
                     return
                 self._queue.put(forward)
             self._computed.popleft()
+            self._unread -= forward.tokens
             while self._queue.qsize() > WAITING_FORWARDS and self._thread.is_alive():
                 time.sleep(0.01)
+
+    def listen(self) -> None:
+        """Listen to the routers, as it does from the beginning, until ``leave``."""
+        for witness in self._witnesses:
+            if witness is not None:
+                witness.listen()
+
+    def leave(self) -> None:
+        """Let the routers be."""
+        for witness in self._witnesses:
+            if witness is not None:
+                witness.leave()
+
+    def flush(self) -> None:
+        """Return when all that was computed is in the file; between two forwards only."""
+        self.collect(0)
+        written = threading.Event()
+        self._queue.put(written)
+        while not written.wait(CHUNK_S) and self._thread.is_alive():
+            pass
 
     def finish(self) -> TraceInfo:
         """Collect what is computed, write the trace, and let the model be; between two forwards only; once is enough.
@@ -153,10 +182,7 @@ class Recorder:
         Raises:
             TraceWriteFailed: the disk is full, or fails; says where what was recorded is.
         """
-        for witness in self._witnesses:
-            if witness is not None:
-                witness.leave()
-        self._witnesses = [None] * self._layers
+        self.leave()
         self.collect(0)
         self._end()
         self._thread.join()
@@ -164,162 +190,33 @@ class Recorder:
         return self.info
 
 
-def _raw(array: Any) -> Any:
-    """An array's elements as NumPy has them, copied; bfloat16 as the uint16 of its bits."""
-    if array is None:
-        return None
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    return np.array(array)
-
-
-def _bias(witness: Witness | None) -> NDArray[np.float32] | None:
+def _bias(witness: Witness | None) -> Any:
     if witness is None or witness.bias is None:
         return None
     return np.array(witness.bias.astype(mx.float32))
 
 
-class _Packer:
-    """Turns forwards into a trace's arrays; on the writer's thread."""
-
-    def __init__(self, file: TraceFile, biases: list[NDArray[np.float32] | None]) -> None:
-        self.file = file
-        self.biases = biases
-        self.failed: ExpertdError | None = None
-        self._forwards = 0
-        self._agreed = np.zeros(file.info.layers)
-        self._judged = np.zeros(file.info.layers)
-
-    def agreement(self) -> list[float]:
-        """Of each layer, the share of tokens whose experts have the highest scores; empty if no scores are kept."""
-        if not self._judged.any():
-            return []
-        return [round(float(share), 5) for share in self._agreed / np.maximum(self._judged, 1)]
-
-    def write(self, forwards: list[_Forward]) -> None:
-        """Append forwards to the file; alike ones are packed together."""
-        if self.failed is not None or not forwards:
-            return
-        pieces = []
-        start = 0
-        for place in range(1, len(forwards) + 1):
-            if place == len(forwards) or forwards[place].tokens != forwards[start].tokens:
-                pieces.append(self._pack(forwards[start:place]))
-                start = place
-        arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        if not len(arrays["pos"]):
-            return
-        try:
-            self.file.append(arrays)
-        except TraceWriteFailed as error:
-            self.failed = error
-            log.error("recording ends: %s", error.message)
-
-    def finish(self) -> None:
-        """Make the trace of what was written; a part that could not be written stays."""
-        if self.failed is not None:
-            return
-        try:
-            self.file.finish(self.agreement())
-        except ExpertdError as error:
-            self.failed = error
-            log.error("%s", error.message)
-
-    def _pack(self, forwards: list[_Forward]) -> dict[str, NDArray[Any]]:
-        """The arrays of forwards of equally many tokens."""
-        info = self.file.info
-        count, tokens = len(forwards), forwards[0].tokens
-        kind = np.uint8 if info.experts <= 256 else np.uint16
-        chosen = np.empty((count, tokens, info.layers, info.top_k), kind)
-        for number, forward in enumerate(forwards):
-            for layer, ids, _ in forward.choices:
-                ids = ids.reshape(tokens, -1)
-                chosen[number, :, layer, : ids.shape[1]] = ids
-                chosen[number, :, layer, ids.shape[1] :] = ids[:, -1:]  # a layer that uses fewer than others
-        places = [_places(forward.rows, forward.tokens) for forward in forwards]
-        seq_id, pos, real = (np.concatenate([place[n] for place in places]) for n in range(3))
-        phases = [DECODE if forward.rows.decode else PREFILL for forward in forwards]
-        out: dict[str, NDArray[Any]] = {"experts": chosen.reshape(count * tokens, info.layers, info.top_k)}
-        if info.candidates:
-            out["candidates"], out["scores"] = self._rank(forwards, out["experts"], tokens, real)
-        out["seq_id"], out["pos"] = seq_id, pos
-        out["forward"] = np.repeat(np.arange(self._forwards, self._forwards + count, dtype=np.uint32), tokens)
-        out["phase"] = np.repeat(np.array(phases, np.uint8), tokens)
-        self._forwards += count
-        return out if real.all() else {name: array[real] for name, array in out.items()}
-
-    def _rank(
-        self, forwards: list[_Forward], chosen: NDArray[Any], tokens: int, real: NDArray[np.bool_]
-    ) -> tuple[NDArray[Any], NDArray[np.float16]]:
-        """Candidates and scores: the chosen first, then the next best, each falling by score."""
-        info = self.file.info
-        shape = (len(chosen), info.layers, info.candidates)
-        candidates, scores = np.zeros(shape, chosen.dtype), np.full(shape, np.nan, np.float16)
-        for layer in range(info.layers):
-            found = [each for forward in forwards for number, _, each in forward.choices if number == layer]
-            ids = chosen[:, layer].astype(np.int64)
-            if any(each is None for each in found):
-                candidates[:, layer] = _padded(ids, info.candidates)
-                continue
-            raw = np.concatenate([each.reshape(tokens, -1) for each in found])
-            values = (raw.astype(np.uint32) << 16).view(np.float32) if raw.dtype == np.uint16 else raw
-            values = values.astype(np.float32)
-            bias = self.biases[layer]
-            merit = values if bias is None else 1 / (1 + np.exp(-values)) + bias
-            rows = np.arange(len(ids))[:, None]
-            lowest = merit[rows, ids].min(-1)
-            others = merit.copy()
-            others[rows, ids] = -np.inf
-            agreed = (lowest >= others.max(-1))[real]
-            self._agreed[layer] += agreed.sum()
-            self._judged[layer] += agreed.size
-            # The chosen ones are lifted above all others, whatever the router made of the scores.
-            others[rows, ids] = merit[rows, ids] + (np.abs(merit).max() * 2 + 1)
-            best = np.argpartition(-others, info.candidates - 1, axis=-1)[:, : info.candidates]
-            order = np.argsort(-others[rows, best], axis=-1, kind="stable")
-            best = best[rows, order]
-            candidates[:, layer], scores[:, layer] = best, _rounded(values[rows, best])
-        return candidates, scores
-
-
-def _rounded(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """As float16 with 6 significant bits, which packs into half the bytes."""
-    bits = values.astype(np.float16).view(np.uint16).astype(np.uint32)
-    return ((bits + 0x10) & 0xFFE0).astype(np.uint16).view(np.float16)
-
-
-def _padded(ids: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """The chosen ids, and the last of them again where a router's scores are not known."""
-    return np.concatenate([ids, np.repeat(ids[:, -1:], width - ids.shape[1], axis=1)], axis=1)
-
-
-def _places(rows: Rows, tokens: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.bool_]]:
-    """Of each token of a forward: its sequence, its place there, and whether it is no padding."""
-    width = tokens // len(rows.sequences)
-    within = np.arange(width)
-    seq_id = np.repeat(np.array(rows.sequences, np.uint32), width)
-    pos = (np.array(rows.starts)[:, None] + within).ravel().astype(np.uint32)
-    real = (within < np.array(rows.lengths)[:, None]).ravel()
-    return seq_id, pos, real
-
-
-def _write(forwards: queue.SimpleQueue[_Forward | None], packer: _Packer) -> None:
+def _write(forwards: queue.SimpleQueue[Forward | threading.Event | None], packer: Packer) -> None:
     """The writer: a chunk when there is enough for one, or when it is old enough; at the end the trace."""
-    gathered: list[_Forward] = []
-    began = 0.0
-    ended = False
-    while not ended:
-        with contextlib.suppress(queue.Empty):
-            wait = CHUNK_S if not gathered else max(0.0, began + CHUNK_S - time.monotonic())
-            forward = forwards.get(timeout=wait)
-            ended = forward is None
-            if forward is not None:
-                began = began if gathered else time.monotonic()
-                gathered.append(forward)
-        late = bool(gathered) and time.monotonic() - began >= CHUNK_S
-        if ended or late or sum(each.tokens for each in gathered) >= CHUNK_TOKENS:
-            packer.write(gathered)
-            gathered = []
+    gathered: list[Forward] = []
+    tokens, began = 0, 0.0
+    while True:
+        try:
+            came = forwards.get(timeout=max(0.0, began + CHUNK_S - time.monotonic()) if gathered else None)
+        except queue.Empty:
+            came = threading.Event()  # the chunk is old enough
+        if isinstance(came, Forward):
+            began = began if gathered else time.monotonic()
+            gathered.append(came)
+            tokens += came.tokens
+            if tokens < CHUNK_TOKENS:
+                continue
+        packer.write(gathered)
+        gathered, tokens = [], 0
+        if isinstance(came, threading.Event):
+            came.set()
+        if came is None:
+            break
     packer.finish()
 
 

@@ -38,7 +38,8 @@ class Witness:
             return out
 
         self._plain = plain
-        router.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+        self._listening = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+        self.listen()
 
     def scores(self) -> Any | None:
         """The router's scores ``[..., experts]`` in its last call, not evaluated; None if it has not been called."""
@@ -47,6 +48,10 @@ class Witness:
             return seen
         # A router that is its own linear layer (deepseek's MoEGate) returns its choice only.
         return seen @ self._router.weight.T
+
+    def listen(self) -> None:
+        """Listen to the router's calls, as it does from the beginning, until ``leave``."""
+        self._router.__class__ = self._listening
 
     def leave(self) -> None:
         """Let the router be what it was."""

@@ -1,12 +1,14 @@
-"""Whose tokens a forward computes: mlx-lm's generators call the model with bare arrays, so they are listened to."""
+"""Whose tokens a forward computes: mlx-lm's generators call the model with bare arrays, so they are listened to.
+
+While the model runs only a ``Call`` is noted; which sequences its rows belong to is worked out later, for many calls.
+"""
 
 from __future__ import annotations
 
 import functools
 import threading
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 
@@ -14,8 +16,7 @@ KEPT = 4096
 """So many sequences are remembered; of one that went silent before so many others, the rest counts as a new one."""
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """The rows of one forward's inputs ``[B, T]``.
 
     Attributes:
@@ -31,12 +32,34 @@ class Rows:
     decode: bool
 
 
-class _Announced(threading.local):
-    """What a generator of mlx-lm is about to compute on this thread: its sequences' tokens, and of a prompt its end."""
+class Batch(NamedTuple):
+    """What a generator of mlx-lm is about to compute: its sequences' tokens (by the lists that it keeps them in).
 
-    tokens: list[list[int]] | None = None
-    starts: tuple[int, ...] = ()
-    lengths: tuple[int, ...] | None = None
+    ``lengths`` are those of pieces of prompts, None for one token of each answer.
+    """
+
+    tokens: list[list[int]]
+    starts: list[int]
+    lengths: list[int] | None
+
+
+class Call(NamedTuple):
+    """A call of the model: its inputs' ``[B, T]``, and whose they are.
+
+    ``done`` counts the columns of a batch's pieces that calls before this one computed; ``cache`` and ``start`` are
+    those of a caller who is no batch of mlx-lm's.
+    """
+
+    batch: int
+    length: int
+    of: Batch | None
+    done: int
+    cache: weakref.ref[Any] | None
+    start: int
+
+
+class _Announced(threading.local):
+    of: Batch | None = None
     done: int = 0
 
 
@@ -53,79 +76,85 @@ def listen() -> None:
 
         @functools.wraps(step)
         def announced_step(batch: Any) -> Any:
-            _announced.tokens = batch.tokens
-            _announced.starts, _announced.lengths = tuple(map(len, batch.tokens)), None
+            _announced.of = Batch(list(batch.tokens), [*map(len, batch.tokens)], None)
             try:
                 return step(batch)
             finally:
-                _announced.tokens = None
+                _announced.of = None
 
         @functools.wraps(prompt)
         def announced_prompt(batch: Any, tokens: list[list[int]]) -> Any:
-            _announced.tokens = batch.tokens
-            _announced.starts, _announced.lengths = tuple(map(len, batch.tokens)), tuple(map(len, tokens))
+            _announced.of = Batch(list(batch.tokens), [*map(len, batch.tokens)], [*map(len, tokens)])
             _announced.done = 0
             try:
                 return prompt(batch, tokens)
             finally:
-                _announced.tokens = None
+                _announced.of = None
 
         GenerationBatch._step, PromptProcessingBatch.prompt = announced_step, announced_prompt
 
 
-class Sequences:
-    """Numbers the sequences of one recording."""
-
-    def __init__(self) -> None:
-        # By the identity of what stands for a sequence: (its number, its next place, what keeps the identity its own).
-        self._known: dict[int, tuple[int, int, Any]] = {}
-        self.count = 0
-
-    def rows(self, shape: tuple[int, ...], cache: Any) -> Rows:
-        """The rows of a forward of inputs ``shape`` that is about to run on this thread with ``cache``."""
-        batch, length = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
-        tokens = _announced.tokens
-        if tokens is None or len(tokens) != batch:
-            start = offset(cache)
-            held = next((entry for entry in cache or () if hasattr(entry, "__weakref__")), None)
-            known = self._continued(id(held), batch, start, length, weakref.ref(held)) if held is not None else None
-            numbers = known if known is not None else tuple(self._new() for _ in range(batch))
-            return Rows(numbers, (start,) * batch, (length,) * batch, length == 1)
-        starts, lengths = _announced.starts, _announced.lengths
-        if lengths is not None:
-            done = _announced.done
-            _announced.done += length
-            starts = tuple(start + done for start in starts)
-            lengths = tuple(max(0, min(length, of - done)) for of in lengths)
-        numbers = tuple(
-            self._number(id(row), start, start + count, row)
-            for row, start, count in zip(tokens, starts, lengths or (1,) * batch, strict=True)
-        )
-        return Rows(numbers, starts, lengths or (1,) * batch, lengths is None)
-
-    def _continued(self, key: int, batch: int, start: int, length: int, held: Any) -> tuple[int, ...]:
-        """The numbers of rows that a caller of the model keeps in one cache."""
-        first = self._number(key, start, start + length, held, batch)
-        return tuple(range(first, first + batch))
-
-    def _new(self, count: int = 1) -> int:
-        self.count += count
-        return self.count - count
-
-    def _number(self, key: int, start: int, end: int, held: Any, count: int = 1) -> int:
-        known = self._known.pop(key, None)
-        same = known is not None and (known[2]() is held() if isinstance(held, weakref.ref) else known[2] is held)
-        number = known[0] if known is not None and same and known[1] == start else self._new(count)
-        self._known[key] = number, end, held
-        if len(self._known) > KEPT:
-            del self._known[next(iter(self._known))]
-        return number
+def call_of(shape: tuple[int, ...], cache: Any) -> Call:
+    """The call of a model on this thread with inputs ``shape`` and ``cache``."""
+    batch, length = shape if len(shape) == 2 else (1, shape[0])
+    of = _announced.of
+    if of is not None and len(of.tokens) == batch:
+        done = _announced.done if of.lengths is not None else 0
+        _announced.done = done + length
+        return Call(batch, length, of, done, None, 0)
+    if not cache:
+        return Call(batch, length, None, 0, None, 0)
+    return Call(batch, length, None, 0, weakref.ref(cache[0]), offset(cache))
 
 
 def offset(cache: Any) -> int:
     """How many tokens ``cache`` (as models take it) holds, 0 if it does not say."""
-    for entry in cache or ():
+    for entry in cache:
         found = getattr(entry, "offset", None)
         if isinstance(found, int):
             return found
     return 0
+
+
+class Sequences:
+    """Numbers the sequences of one recording; takes its calls in their order."""
+
+    def __init__(self) -> None:
+        # By the identity of a sequence's list: (its number, its next place, the list, so that its identity stays).
+        self._known: dict[int, tuple[int, int, list[int]]] = {}
+        # The number, the next place and the cache of a caller's first sequence.
+        self._last: tuple[int, int, weakref.ref[Any]] | None = None
+        self.count = 0
+
+    def rows(self, call: Call) -> Rows:
+        """Whose tokens ``call`` computed."""
+        batch, length, of = call.batch, call.length, call.of
+        if of is None:
+            first = self._new(batch) if call.cache is None else self._of_cache(call, call.cache)
+            numbers = tuple(range(first, first + batch))
+            return Rows(numbers, (call.start,) * batch, (length,) * batch, length == 1)
+        starts = tuple(start + call.done for start in of.starts)
+        lengths = (1,) * batch
+        if of.lengths is not None:
+            lengths = tuple(max(0, min(length, whole - call.done)) for whole in of.lengths)
+        numbers = tuple(map(self._of_list, of.tokens, starts, lengths))
+        return Rows(numbers, starts, lengths, of.lengths is None)
+
+    def _of_cache(self, call: Call, cache: weakref.ref[Any]) -> int:
+        """The number of the first sequence of a caller who keeps them in a cache of its own."""
+        last = self._last
+        number = last[0] if last is not None and last[1:] == (call.start, cache) else self._new(call.batch)
+        self._last = number, call.start + call.length, cache
+        return number
+
+    def _of_list(self, tokens: list[int], start: int, length: int) -> int:
+        known = self._known.pop(id(tokens), None)
+        number = known[0] if known is not None and known[1] == start else self._new()
+        self._known[id(tokens)] = number, start + length, tokens
+        if len(self._known) > KEPT:
+            del self._known[next(iter(self._known))]
+        return number
+
+    def _new(self, count: int = 1) -> int:
+        self.count += count
+        return self.count - count
