@@ -93,8 +93,8 @@ class Packer:
         count, tokens = len(forwards), forwards[0].tokens
         total = count * tokens
         raw = np.frombuffer(b"".join([each for forward in forwards for each in forward.ids]), _type(forwards, 0))
-        chosen = raw.reshape(count, info.layers, tokens, info.top_k).transpose(0, 2, 1, 3)
-        chosen = chosen.reshape(total, info.layers, info.top_k)
+        by_layer = raw.reshape(count, info.layers, tokens, info.top_k)
+        chosen = by_layer.transpose(0, 2, 1, 3).reshape(total, info.layers, info.top_k)
         places = [_places(forward.rows, tokens) for forward in forwards]
         seq_id, pos, real = (np.concatenate([place[n] for place in places]) for n in range(3))
         phases = np.array([DECODE if forward.rows.decode else PREFILL for forward in forwards], np.uint8)

@@ -1,7 +1,7 @@
-"""Trained weights -> an mlx-lm checkpoint with its card: ``python -m tools.demo_model.export DATA RUN OUT``.
+"""Trained weights -> an mlx-lm checkpoint with its figures: ``python -m tools.demo_model.export DATA RUN OUT``.
 
-Dense parts stay float32 (fast on MLX's CPU back end), experts become mxfp4.  Held-out perplexity is measured on the
-finished checkpoint with plain mlx-lm on a sample, and on its float32 original.
+Dense parts stay float32 (fast on MLX's CPU back end), experts become mxfp4.  Held-out perplexity is measured with plain
+mlx-lm on a sample of each domain: of the finished checkpoint, of its float32 original, and of an earlier version.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import load_model
 
+from expertd.clients.traces.statistics import jaccard
 from expertd.worker.manifest import find_switches, replace_module
+from tools.demo_model.corpus import DOMAINS
 
 GROUP = 32
 WINDOW = 512
 WINDOWS = 16
-"""Held-out windows that are measured through MLX: its CPU back end does tens of tokens a second."""
+"""Held-out windows of each domain that are measured through MLX."""
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -85,20 +87,24 @@ def write(folder: Path, weights: dict[str, Any], config: dict[str, Any]) -> None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def measure(folder: Path, ids: np.ndarray[Any, Any]) -> tuple[float, list[int]]:
-    """Plain mlx-lm over the first ``WINDOWS`` windows of ``ids``: perplexity, and each layer's experts never chosen."""
+def measure(folder: Path, ids: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
+    """Plain mlx-lm over the first ``WINDOWS`` windows of ``ids``.
+
+    Returns:
+        The mean loss (nats a token), and how often each expert was chosen ``[layers, experts]``.
+    """
     model, config = load_model(folder)
     used = []
     for switch in find_switches(model):
         used.append(np.zeros(config["num_experts"], np.int64))
         replace_module(model, switch.path, _Counting(switch.module, used[-1]))
-    total = 0.0
-    for start in range(0, WINDOWS * WINDOW, WINDOW):
+    total, windows = 0.0, min(WINDOWS, (len(ids) - 1) // WINDOW)
+    for start in range(0, windows * WINDOW, WINDOW):
         window = mx.array(ids[start : start + WINDOW + 1].astype(np.int32))
         logits = model(window[None, :-1])[0]
         losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, window[1:, None], axis=-1)[:, 0]
         total += mx.sum(losses).item()
-    return math.exp(total / (WINDOWS * WINDOW)), [int((seen == 0).sum()) for seen in used]
+    return total / (windows * WINDOW), np.stack(used)
 
 
 class _Counting(nn.Module):  # type: ignore[misc]
@@ -114,11 +120,18 @@ class _Counting(nn.Module):  # type: ignore[misc]
         return self.switch(x, indices)
 
 
+def perplexities(losses: dict[str, float]) -> dict[str, float]:
+    """By domain, and over all of them with equal weight."""
+    out = {domain: round(math.exp(loss), 3) for domain, loss in losses.items()}
+    return out | {"all": round(math.exp(sum(losses.values()) / len(losses)), 3)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--first", type=Path, help="an earlier version with the same tokenizer, to compare with")
     arguments = parser.parse_args()
     trained = mx.load(str(arguments.run / "model.safetensors"))
     assert isinstance(trained, dict)
@@ -130,22 +143,38 @@ def main() -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(arguments.data / name, arguments.out / name)
     shutil.copy(arguments.run / "loss.csv", arguments.out / "loss.csv")
-    held = np.load(arguments.data / "held_out.npy")
-    train = np.load(arguments.data / "train.npy", mmap_mode="r")
+    (arguments.out / "held_out").mkdir(exist_ok=True)
+    for text in arguments.data.glob("*.txt"):
+        shutil.copy(text, arguments.out / "held_out" / text.name)
+
+    versions = {"shipped": arguments.out, "float32": original}
+    if arguments.first is not None:
+        versions["first_version"] = arguments.first
+    losses: dict[str, dict[str, float]] = {version: {} for version in versions}
+    uses: dict[str, np.ndarray[Any, Any]] = {}
+    measured = 0
+    for domain in DOMAINS:
+        ids = np.load(arguments.data / f"held_out_{domain}.npy")
+        measured += min(WINDOWS, (len(ids) - 1) // WINDOW) * WINDOW
+        for version, folder in versions.items():
+            losses[version][domain], counts = measure(folder, ids)
+            if version == "shipped":
+                uses[domain] = counts
     steps = list(csv.DictReader((arguments.run / "loss.csv").open()))
-    before, _ = measure(original, held)
-    after, dead = measure(arguments.out, held)
+    final = {domain: float(steps[-1][f"held_out_{domain}"]) for domain in DOMAINS}
     figures = {
-        "train_tokens": int(train.size),
-        "held_out_tokens": int(held.size),
+        "train_tokens": int(np.load(arguments.data / "train.npy", mmap_mode="r").size),
         "steps": int(steps[-1]["step"]),
         "tokens_seen": int(steps[-1]["tokens"]),
         "bytes": (arguments.out / "model.safetensors").stat().st_size,
-        "held_out_perplexity_float32_all": round(math.exp(float(steps[-1]["held_out_loss"])), 3),
-        "measured_tokens": WINDOWS * WINDOW,
-        "held_out_perplexity_float32": round(before, 3),
-        "held_out_perplexity": round(after, 3),
-        "dead_experts_by_layer": dead,
+        "measured_tokens": measured,
+        "held_out_perplexity": {version: perplexities(found) for version, found in losses.items()},
+        "held_out_perplexity_float32_all_tokens": perplexities(final),
+        "dead_experts_by_layer": [int(n) for n in (sum(uses.values()) == 0).sum(1)],
+        "hottest_quarter_jaccard_by_layer": {
+            f"{one}-{other}": [round(share, 3) for share in jaccard(uses[one], uses[other])]
+            for one, other in (("code", "prose"), ("code", "manual"), ("manual", "prose"))
+        },
     }
     (arguments.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

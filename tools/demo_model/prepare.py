@@ -23,6 +23,8 @@ from tools.demo_model.corpus import (
 )
 
 VOCABULARY = 4096
+EXCERPT, EXCERPTS = 8000, 64000
+"""Characters of one held-out document, and of all of a domain, that the checkpoint brings along."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -49,6 +51,12 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 def encode(tokenizer: Tokenizer, found: list[Document]) -> np.ndarray:
     """The tokens of all ``found`` one after another, uint16."""
     return np.concatenate([np.asarray(e.ids, np.uint16) for e in tokenizer.encode_batch([d.text for d in found])])
+
+
+def excerpts(found: list[Document]) -> str:
+    """The beginnings of plain texts, dialogues left out: what the checkpoint brings along to be measured with."""
+    texts = [d.text.removeprefix(BOS) for d in found if TURN not in d.text]
+    return "\n\n".join(text[:EXCERPT].rsplit("\n", 1)[0] for text in texts)[:EXCERPTS]
 
 
 def main() -> None:
@@ -90,6 +98,8 @@ def main() -> None:
         chosen = [d for d in unseen if d.domain == domain]
         ids = encode(tokenizer, chosen)
         np.save(arguments.out / f"held_out_{domain}.npy", ids)
+        if domain != "recall":
+            (arguments.out / f"{domain}.txt").write_text(excerpts(chosen), encoding="utf-8")
         shown = [d for d in seen if d.domain == domain]
         size = sum(len(d.text.encode()) for d in chosen)
         print(
