@@ -90,6 +90,26 @@ def part_of(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def check_new(path: Path) -> None:
+    """See whether a trace could be begun at ``path``.
+
+    Raises:
+        TraceWriteFailed: the name does not end in ``.npz``, or something is there, or in the way.
+    """
+    if path.suffix != ".npz":
+        raise TraceWriteFailed(f"a trace's name ends in .npz, and {path.name} does not")
+    for other in (path, path.with_suffix(".json")):
+        if other.exists():
+            raise TraceWriteFailed(f"{other} is there already; choose another name or remove it")
+    if part_of(path).exists():
+        raise TraceWriteFailed(
+            f"{part_of(path)} is there already: a recording that runs, or the rest of one that was killed; "
+            f"'expertd trace recover {path}' makes a trace of the rest"
+        )
+    if not path.parent.is_dir():
+        raise TraceWriteFailed(f"there is no folder {path.parent} to write {path.name} into; create it first")
+
+
 class TraceFile:
     """A trace that is being recorded.  One thread appends; nothing that was appended is ever lost."""
 
@@ -99,22 +119,13 @@ class TraceFile:
         Raises:
             TraceWriteFailed: there is such a file, or the rest of a recording, or the folder cannot be written.
         """
-        if path.suffix != ".npz":
-            raise TraceWriteFailed(f"a trace's name ends in .npz, and {path.name} does not")
-        for other in (path, path.with_suffix(".json")):
-            if other.exists():
-                raise TraceWriteFailed(f"{other} is there already; choose another name or remove it")
+        check_new(path)
         self.path = path
         self.info = msgspec.structs.replace(info, format=FORMAT)
         self.tokens = 0
         self._size = 0
         try:
             self._descriptor = os.open(part_of(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError as error:
-            raise TraceWriteFailed(
-                f"{part_of(path)} is there already: a recording that runs, or the rest of one that was killed; "
-                f"'expertd trace recover {path}' makes a trace of the rest"
-            ) from error
         except OSError as error:
             raise TraceWriteFailed(f"{part_of(path)} could not be created ({error.strerror})") from error
         try:

@@ -80,6 +80,8 @@ class Events:
         """A forward of ``inputs`` starts: take news in, and read what routers chose some calls ago."""
         if self.recorder is not None:
             self.recorder.collect_many(LOG_AFTER_CALLS - 1)
+            if self.recorder.failed and self._wanted is not None:
+                self.stop_recording()  # the daemon is to hear of it now
         self.take_news()
         self._calls += 1
         if self.recorder is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import groupby
 from typing import Any
 
@@ -12,8 +11,6 @@ from numpy.typing import NDArray
 from expertd.protocol.errors import ExpertdError, TraceWriteFailed
 from expertd.protocol.traces import DECODE, PREFILL, TraceFile
 from expertd.worker.rows import Call, Rows, Sequences
-
-log = logging.getLogger("expertd.worker")
 
 FORMATS = {"f": np.float32, "e": np.float16, "bfloat16": np.uint16, "I": np.uint32, "i": np.int32, "q": np.int64}
 """NumPy's types for the formats of MLX's buffers; it has none for bfloat16."""
@@ -74,7 +71,6 @@ class Packer:
             self.file.append(arrays)
         except TraceWriteFailed as error:
             self.failed = error
-            log.error("recording ends: %s", error.message)
 
     def finish(self) -> None:
         """Make the trace of what was written; a part that could not be written stays."""
@@ -85,7 +81,6 @@ class Packer:
             self.file.finish(agreement if self._judged.any() else [])
         except ExpertdError as error:
             self.failed = error
-            log.error("%s", error.message)
 
     def _pack(self, forwards: list[Forward]) -> dict[str, NDArray[Any]]:
         """The arrays of forwards of equally many tokens."""

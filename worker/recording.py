@@ -94,6 +94,11 @@ class Recorder:
         """What is known of the trace, with its counts once it is finished."""
         return self._packer.file.info
 
+    @property
+    def failed(self) -> bool:
+        """Whether nothing more is recorded, because it could not be written; ``check`` tells why."""
+        return self._packer.failed is not None
+
     def check(self) -> None:
         """See whether what is recorded can be written.
 

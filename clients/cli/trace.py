@@ -14,7 +14,7 @@ from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, Trace
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
-from expertd.protocol.traces import Trace, TraceInfo, part_of, read_trace
+from expertd.protocol.traces import Trace, TraceInfo, check_new, part_of, read_trace
 from expertd.protocol.traces import recover as recover_trace
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75)
@@ -52,6 +52,7 @@ def record(
     from expertd.worker.load import load, unload
     from expertd.worker.recording import recording
 
+    check_new(output)
     texts = read_prompts(prompts)
     loaded, tokenizer = load(model, budget=budget)
     encoded = [_encoded(tokenizer, prompt, raw) for prompt in texts]
