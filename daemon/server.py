@@ -51,6 +51,7 @@ from expertd.protocol.paths import Home
 from expertd.protocol.routing import unpack
 from expertd.protocol.segments import remove, segment_name
 from expertd.protocol.sizes import show_size
+from expertd.protocol.traces import trace_exists
 
 log = logging.getLogger("expertd.daemon")
 
@@ -95,7 +96,7 @@ class Server:
         self._files: dict[str, OpenFiles] = {}
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
-        self._tracing = Tracing()
+        self._tracing = Tracing(taken=trace_exists)
         self._peers: dict[int, _Peer] = {}
         self._events: deque[events.Event] = deque()
         self._numbers = itertools.count(secrets.randbits(48))
@@ -269,6 +270,8 @@ class Server:
     def _start_trace(self, identity: bytes, folder: Path) -> None:
         if self._tracing.folder is not None:
             raise DaemonBusy(f"traces are being recorded in {self._tracing.folder}; end that with 'expertd trace stop'")
+        if self._tracing.waiting:
+            raise DaemonBusy("traces that were stopped are still being written; try again when 'trace stop' is done")
         self._tracing.start(folder)
         for model in self._core.models.values():
             for session in model.sessions:

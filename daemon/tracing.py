@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from expertd.protocol.messages import Record, Recorded, TraceStopped
@@ -14,8 +15,11 @@ class Tracing:
         folder: where the files go, None while nothing is traced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Callable[[Path], bool] = lambda path: False) -> None:
+        """``taken``: whether there is something in the place of a trace."""
         self.folder: Path | None = None
+        self._taken = taken
+        self._asked: set[int] = set()
         self._open: dict[int, str] = {}
         self._ended: list[Recorded] = []
         self._used: set[str] = set()
@@ -27,13 +31,14 @@ class Tracing:
 
     def begin(self, session: int, pid: int, model: str) -> Record | None:
         """What to tell a session that is open, or has just been opened; None if nothing is traced."""
-        if self.folder is None or session in self._open:
+        if self.folder is None or session in self._asked:
             return None
         name, number = f"{model}-{pid}.npz", 1
-        while name in self._used:
+        while name in self._used or self._taken(self.folder / name):
             number += 1
             name = f"{model}-{pid}-{number}.npz"
         self._used.add(name)
+        self._asked.add(session)
         self._open[session] = str(self.folder / name)
         return Record(session=session, path=self._open[session])
 
@@ -45,15 +50,17 @@ class Tracing:
 
     def gone(self, session: int) -> None:
         """A session has ended; if it was recorded and has not said so, its file is unfinished."""
+        self._asked.discard(session)
         path = self._open.pop(session, None)
         if path is not None:
             self._ended.append(Recorded(session=session, path=path, tokens=0, error="its process ended first"))
 
     def stop(self) -> list[Record]:
-        """Nothing is traced any more; what to tell the sessions that record."""
+        """Nothing is traced any more; what to tell the sessions that were asked."""
+        asked = [Record(session=session, path="") for session in sorted(self._asked)]
         self.folder = None
-        self._used = set()
-        return [Record(session=session, path="") for session in self._open]
+        self._used, self._asked = set(), set()
+        return asked
 
     @property
     def waiting(self) -> bool:

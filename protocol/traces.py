@@ -8,6 +8,7 @@ with ``OUT.json`` beside it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import struct
@@ -32,6 +33,8 @@ ARRAYS = ("experts", "candidates", "scores", "seq_id", "pos", "forward", "phase"
 _RECORD = struct.Struct("<4sII")
 _MAGIC = b"XPTR"
 _REQUIRED = ("experts", "seq_id", "pos")
+_KINDS = {"experts": ("ui", 3), "candidates": ("ui", 3), "scores": ("f", 3)}
+"""NumPy's kinds of the elements, and the axes, of the arrays that are not one integer a token."""
 
 
 class TraceInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -90,6 +93,11 @@ def part_of(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def trace_exists(path: Path) -> bool:
+    """Whether ``path``, or something that would be in its way, is there."""
+    return any(other.exists() for other in (path, path.with_suffix(".json"), part_of(path)))
+
+
 def check_new(path: Path) -> None:
     """See whether a trace could be begun at ``path``.
 
@@ -126,6 +134,7 @@ class TraceFile:
         self._size = 0
         try:
             self._descriptor = os.open(part_of(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)  # so that nobody recovers what is still recorded
         except OSError as error:
             raise TraceWriteFailed(f"{part_of(path)} could not be created ({error.strerror})") from error
         try:
@@ -154,13 +163,21 @@ class TraceFile:
         if not self.tokens:
             self.discard()
             return self.info
-        os.close(self._descriptor)
-        self.info = recover(self.path, agreement)
+        try:
+            self.info = _finish(self.path, agreement)
+        finally:
+            self.leave()
         return self.info
+
+    def leave(self) -> None:
+        """Record no more; the part stays, for ``recover``."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
 
     def discard(self) -> None:
         """Forget the recording."""
-        os.close(self._descriptor)
+        self.leave()
         part_of(self.path).unlink(missing_ok=True)
 
     def _write(self, payload: bytes) -> None:
@@ -180,13 +197,24 @@ class TraceFile:
         self._size += len(record)
 
 
-def recover(path: Path, agreement: list[float] | None = None) -> TraceInfo:
-    """Make the finished trace ``path`` of its part, which is removed then.
+def recover(path: Path) -> TraceInfo:
+    """Make the finished trace ``path`` of the part that a recorder has left, which is removed then.
 
     Raises:
         TraceInvalid: there is no part, or it is none.
-        TraceWriteFailed: the disk is full, or fails; the part stays.
+        TraceWriteFailed: it is still recorded, or the disk is full, or fails; the part stays.
     """
+    try:
+        with part_of(path).open("rb") as part:
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _finish(path)
+    except BlockingIOError as error:
+        raise TraceWriteFailed(f"{path} is still being recorded; end that first") from error
+    except OSError as error:
+        raise TraceInvalid(f"{part_of(path)} could not be read ({error.strerror})") from error
+
+
+def _finish(path: Path, agreement: list[float] | None = None) -> TraceInfo:
     part, fresh, beside = part_of(path), path.with_name(path.name + ".new"), path.with_suffix(".json")
     info, shapes = _survey(part)
     if not info.tokens:
@@ -237,9 +265,9 @@ def read_trace(path: Path) -> Trace:
     if head[:2] != b"PK":
         raise TraceInvalid(f"{path} is no routing trace: it is not an .npz file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays: Arrays = {name: archive[name] for name in ARRAYS if name in archive}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise TraceInvalid(f"{path} is damaged ({error}); record it again") from error
     return _checked(path, _info_beside(path), arrays, finished=True)
 
@@ -262,16 +290,23 @@ def _checked(path: Path, info: TraceInfo, arrays: Arrays, *, finished: bool) -> 
         raise TraceInvalid(f"{path} is no routing trace: it has no array '{missing[0]}'")
     if missing:
         raise TraceInvalid(f"{path} holds no token yet")
-    experts = arrays["experts"]
-    if experts.ndim != 3 or experts.dtype.kind not in "ui" or not experts.size:
-        raise TraceInvalid(f"{path}: 'experts' is {experts.dtype}{list(experts.shape)}, not integers [T, layers, k]")
-    count = len(experts)
     for name, array in arrays.items():
-        if len(array) != count or array.ndim != (3 if name in ("experts", "candidates", "scores") else 1):
-            raise TraceInvalid(f"{path}: '{name}' has shape {list(array.shape)}, which does not fit {count} tokens")
-    highest = int(experts.max())
-    if info.experts and highest >= info.experts:
-        raise TraceInvalid(f"{path} names expert {highest} of {info.experts}; record it again")
+        kinds, dimensions = _KINDS.get(name, ("ui", 1))
+        if array.dtype.kind not in kinds or array.ndim != dimensions or not array.size:
+            raise TraceInvalid(
+                f"{path}: '{name}' is {array.dtype}{list(array.shape)}, not {'floats' if kinds == 'f' else 'integers'} "
+                f"{'[T, layers, k]' if dimensions == 3 else '[T]'}"
+            )
+    experts = arrays["experts"]
+    for name, array in arrays.items():
+        axes = 2 if array.ndim == 3 else 1
+        if array.shape[:axes] != experts.shape[:axes]:
+            raise TraceInvalid(f"{path}: '{name}' has shape {list(array.shape)}, which does not fit 'experts'")
+    lowest, highest = int(experts.min()), int(experts.max())
+    if lowest < 0 or (info.experts and highest >= info.experts):
+        wrong = lowest if lowest < 0 else highest
+        raise TraceInvalid(f"{path} names expert {wrong}, which is none of {info.experts or 'any'}; record it again")
+    count = len(experts)
     info = msgspec.structs.replace(
         info,
         layers=experts.shape[1],

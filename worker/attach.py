@@ -83,7 +83,8 @@ class Session:
         routing: what routers chose, ``(layer, experts)``, and no message has told yet.  The owner appends events that
             were all hits; the others ride in their Fetch.
         news: grows when pools are offered or have become complete, or ``to_record`` changes.
-        to_record: the file that the daemon wants this session's routing to be recorded in, None for none.
+        to_record: the number of the daemon's last wish to have this session's routing recorded, and the file; None for
+            none.
         pools: those that have been adopted.
         on_idle: called by the control thread under the forward lock, when no forward has run for a while.
         on_close: called under the forward lock when the session is closed, before anything is given up.
@@ -121,7 +122,7 @@ class Session:
         self._attempts = 0
         self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
         self.news = 0
-        self.to_record: str | None = None
+        self.to_record: tuple[int, str | None] = (0, None)
         self._recorded = False
         self.on_idle: Callable[[], None] = lambda: None
         self.on_close: Callable[[], None] = lambda: None
@@ -425,7 +426,7 @@ class Session:
             return min(max(2 * pause_s, _RETRY_S[0]), _RETRY_S[1])
         log.info("session %d goes on as session %d", self._link.number, link.number)
         with self._exchange:
-            self.to_record = None  # it was the last daemon's wish
+            self.to_record = self.to_record[0] + 1, None  # it was the last daemon's wish
             if self._active is not self._link:
                 self._active.data.close()  # nobody has used it
             self._active = link
@@ -488,7 +489,7 @@ class Session:
                     self._told()
             case messages.Record(path=path):
                 with self._exchange:
-                    self.to_record = path or None
+                    self.to_record = self.to_record[0] + 1, path or None
                     self._told()
             case messages.Ping():
                 link.control.send(messages.Pong(session=link.number))

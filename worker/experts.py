@@ -56,7 +56,9 @@ class Events:
         self.unevaluated: Any = None  # or still being computed
         self.recorder: Recorder | None = None
         self.model: weakref.ref[Any] | None = None
-        self._wanted: str | None = None  # where the daemon wants this model's traffic to be recorded
+        # The daemon's wish to have this model's traffic recorded that was seen to last, and the recorder that does it.
+        self._wanted: tuple[int, str | None] = (0, None)
+        self._live: Recorder | None = None
         self._news = 0
         self._calls = 0
         self._left: list[tuple[int, Slabs]] = []
@@ -80,7 +82,7 @@ class Events:
         """A forward of ``inputs`` starts: take news in, and read what routers chose some calls ago."""
         if self.recorder is not None:
             self.recorder.collect_many(LOG_AFTER_CALLS - 1)
-            if self.recorder.failed and self._wanted is not None:
+            if self.recorder.failed and self.recorder is self._live:
                 self.stop_recording()  # the daemon is to hear of it now
         self.take_news()
         self._calls += 1
@@ -106,7 +108,8 @@ class Events:
             for parts in self.layers:
                 parts.become_complete()
             if self.session.to_record != self._wanted:
-                self._record(self.session.to_record)
+                self._wanted = self.session.to_record
+                self._record(self._wanted[1])
             self._news = news
 
     def while_idle(self) -> None:
@@ -119,27 +122,32 @@ class Events:
 
     def _record(self, wanted: str | None) -> None:
         """Begin or end to record this model's traffic, as the daemon wants."""
-        self._wanted = wanted
-        self.stop_recording()
+        if self._live is not None:
+            self.stop_recording()
         model = self.model() if self.model is not None else None
-        if wanted is not None and model is not None:
-            try:
-                self.recorder = Recorder(Path(wanted), model, self.session.manifest)
-            except ExpertdError as error:
-                self.session.recorded(wanted, 0, error.message)
+        if wanted is None or model is None:
+            return
+        if self.recorder is not None:
+            self.session.recorded(wanted, 0, f"the process records the model itself, in {self.recorder.path}")
+            return
+        try:
+            self.recorder = self._live = Recorder(Path(wanted), model, self.session.manifest)
+        except ExpertdError as error:
+            self.session.recorded(wanted, 0, error.message)
 
     def stop_recording(self) -> None:
         """End the recording of this model, if there is one."""
-        recorder, self.recorder = self.recorder, None
+        recorder, live = self.recorder, self._live
+        self.recorder = self._live = None
         if recorder is None:
             return
         try:
-            info = recorder.finish()
+            tokens, problem = recorder.finish().tokens, ""
         except ExpertdError as error:
             log.error("%s", error.message)
-            self.session.recorded(str(recorder.path), recorder.tokens, error.message)
-        else:
-            self.session.recorded(str(recorder.path), info.tokens)
+            tokens, problem = recorder.tokens, error.message
+        if recorder is live:
+            self.session.recorded(str(recorder.path), tokens, problem)
 
     def follow(self) -> None:
         """A layer's pool has moved, or the daemon is gone: wait for what comes in its place, and adopt it."""

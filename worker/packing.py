@@ -71,6 +71,7 @@ class Packer:
             self.file.append(arrays)
         except TraceWriteFailed as error:
             self.failed = error
+            self.file.leave()
 
     def finish(self) -> None:
         """Make the trace of what was written; a part that could not be written stays."""

@@ -69,6 +69,7 @@ class Recorder:
         self._witnesses: list[Witness | None] = [None] * self._layers
         if scores:
             self._witnesses = [find_router(model, layer.path, experts) for layer in manifest.layers]
+        self._computes = [witness is not None and witness.computes for witness in self._witnesses]
         self._packer = Packer(file, [_bias(witness) for witness in self._witnesses])
         listen()
         self._sequences = Sequences()
@@ -129,9 +130,12 @@ class Recorder:
         now, self._now = self._now, None
         if now is None or len(now.ids) != self._layers:
             return
+        # Only this thread can have that computed which nobody else asks for: scores that are not on the way to the
+        # choice, and the last layer of a prompt's chunk.
+        arrays = [score for score, extra in zip(now.scores, self._computes, strict=True) if extra]
         if now.tokens > now.call.batch:
-            # mlx-lm never asks for the last layer of a prompt's chunk, so nobody else has it computed.
             arrays = [array for array in now.ids + now.scores if array is not None]
+        if arrays:
             mx.async_eval(arrays)  # type: ignore[no-untyped-call]
         self._computed.append(now)
         self._unread += now.tokens
@@ -189,7 +193,11 @@ class Recorder:
         """
         self.leave()
         self.collect(0)
-        self._end()
+        if self._computed:
+            log.warning("%d forwards could not be recorded, because nobody evaluated them", len(self._computed))
+            self._computed.clear()
+        if self._end.detach() is not None:  # at exit it must not be called: finalizers may be shut down
+            self._queue.put(None)
         self._thread.join()
         self.check()
         return self.info
@@ -230,15 +238,16 @@ def recording(model: Any, path: Path, *, scores: bool = True) -> Iterator[Record
     """Record what ``model``, which ``expertd.load`` returned, does in the block; the trace is there when it ends.
 
     Raises:
-        TraceWriteFailed: the file cannot be begun or finished.
+        TraceWriteFailed: the file cannot be begun or finished, or the model is being recorded already.
         SessionClosed: it is not such a model.
     """
     from expertd.worker.load import events_of
 
     events = events_of(model)
-    recorder = Recorder(path, model, events.session.manifest, scores=scores)
     with events.session.between_forwards():
-        events.recorder = recorder
+        if events.recorder is not None:
+            raise TraceWriteFailed(f"the model is being recorded already, in {events.recorder.path}; end that first")
+        recorder = events.recorder = Recorder(path, model, events.session.manifest, scores=scores)
     try:
         yield recorder
     finally:

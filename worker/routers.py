@@ -41,6 +41,11 @@ class Witness:
         self._listening = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
         self.listen()
 
+    @property
+    def computes(self) -> bool:
+        """Whether ``scores`` has to be computed, because the router returns its choice only."""
+        return not self._plain
+
     def scores(self) -> Any | None:
         """The router's scores ``[..., experts]`` in its last call, not evaluated; None if it has not been called."""
         seen, self._seen = self._seen, None
@@ -55,7 +60,8 @@ class Witness:
 
     def leave(self) -> None:
         """Let the router be what it was."""
-        self._router.__class__ = self._class
+        if type(self._router) is self._listening:
+            self._router.__class__ = self._class
 
 
 def find_router(model: Any, path: str, experts: int) -> Witness | None:

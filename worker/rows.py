@@ -120,37 +120,34 @@ class Sequences:
     """Numbers the sequences of one recording; takes its calls in their order."""
 
     def __init__(self) -> None:
-        # By the identity of a sequence's list: (its number, its next place, the list, so that its identity stays).
-        self._known: dict[int, tuple[int, int, list[int]]] = {}
-        # The number, the next place and the cache of a caller's first sequence.
-        self._last: tuple[int, int, weakref.ref[Any]] | None = None
+        # By the identity of a sequence's list, or of the reference to its cache (there is one of each object):
+        # (its number, its next place, what keeps that identity its own).
+        self._known: dict[int, tuple[int, int, list[int] | weakref.ref[Any]]] = {}
         self.count = 0
 
     def rows(self, call: Call) -> Rows:
         """Whose tokens ``call`` computed."""
         batch, length, of = call.batch, call.length, call.of
         if of is None:
-            first = self._new(batch) if call.cache is None else self._of_cache(call, call.cache)
+            end = call.start + length
+            first = self._new(batch) if call.cache is None else self._continued(call.cache, call.start, end, batch)
             numbers = tuple(range(first, first + batch))
             return Rows(numbers, (call.start,) * batch, (length,) * batch, length == 1)
         starts = tuple(start + call.done for start in of.starts)
         lengths = (1,) * batch
         if of.lengths is not None:
             lengths = tuple(max(0, min(length, whole - call.done)) for whole in of.lengths)
-        numbers = tuple(map(self._of_list, of.tokens, starts, lengths))
+        numbers = tuple(
+            self._continued(tokens, start, start + count)
+            for tokens, start, count in zip(of.tokens, starts, lengths, strict=True)
+        )
         return Rows(numbers, starts, lengths, of.lengths is None)
 
-    def _of_cache(self, call: Call, cache: weakref.ref[Any]) -> int:
-        """The number of the first sequence of a caller who keeps them in a cache of its own."""
-        last = self._last
-        number = last[0] if last is not None and last[1:] == (call.start, cache) else self._new(call.batch)
-        self._last = number, call.start + call.length, cache
-        return number
-
-    def _of_list(self, tokens: list[int], start: int, length: int) -> int:
-        known = self._known.pop(id(tokens), None)
-        number = known[0] if known is not None and known[1] == start else self._new()
-        self._known[id(tokens)] = number, start + length, tokens
+    def _continued(self, held: list[int] | weakref.ref[Any], start: int, end: int, count: int = 1) -> int:
+        """The number of the (first of ``count``) sequence that ``held`` stands for, a new one if it does not fit."""
+        known = self._known.pop(id(held), None)
+        number = known[0] if known is not None and known[1] == start else self._new(count)
+        self._known[id(held)] = number, end, held
         if len(self._known) > KEPT:
             del self._known[next(iter(self._known))]
         return number

@@ -24,7 +24,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TraceInvalid(f"the prompts in {path} could not be read ({error})") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise TraceInvalid(f"{path} has no prompts: write one on each line")
     if path.suffix != ".jsonl":
@@ -35,7 +35,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _parsed(place: str, line: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TraceInvalid(f"{place} is no JSON ({error})") from error
     match entry:
         case {"prompt": str(text)} if text:

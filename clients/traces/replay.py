@@ -56,6 +56,8 @@ def lru(events: Events, capacity: int) -> int:
             for block in reversed(event):
                 cache[block] = None
                 cache.move_to_end(block)
+            while len(cache) > capacity:  # an event that is larger than the pool leaves its first choices
+                cache.popitem(last=False)
     return hits
 
 
@@ -70,15 +72,22 @@ def belady(events: Events, capacity: int) -> int:
         hits += len(event) - missed
         # The event's own blocks are due now in the heap, so they come last and are never evicted for each other.
         for _ in range(min(len(cache), len(cache) + missed - capacity)):
-            while True:
-                due, block = heapq.heappop(farthest)
-                if cache.get(block) == -due:
-                    break
-            del cache[block]
+            _evict_farthest(cache, farthest)
         for block, use in zip(event, uses, strict=True):
             cache[block] = use
             heapq.heappush(farthest, (-use, block))
+        while len(cache) > capacity:
+            _evict_farthest(cache, farthest)
     return hits
+
+
+def _evict_farthest(cache: dict[int, int], farthest: list[tuple[int, int]]) -> None:
+    """Drop the block that is used again last; entries of ``farthest`` that ``cache`` does not confirm are old."""
+    while True:
+        due, block = heapq.heappop(farthest)
+        if cache.get(block) == -due:
+            del cache[block]
+            return
 
 
 def next_uses(events: Events) -> list[list[int]]:
