@@ -89,7 +89,7 @@ def test_status_says_what_to_do_about_a_session_that_was_left_behind() -> None:
     )  # fmt: skip
     lines = table(
         Status(
-            protocol=PROTOCOL, home="/h", budget_bytes=1, used_bytes=1, pressure="normal", frames_dropped=0,
+            protocol=PROTOCOL, home="/h", budget_bytes=1, used_bytes=1, pressure="normal", tracing="", frames_dropped=0,
             daemon=DaemonStatus(pid=1, version="1", uptime_s=1.0, rss_bytes=1),
             models=[ModelStatus(id="m", path="/m", family="f", sessions=sessions, **counts)],
         )
