@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=50_000, help="decoded tokens, over all domains")
-    parser.add_argument("--parallel", type=int, default=8, help="answers at a time")
+    parser.add_argument("--parallel", type=int, default=1, help="answers at a time")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     texts = sorted((DEMO / "held_out").glob("*.txt"))

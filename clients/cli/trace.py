@@ -187,7 +187,8 @@ def _table(path: Path, found: Trace, shown: dict[str, Any], replayed: int) -> li
     lines = [
         f"trace     {path}" + ("" if found.finished else "  (not finished: what its recorder has written so far)"),
         f"model     {info.model or 'not named'}: {info.layers} layers x {info.experts} experts, {info.top_k} a token",
-        f"tokens    {info.tokens:,} ({info.decode_tokens:,} decoded) of {info.sequences} sequences",
+        f"tokens    {info.tokens:,} ({info.decode_tokens:,} decoded) of {info.sequences} sequences, "
+        f"in {len(set(found.forward.tolist())):,} forward passes",
         "",
         "layer  used again by the next token  uses of the hottest quarter  never used"
         + ("  hottest quarter in common" if "jaccard" in shown["by_layer"][0] else ""),
