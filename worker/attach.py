@@ -543,8 +543,10 @@ class Session:
             return
         with self._forward:
             if self._closed is None:
-                self.on_close()
-                self._closed = SessionClosed("the model was closed; load it again")
+                try:
+                    self.on_close()
+                finally:
+                    self._closed = SessionClosed("the model was closed; load it again")
         self._bell.ring()
         self._thread.join()
         self._close_sockets()

@@ -110,8 +110,8 @@ class Recorder:
             raise from_code(self._packer.failed.code, self._packer.failed.message)
 
     def begin(self, inputs: Any, cache: Any) -> None:
-        """A forward of ``inputs`` starts on this thread."""
-        self._now = Forward(call_of(inputs.shape, cache))
+        """A forward of ``inputs`` starts on this thread; one that is given no tokens is not recorded."""
+        self._now = None if inputs is None else Forward(call_of(inputs.shape, cache))
 
     def note(self, layer: int, indices: Any) -> None:
         """The router of ``layer`` chose ``indices`` in the forward that runs."""
