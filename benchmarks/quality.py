@@ -16,6 +16,7 @@ import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load as load_plain
 from numpy.typing import NDArray
+from transformers.utils import logging as hub_logging
 
 import expertd
 from expertd.worker.manifest import load_lazily
@@ -119,6 +120,7 @@ def _answer(model: Any, prompt: list[int], tokens: int, ends: set[int]) -> list[
 def held_out(tokenizer: Any, windows: int) -> dict[str, NDArray[np.int32]]:
     """The first ``windows`` windows of each held-out text, ``[windows, WINDOW + 1]``."""
     out = {}
+    hub_logging.set_verbosity_error()  # a text that is longer than the model's context is cut into windows here
     for file in sorted(HELD_OUT.glob("*.txt")):
         ids = tokenizer.encode(file.read_text(encoding="utf-8"), add_special_tokens=False)
         count = min(windows, (len(ids) - 1) // WINDOW)
