@@ -268,6 +268,8 @@ class Server:
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
 
     def _start_trace(self, identity: bytes, folder: Path) -> None:
+        if not folder.is_absolute() or "\0" in str(folder):
+            raise MessageInvalid(f"traces go into a folder by its absolute path, and {str(folder)[:200]!r} is none")
         if self._tracing.folder is not None:
             raise DaemonBusy(f"traces are being recorded in {self._tracing.folder}; end that with 'expertd trace stop'")
         if self._tracing.waiting:

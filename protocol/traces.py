@@ -94,8 +94,11 @@ def part_of(path: Path) -> Path:
 
 
 def trace_exists(path: Path) -> bool:
-    """Whether ``path``, or something that would be in its way, is there."""
-    return any(other.exists() for other in (path, path.with_suffix(".json"), part_of(path)))
+    """Whether ``path``, or something that would be in its way, is there; nothing is where no path can lead."""
+    try:
+        return any(other.exists() for other in (path, path.with_suffix(".json"), part_of(path)))
+    except OSError:  # a name that is too long, a folder that may not be read: whoever writes there will be told
+        return False
 
 
 def check_new(path: Path) -> None:
@@ -106,6 +109,12 @@ def check_new(path: Path) -> None:
     """
     if path.suffix != ".npz":
         raise TraceWriteFailed(f"a trace's name ends in .npz, and {path.name} does not")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise TraceWriteFailed(f"no trace can be written to {str(path)[:200]!r} ({error})"[:400]) from error
     for other in (path, path.with_suffix(".json")):
         if other.exists():
             raise TraceWriteFailed(f"{other} is there already; choose another name or remove it")

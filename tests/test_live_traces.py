@@ -21,8 +21,18 @@ from mlx_lm.generate import generate_step
 
 import expertd as package
 from expertd.daemon.tracing import Tracing
-from expertd.protocol.errors import TraceInvalid
-from expertd.protocol.messages import Record, Recorded
+from expertd.protocol.connection import Connection
+from expertd.protocol.errors import MessageInvalid, TraceInvalid
+from expertd.protocol.messages import (
+    AskStatus,
+    Record,
+    Recorded,
+    StartTrace,
+    Status,
+    StopTrace,
+    TraceStarted,
+    TraceStopped,
+)
 from expertd.protocol.paths import Home
 from expertd.protocol.traces import part_of, read_trace
 from expertd.worker.verify import greedy
@@ -379,6 +389,30 @@ def test_an_earlier_trace_of_a_process_is_kept(model_path: Path, folder: Path, s
             assert expertd("trace", "stop").stdout == f"{another}: {PROMPT + 8} tokens\n"
             assert_one_answer(another, PROMPT + 8)
         assert_one_answer(path, PROMPT + 8)
+
+
+@pytest.mark.parametrize("name", ["x" * 3000, "y" * 255])
+def test_a_folder_that_cannot_be_disturbs_nobody(
+    name: str, model_path: Path, folder: Path, home: Home, start_daemon: StartDaemon
+) -> None:
+    """Whatever a client asks for: the daemon and the process go on, and the answer says what is wrong."""
+    daemon = start_daemon()
+    with Program(model_path) as program, Connection(home.daemon_socket, "test") as connection:
+        before = program.run(8)
+        assert connection.ask(StartTrace(folder=f"{folder}/{name}"), TraceStarted).sessions == 1
+        assert program.run(8) == before
+        (ended,) = connection.ask(StopTrace(), TraceStopped).ended
+        assert ended.error
+    assert daemon.poll() is None
+
+
+@pytest.mark.parametrize("name", ["", "relative/folder", "/with\0nothing"])
+def test_a_path_that_is_no_folders_is_refused(name: str, home: Home, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    with Connection(home.daemon_socket, "test") as connection:
+        with pytest.raises(MessageInvalid, match="absolute path"):
+            connection.ask(StartTrace(folder=name), TraceStarted)
+        assert connection.ask(AskStatus(), Status).tracing == ""
 
 
 # -- the books of the daemon -------------------------------------------------------------------------------------------
