@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import generate_step
 from mlx_lm.utils import load as load_plain
 from numpy.typing import NDArray
 from transformers.utils import logging as hub_logging
 
 import expertd
+from expertd.worker.answers import answer_all, encode_prompt
 from expertd.worker.manifest import load_lazily
 from tools.demo_model.corpus import passkey
 from tools.stage import budget_for, running_daemon, temporary_home
@@ -29,6 +30,7 @@ SHARES = (25, 50)
 """Budgets, in percent of all blocks."""
 WINDOW = 512
 ANSWER = 64
+PASSKEY_ANSWER = 24
 PASSKEY_TOKENS = (128, 256, 448)
 """Lengths of the texts that a key is hidden in."""
 PROMPTS = (
@@ -80,9 +82,7 @@ def measure(model: Any, tokenizer: Any, windows: dict[str, NDArray[np.int32]], k
             losses.append(np.array(mx.logsumexp(logits, axis=-1) - taken, np.float64))
         out.losses[name] = float(np.sum(losses))
         out.counts[name] = sum(map(len, losses))
-    ends = set(tokenizer.eos_token_ids)
-    for prompt in PROMPTS:
-        out.answers.append(_answer(model, _chat(tokenizer, prompt), ANSWER, ends))
+    out.answers = _answers(model, tokenizer, PROMPTS, ANSWER)
     text = (HELD_OUT / "prose.txt").read_text(encoding="utf-8")
     chance = random.Random(0)
     for length in PASSKEY_TOKENS:
@@ -90,7 +90,7 @@ def measure(model: Any, tokenizer: Any, windows: dict[str, NDArray[np.int32]], k
         for number in range(keys):
             key, place = f"{chance.randrange(10**5):05}", number / max(1, keys - 1)
             asked, _ = passkey(_cut(tokenizer, text, length, chance), key, place)
-            tokens = _answer(model, _chat(tokenizer, asked), 24, ends)
+            (tokens,) = _answers(model, tokenizer, [asked], PASSKEY_ANSWER)
             out.found[length].append(key in tokenizer.decode(tokens))
     return out
 
@@ -102,19 +102,10 @@ def _cut(tokenizer: Any, text: str, tokens: int, chance: random.Random) -> str:
     return str(tokenizer.decode(ids[: max(8, tokens - 60)]))
 
 
-def _chat(tokenizer: Any, text: str) -> list[int]:
-    if tokenizer.has_chat_template:
-        return list(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True))
-    return list(tokenizer.encode(text))
-
-
-def _answer(model: Any, prompt: list[int], tokens: int, ends: set[int]) -> list[int]:
-    out: list[int] = []
-    for token, _ in generate_step(mx.array(prompt), model, max_tokens=tokens):
-        if token in ends:
-            break
-        out.append(int(token))
-    return out
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[list[int]]:
+    """Greedy answers to ``prompts``, each by itself."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return [answer for _, answer in answer_all(model, tokenizer, encoded, tokens)]
 
 
 def held_out(tokenizer: Any, windows: int) -> dict[str, NDArray[np.int32]]:

@@ -93,10 +93,15 @@ def part_of(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def in_the_way(path: Path) -> Path | None:
+    """What is where the trace ``path`` would be written, beside it or before it is finished."""
+    return next((each for each in (path, path.with_suffix(".json"), part_of(path)) if each.exists()), None)
+
+
 def trace_exists(path: Path) -> bool:
-    """Whether ``path``, or something that would be in its way, is there; nothing is where no path can lead."""
+    """Whether something is in the way of ``path``; nothing is where no path can lead."""
     try:
-        return any(other.exists() for other in (path, path.with_suffix(".json"), part_of(path)))
+        return in_the_way(path) is not None
     except OSError:  # a name that is too long, a folder that may not be read: whoever writes there will be told
         return False
 
@@ -110,19 +115,16 @@ def check_new(path: Path) -> None:
     if path.suffix != ".npz":
         raise TraceWriteFailed(f"a trace's name ends in .npz, and {path.name} does not")
     try:
-        path.lstat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise TraceWriteFailed(f"no trace can be written to {str(path)[:200]!r} ({error})"[:400]) from error
-    for other in (path, path.with_suffix(".json")):
-        if other.exists():
-            raise TraceWriteFailed(f"{other} is there already; choose another name or remove it")
-    if part_of(path).exists():
+        other = in_the_way(path)
+    except OSError as error:
+        raise TraceWriteFailed(f"no trace can be written to {str(path)[:200]!r} ({error.strerror})") from error
+    if other == part_of(path):
         raise TraceWriteFailed(
-            f"{part_of(path)} is there already: a recording that runs, or the rest of one that was killed; "
+            f"{other} is there already: a recording that runs, or the rest of one that was killed; "
             f"'expertd trace recover {path}' makes a trace of the rest"
         )
+    if other is not None:
+        raise TraceWriteFailed(f"{other} is there already; choose another name or remove it")
     if not path.parent.is_dir():
         raise TraceWriteFailed(f"there is no folder {path.parent} to write {path.name} into; create it first")
 

@@ -31,12 +31,10 @@ def engine(loaded: tuple[Any, Any]) -> Engine:
 
 
 @pytest.fixture
-def sequential(loaded: tuple[Any, Any]) -> Engine:
+def sequential(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine as it is over a model whose caches cannot be batched."""
-    engine = Engine(*loaded)
-    engine._batchable = False
-    engine._generator = engine._new_generator()
-    return engine
+    monkeypatch.setattr("expertd.worker.engine.make_prompt_cache", lambda model: [object()])
+    return Engine(*loaded)
 
 
 class Answer:

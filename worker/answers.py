@@ -6,13 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from expertd.worker.sequential import SequentialGenerator
+from expertd.worker.engine import new_generator
 
-PREFILL_TOKENS = 512
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]], *, raw: bool = False) -> list[int]:
+    """The tokens of a text, as a user's message unless ``raw``, or of chat messages; a text if there is no template."""
+    if isinstance(prompt, str):
+        if raw or not tokenizer.has_chat_template:
+            return list(tokenizer.encode(prompt))
+        prompt = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
 
 
 def answer_all(
@@ -34,18 +39,7 @@ def answer_all(
     """
     mx.random.seed(seed)
     sampler = make_sampler(temperature) if temperature else None
-    ends = set(tokenizer.eos_token_ids)
-    generator: Any
-    if all(hasattr(layer, "merge") for layer in make_prompt_cache(model)):
-        generator = BatchGenerator(
-            model,
-            stop_tokens=[[end] for end in sorted(ends)],
-            completion_batch_size=parallel,
-            prefill_batch_size=parallel,
-            prefill_step_size=PREFILL_TOKENS,
-        )
-    else:
-        generator = SequentialGenerator(model, ends, PREFILL_TOKENS)
+    generator = new_generator(model, tokenizer, parallel, parallel)
     waiting = list(enumerate(prompts))[::-1]
     running: dict[int, tuple[int, list[int]]] = {}
     try:
@@ -58,7 +52,6 @@ def answer_all(
                 place, tokens = running[answer.uid]
                 tokens.append(answer.token)
                 if answer.finish_reason is not None:
-                    # BatchGenerator has dropped it already.
                     del running[answer.uid]
                     yield place, tokens
     finally:

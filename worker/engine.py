@@ -70,6 +70,20 @@ def context_length(model: Any) -> int:
     return DEFAULT_CONTEXT
 
 
+def new_generator(model: Any, tokenizer: Any, prompts: int, answers: int) -> Any:
+    """A generator of so many prompts and answers at a time, or of one where the caches cannot be batched."""
+    ends = set(tokenizer.eos_token_ids)
+    if not all(hasattr(layer, "merge") for layer in make_prompt_cache(model)):
+        return SequentialGenerator(model, ends, PREFILL_TOKENS)
+    return BatchGenerator(
+        model,
+        stop_tokens=[[end] for end in sorted(ends)],
+        completion_batch_size=answers,
+        prefill_batch_size=prompts,
+        prefill_step_size=PREFILL_TOKENS,
+    )
+
+
 class Engine:
     """Not thread-safe: one thread submits, cancels and steps.
 
@@ -82,7 +96,6 @@ class Engine:
         self.context = context or context_length(model)
         self._model = model
         self._tokenizer = tokenizer
-        self._batchable = all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
         self._generator = self._new_generator()
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
@@ -147,16 +160,7 @@ class Engine:
         self._generator.close()
 
     def _new_generator(self) -> Any:
-        ends = set(self._tokenizer.eos_token_ids)
-        if not self._batchable:
-            return SequentialGenerator(self._model, ends, PREFILL_TOKENS)
-        return BatchGenerator(
-            self._model,
-            stop_tokens=[[end] for end in sorted(ends)],
-            completion_batch_size=DECODE_REQUESTS,
-            prefill_batch_size=PREFILL_REQUESTS,
-            prefill_step_size=PREFILL_TOKENS,
-        )
+        return new_generator(self._model, self._tokenizer, PREFILL_REQUESTS, DECODE_REQUESTS)
 
     def _prepare(self, message: Generate) -> _Request:
         prompt = self._encode(message.messages)

@@ -78,16 +78,14 @@ class Events:
             mx.eval(self.unevaluated)
             self.unevaluated = None
 
-    def begin_call(self, inputs: Any, cache: Any) -> None:
-        """A forward of ``inputs`` starts: take news in, and read what routers chose some calls ago."""
+    def begin_call(self) -> None:
+        """A forward starts: take news in, and read what routers chose some calls ago."""
         if self.recorder is not None:
             self.recorder.collect_many(LOG_AFTER_CALLS - 1)
             if self.recorder.failed and self.recorder is self._live:
                 self.stop_recording()  # the daemon is to hear of it now
         self.take_news()
         self._calls += 1
-        if self.recorder is not None:
-            self.recorder.begin(inputs, cache)
         if self._left:
             self._let_left_go(LOG_AFTER_CALLS)
         self._lazy.append([])

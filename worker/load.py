@@ -234,7 +234,9 @@ def _cached(cls: type) -> type:
             settled = False
             try:
                 try:
-                    events.begin_call(args[0] if args else kwargs.get("inputs"), _cache_of(args, kwargs))
+                    events.begin_call()
+                    if events.recorder is not None:
+                        events.recorder.begin(args[0] if args else kwargs.get("inputs"), _cache_of(args, kwargs))
                     out = cls.__call__(self, *args, **kwargs)
                     if events.recorder is not None:
                         events.recorder.end()

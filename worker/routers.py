@@ -2,7 +2,7 @@
 
 mlx-lm's layers hand their switch the ids of the chosen experts only.  What the router thought of the others is the
 output of a linear layer with one row an expert, somewhere in the same block; it is found here for any family, and
-whether its scores explain the choice is measured where they are used (``expertd.worker.recording``).
+whether its scores explain the choice is measured where they are ranked (``expertd.worker.packing``).
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ class Witness:
     """Listens to one router: ``scores()`` is what it thought of every expert in its last call.
 
     The router's class is replaced by a subclass of it, so that the model's tree of modules and weights stays as it is.
+
+    Attributes:
+        computes: whether ``scores`` are computed for the recording only; otherwise they are on the way to the choice.
+        bias: what the router adds to the sigmoid of a score before it chooses, None for nothing.
     """
 
     def __init__(self, router: Any, bias: Any | None) -> None:
@@ -29,30 +33,22 @@ class Witness:
         self._router = router
         self._class = type(router)
         self._seen: Any = None
-        plain = isinstance(router, nn.Linear | nn.QuantizedLinear)
+        # A router that is its own linear layer (deepseek's MoEGate) returns its choice only.
+        self.computes = computes = not isinstance(router, nn.Linear | nn.QuantizedLinear)
         cls = self._class
 
         def call(module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             out = cls.__call__(module, x, *args, **kwargs)
-            self._seen = out if plain else x
+            self._seen = x if computes else out
             return out
 
-        self._plain = plain
         self._listening = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
         self.listen()
-
-    @property
-    def computes(self) -> bool:
-        """Whether ``scores`` has to be computed, because the router returns its choice only."""
-        return not self._plain
 
     def scores(self) -> Any | None:
         """The router's scores ``[..., experts]`` in its last call, not evaluated; None if it has not been called."""
         seen, self._seen = self._seen, None
-        if seen is None or self._plain:
-            return seen
-        # A router that is its own linear layer (deepseek's MoEGate) returns its choice only.
-        return seen @ self._router.weight.T
+        return seen @ self._router.weight.T if self.computes and seen is not None else seen
 
     def listen(self) -> None:
         """Listen to the router's calls, as it does from the beginning, until ``leave``."""

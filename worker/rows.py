@@ -77,6 +77,7 @@ def listen() -> None:
         @functools.wraps(step)
         def announced_step(batch: Any) -> Any:
             _announced.of = Batch(list(batch.tokens), [*map(len, batch.tokens)], None)
+            _announced.done = 0
             try:
                 return step(batch)
             finally:
@@ -99,8 +100,8 @@ def call_of(shape: tuple[int, ...], cache: Any) -> Call:
     batch, length = shape if len(shape) == 2 else (1, shape[0])
     of = _announced.of
     if of is not None and len(of.tokens) == batch:
-        done = _announced.done if of.lengths is not None else 0
-        _announced.done = done + length
+        done = _announced.done
+        _announced.done += length
         return Call(batch, length, of, done, None, 0)
     if not cache:
         return Call(batch, length, None, 0, None, 0)
@@ -123,7 +124,7 @@ class Sequences:
         # By the identity of a sequence's list, or of the reference to its cache (there is one of each object):
         # (its number, its next place, what keeps that identity its own).
         self._known: dict[int, tuple[int, int, list[int] | weakref.ref[Any]]] = {}
-        self.count = 0
+        self._count = 0
 
     def rows(self, call: Call) -> Rows:
         """Whose tokens ``call`` computed."""
@@ -153,5 +154,5 @@ class Sequences:
         return number
 
     def _new(self, count: int = 1) -> int:
-        self.count += count
-        return self.count - count
+        self._count += count
+        return self._count - count

@@ -21,13 +21,13 @@ def generate(model: Path, prompt: str, max_tokens: int, temperature: float, raw:
     from mlx_lm.sample_utils import make_sampler
 
     import expertd
+    from expertd.worker.answers import encode_prompt
 
     loaded, tokenizer = expertd.load(model, budget=budget)
-    text: str | list[int] = sys.stdin.read() if prompt == "-" else prompt
-    if not raw and tokenizer.has_chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    tokens = encode_prompt(tokenizer, text, raw=raw)
     sampler = make_sampler(temp=temperature)
-    for response in stream_generate(loaded, tokenizer, text, max_tokens=max_tokens, sampler=sampler):
+    for response in stream_generate(loaded, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
         click.echo(response.text, nl=False)
     click.echo()
     expertd.unload(loaded)

@@ -19,6 +19,7 @@ from expertd.protocol.traces import recover as recover_trace
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75)
 STOP_S = 60.0
+"""Longest wait for the daemon's answer, which itself waits for the sessions."""
 
 _file = click.Path(path_type=Path)
 
@@ -48,14 +49,14 @@ def record(
     Ctrl-C ends it early; what was recorded until then is kept.
     """
     from expertd.clients.traces.prompts import read_prompts
-    from expertd.worker.answers import answer_all
+    from expertd.worker.answers import answer_all, encode_prompt
     from expertd.worker.load import load, unload
     from expertd.worker.recording import recording
 
     check_new(output)
     texts = read_prompts(prompts)
     loaded, tokenizer = load(model, budget=budget)
-    encoded = [_encoded(tokenizer, prompt, raw) for prompt in texts]
+    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in texts]
     with (
         recording(loaded, output, scores=scores) as recorder,
         click.progressbar(length=len(encoded), label="prompts", show_pos=True) as bar,
@@ -65,14 +66,6 @@ def record(
             recorder.check()
     unload(loaded)
     click.echo(_told(output, recorder.info))
-
-
-def _encoded(tokenizer: Any, prompt: str | list[dict[str, Any]], raw: bool) -> list[int]:
-    if isinstance(prompt, str):
-        if raw or not tokenizer.has_chat_template:
-            return list(tokenizer.encode(prompt))
-        prompt = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
 
 
 def _told(path: Path, info: TraceInfo) -> str:
