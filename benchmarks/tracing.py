@@ -1,7 +1,8 @@
 """What recording a trace costs a token, and what a token of a trace takes on the disk.
 
-The same answer is generated with and without recording, in turns and in changing order, in one process; a recorded run
-ends when all of it is in the file.
+The same answer is generated again and again in one process.  One half of it is recorded, the next time the other half:
+two answers tell what recording costs, whatever each half holds and however the machine drifts.  A recorded half ends
+when all of it is in the file.
 """
 
 from __future__ import annotations
@@ -26,43 +27,45 @@ DEMO = Path(__file__).parents[1] / "models" / "demo"
 PROMPT = np.arange(100, 116)
 
 
-def _seconds(model: Any, tokens: int, recorder: Recorder | None) -> float:
-    """Time for ``tokens`` decoded tokens, until they are on the disk if they are recorded."""
+def _answer(model: Any, tokens: int, recorders: list[Recorder | None]) -> list[float]:
+    """Seconds for each part of one answer: ``tokens`` decoded, and in the file if there is a recorder."""
     events = events_of(model)
-    events.recorder = recorder
-    steps = generate_step(mx.array(PROMPT), model, max_tokens=tokens + 1)
+    steps = generate_step(mx.array(PROMPT), model, max_tokens=tokens * len(recorders) + 1)
     next(steps)
-    began = time.perf_counter()
-    for _ in steps:
-        pass
-    if recorder is not None:
-        recorder.flush()
-    events.recorder = None
-    return time.perf_counter() - began
+    seconds = []
+    for recorder in recorders:
+        began = time.perf_counter()
+        events.recorder = recorder
+        if recorder is not None:
+            recorder.listen()
+        for _ in range(tokens):
+            next(steps)
+        if recorder is not None:
+            recorder.flush()
+            recorder.leave()
+        events.recorder = None
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
-def _cost(model: Any, tokens: int, rounds: int, path: Path) -> tuple[float, float]:
-    """``(share of the time of a token that recording adds, bytes a token)``; the first the median over rounds."""
+def _cost(model: Any, tokens: int, rounds: int, path: Path) -> tuple[list[float], float]:
+    """``(share of the time of a token that recording adds, by round; bytes a token)``."""
     shares = []
     for number in range(rounds + 1):
-        recorder = Recorder(path.with_name(f"{path.stem}-{number}.npz"), model, session_of(model).manifest)
+        # A file each: that they are all of one answer must not make a token smaller.
+        recorder = Recorder(path.with_stem(f"{path.stem}-{number}"), model, session_of(model).manifest)
         recorder.leave()
-        spent: dict[bool, float] = {}
-        for recorded in (True, False) if number % 2 else (False, True):
-            if recorded:
-                recorder.listen()
-            spent[recorded] = _seconds(model, tokens, recorder if recorded else None)
-            recorder.leave()
-        tokens_written = recorder.finish().tokens
-        size = recorder.path.stat().st_size / tokens_written
+        first, rest = _answer(model, tokens, [recorder, None])
+        begun, last = _answer(model, tokens, [None, recorder])
+        written = recorder.finish().tokens
         if number:  # the first round warms up
-            shares.append(spent[True] / spent[False] - 1)
-    return statistics.median(shares), size
+            shares.append((first + last) / (begun + rest) - 1)
+    return shares, recorder.path.stat().st_size / written
 
 
 def run(quick: bool = False, model: Path = DEMO) -> dict[str, Any]:
-    """``cost_complete_percent`` and ``cost_partial_percent`` of decode time, and ``bytes_per_token``."""
-    tokens, rounds = (64, 6) if quick else (256, 24)
+    """``cost_complete_percent`` and ``cost_partial_percent`` of decode time (medians), and ``bytes_per_token``."""
+    tokens, rounds = (32, 6) if quick else (128, 48)
     figures: dict[str, Any] = {}
     manifest = load_lazily(model).manifest
     blocks = sum(layer.experts for layer in manifest.layers)
@@ -70,9 +73,11 @@ def run(quick: bool = False, model: Path = DEMO) -> dict[str, Any]:
         for name, share in (("complete", 1.0), ("partial", 0.5)):
             with running_daemon(home, budget_for(manifest, round(share * blocks))):
                 loaded, _ = expertd.load(model)
-                cost, size = _cost(loaded, tokens, rounds, Path(folder) / f"{name}.npz")
+                shares, size = _cost(loaded, tokens, rounds, Path(folder) / f"{name}.npz")
                 expertd.unload(loaded)
-            print(f"{name} pool: recording adds {100 * cost:.2f} % to a token, {size:.0f} bytes a token on disk")
-            figures[f"cost_{name}_percent"] = round(100 * cost, 3)
+            low, cost, high = (100 * share for share in statistics.quantiles(shares, n=4))
+            print(f"{name} pool: recording adds {cost:.2f} % to a token (quartiles {low:.1f} and {high:.1f})")
+            print(f"{name} pool: {size:.0f} bytes a token on disk")
+            figures[f"cost_{name}_percent"] = round(cost, 3)
             figures["bytes_per_token"] = round(size, 1)
     return figures

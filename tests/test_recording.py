@@ -32,6 +32,7 @@ from expertd.protocol.errors import FileChanged, TraceWriteFailed
 from expertd.protocol.traces import DECODE, PREFILL, Trace, part_of, read_trace, recover
 from expertd.worker.load import events_of, session_of
 from expertd.worker.manifest import find_switches, load_lazily, replace_module
+from expertd.worker.packing import FORMATS
 from expertd.worker.recording import Recorder, recording
 from expertd.worker.verify import first_difference, greedy
 from tests.conftest import DEADLINE_S, StartDaemon
@@ -574,6 +575,17 @@ assert generate(model, PROMPTS[2]) == before
     assert 0 < found.info.tokens < 30 * len(once)
     assert np.array_equal(found.experts, np.concatenate([once] * 30)[: found.info.tokens])
     assert recover(out).tokens == found.info.tokens
+
+
+def test_scores_that_cannot_be_packed_end_the_recording_with_an_error(
+    load: Any, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load()
+    monkeypatch.delitem(FORMATS, "f")
+    with pytest.raises(TraceWriteFailed, match=r"recording failed \(KeyError\('f'\)\)"), recording(model, out):
+        before = generate(model, PROMPTS[2])
+    assert generate(model, PROMPTS[2]) == before
+    assert not out.exists()
 
 
 def test_a_program_that_just_ends_leaves_a_finished_trace(load: Any, written: Any, out: Path) -> None:

@@ -70,8 +70,12 @@ class Packer:
         try:
             self.file.append(arrays)
         except TraceWriteFailed as error:
-            self.failed = error
-            self.file.leave()
+            self.fail(error)
+
+    def fail(self, error: ExpertdError) -> None:
+        """Write nothing more, because of ``error``."""
+        self.failed = error
+        self.file.leave()
 
     def finish(self) -> None:
         """Make the trace of what was written; a part that could not be written stays."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from expertd.protocol.errors import TraceWriteFailed, from_code
 from expertd.protocol.manifest import Manifest
-from expertd.protocol.traces import TraceFile, TraceInfo
+from expertd.protocol.traces import TraceFile, TraceInfo, part_of
 from expertd.worker.packing import Forward, Packer
 from expertd.worker.routers import Witness, find_router
 from expertd.worker.rows import Sequences, call_of, listen
@@ -224,7 +224,12 @@ def _write(forwards: queue.SimpleQueue[Forward | threading.Event | None], packer
             tokens += came.tokens
             if tokens < CHUNK_TOKENS:
                 continue
-        packer.write(gathered)
+        try:
+            packer.write(gathered)
+        except Exception as error:  # a router whose ids or scores are like no other's
+            log.exception("a recording is given up")
+            rest = part_of(packer.file.path)
+            packer.fail(TraceWriteFailed(f"recording failed ({error!r}); {rest} holds what came before"))
         gathered, tokens = [], 0
         if isinstance(came, threading.Event):
             came.set()
