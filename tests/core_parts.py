@@ -134,14 +134,14 @@ class Worker:
 class WatchedLRU(LRU):
     """Fails if it is told of a block's coming or going twice."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        super().__init__(layers, experts, top_k)
         self.known: set[Block] = set()
         self.observing = False
 
-    def observe(self, layer: int, experts: Sequence[int]) -> None:
+    def observe(self, session: int, layer: int, experts: Sequence[int]) -> None:
         self.observing = True
-        super().observe(layer, experts)
+        super().observe(session, layer, experts)
         self.observing = False
 
     def admitted(self, block: Block) -> None:

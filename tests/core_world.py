@@ -472,11 +472,13 @@ class World:
     def policies_know_what_is_resident(self) -> None:
         """And what is on its way from the generation before, which they have known all along."""
         for model in self.core.models.values():
+            assert isinstance(model.policy, WatchedLRU)
+            known = set()
             for pool in model.pools:
-                assert isinstance(pool.policy, WatchedLRU)
-                sealed = {block for block in pool.where if pool.sealed_slot(block) is not None}
-                copied = {block for block, slot in pool.where.items() if pool.slots[slot].carried}
-                assert pool.policy.known == sealed | copied | pool.carried
+                known |= {block for block in pool.where if pool.sealed_slot(block) is not None}
+                known |= {block for block, slot in pool.where.items() if pool.slots[slot].carried}
+                known |= pool.carried
+            assert model.policy.known == known
 
     def whoever_stands_in_the_way_owes(self) -> None:
         """A look into the core: only who owes an ack is missed when it says nothing, and so it does not block."""

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from expertd.daemon.core import events, instructions, memory, slots
 from expertd.daemon.core.plan import largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
-from expertd.daemon.policy import LRU, PolicyFactory
+from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.messages import PoolInfo
@@ -40,7 +40,7 @@ class Core:
         sessions: by number, those that are open.
     """
 
-    def __init__(self, budget: int, policy: PolicyFactory = LRU, *, first_segment: int = 1) -> None:
+    def __init__(self, budget: int, policy: PolicyFactory = Forecast, *, first_segment: int = 1) -> None:
         self.budget = budget
         self.models: dict[str, Model] = {}
         self.sessions: dict[int, Session] = {}
@@ -101,7 +101,7 @@ class Core:
             case events.Routed(session, routing):
                 if session in self.sessions:
                     self._heard(self.sessions[session])
-                    self._observe_hits(self.models[self.sessions[session].model], routing)
+                    self._observe_hits(self.sessions[session], routing)
             case events.Released(session, segment):
                 self._released(session, segment)
             case events.Silent(session):
@@ -176,7 +176,10 @@ class Core:
         plans = plan_pools(manifest, (self.budget - self.used) // copies)
         pools = [self._new_pool(1, plan.layers, plan.layout) for plan in plans]
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
-        model = Model(manifest.key, manifest, pools, pool_of_layer)
+        layers = manifest.layers
+        experts, top_k = max(layer.experts for layer in layers), max(layer.top_k for layer in layers)
+        policy = self._policy(len(layers), experts, top_k)
+        model = Model(manifest.key, manifest, pools, pool_of_layer, policy)
         self.models[model.key] = model
         for pool in pools:
             self._pools[pool.segment] = (model, pool)
@@ -185,7 +188,7 @@ class Core:
     def _new_pool(self, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
         segment = next(self._segments)
         self._out.append(instructions.CreatePool(segment, generation, layout))
-        return Pool(segment, generation, layers, layout, self._policy())
+        return Pool(segment, generation, layers, layout)
 
     def _idle(self) -> list[Model]:
         """Models that nobody uses and nothing reads for, the longest unused first."""
@@ -247,6 +250,7 @@ class Core:
             return
         model = self.models[session.model]
         self._abandon(model, session)
+        model.policy.ended(number)
         del model.sessions[number]
         for pool in (*model.pools, *model.old):
             pool.holders.pop(number, None)
@@ -291,7 +295,7 @@ class Core:
         session.fetches += 1
         session.owes = False
         session.answer = session.refusal = None
-        self._observe_hits(model, event.routing)
+        self._observe_hits(session, event.routing)
         self._abandon(model, session)
         pool = model.pool_of_layer.get(event.layer)
         if pool is not None and (event.segment != pool.segment or session.number not in pool.holders):
@@ -305,7 +309,7 @@ class Core:
             self._pump_all(model)
             return
         assert pool is not None
-        pool.policy.observe(event.layer, event.experts)
+        model.policy.observe(event.session, event.layer, event.experts)
         resident = sum(pool.sealed_slot((event.layer, expert)) is not None for expert in event.experts)
         model.hits += resident
         model.misses += len(event.experts) - resident
@@ -349,17 +353,18 @@ class Core:
         model = self.models[session.model]
         if event.version >= session.asked[0] and event.sequence >= session.asked[1]:
             session.owes = False  # else it was sent before the question
-        self._observe_hits(model, event.routing)
+        self._observe_hits(session, event.routing)
         session.acked = max(session.acked, min(event.version, model.version))
         if event.sequence == session.sequence and session.waiting is None:
             self._release(session)
         self._pump_all(model)
 
-    def _observe_hits(self, model: Model, routing: Iterable[tuple[int, list[int]]]) -> None:
+    def _observe_hits(self, session: Session, routing: Iterable[tuple[int, list[int]]]) -> None:
+        model = self.models[session.model]
         for layer, experts in routing:
             pool = model.pool_of_layer.get(layer)
-            if pool is not None:
-                pool.policy.observe(layer, experts)
+            if pool is not None and experts and max(experts) < pool.layout.experts:
+                model.policy.observe(session.number, layer, experts)
                 model.hits += len(experts)
 
     def _release(self, session: Session) -> None:
@@ -442,8 +447,8 @@ class Core:
         model.pool_of_layer.update(dict.fromkeys(new.layers, new))
         model.old.append(old)
         old.next, old.superseded = None, True
-        slots.forget_wishes(old)
-        stay = slots.hand_over_policy(old, new)
+        slots.forget_wishes(model, old)
+        stay = slots.hand_over(model, old, new)
         new.carried.update(stay)
         new.wish.extend(reversed(stay))  # the most valuable first
         if new.holds_all:
@@ -524,7 +529,7 @@ class Core:
 
     def _read_done(self, event: events.ReadDone) -> None:
         model, pool = self._pools[event.segment]
-        block = slots.arrived(pool, event.slot)
+        block = slots.arrived(model, pool, event.slot)
         model.bytes_read += event.size
         self._out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], event.slot))
         for waiting in list(pool.queue):
@@ -542,7 +547,7 @@ class Core:
 
     def _read_failed(self, event: events.ReadFailed) -> None:
         model, pool = self._pools[event.segment]
-        block = slots.failed(pool, event.slot)
+        block = slots.failed(model, pool, event.slot)
         for waiting in [entry for entry in pool.queue if block in entry.missing]:
             self._give_up(model, pool, waiting, event.error)
         self._pump_all(model)

@@ -65,7 +65,7 @@ def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out) -> N
         number = pool.sealed_slot(block)
         return block not in keep and number is not None and not pool.slots[number].leases
 
-    victims = pool.policy.victims(count, evictable)
+    victims = model.policy.victims(pool.layers, count, evictable)
     if not victims:
         return
     model.version += 1
@@ -76,7 +76,7 @@ def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out) -> N
         slot.retired_at = model.version
         pool.retired.add(number)
         pool.sealed -= 1
-        pool.policy.removed(block)
+        model.policy.removed(block)
         model.evictions += 1
         out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], ABSENT))
 
@@ -112,36 +112,35 @@ def fill(model: Model, pool: Pool, out: Out) -> None:
         if not pool.carried and (pool.queue or not model.sessions):
             return
         if not pool.spare:
-            forget_wishes(pool)
+            forget_wishes(model, pool)
             return
         block = pool.wish.popleft()
         if block not in pool.where:
             bring(model, pool, block, out, demand=False)
 
 
-def forget_wishes(pool: Pool) -> None:
+def forget_wishes(model: Model, pool: Pool) -> None:
     """Bring in nothing more in the background."""
     pool.wish.clear()
     for block in pool.carried:
-        pool.policy.removed(block)
+        model.policy.removed(block)
     pool.carried.clear()
 
 
-def hand_over_policy(old: Pool, new: Pool) -> list[Block]:
-    """Let ``new`` go on with the policy of ``old``; returns the blocks that should stay, the least worth first."""
-    new.policy = old.policy
+def hand_over(model: Model, old: Pool, new: Pool) -> list[Block]:
+    """The blocks of ``old`` that should stay in ``new``, the least worth first; the others are resident no more."""
     for slot in old.slots:
         if slot.carried and slot.block is not None:  # known as resident, and not here in time
-            new.policy.removed(slot.block)
+            model.policy.removed(slot.block)
             slot.carried = False
-    known = new.policy.victims(len(old.where), lambda block: old.sealed_slot(block) is not None)
+    known = model.policy.victims(old.layers, len(old.where), lambda block: old.sealed_slot(block) is not None)
     leaving = max(0, len(known) - new.layout.slots)
     for block in known[:leaving]:
-        new.policy.removed(block)
+        model.policy.removed(block)
     return known[leaving:]
 
 
-def arrived(pool: Pool, number: int) -> Block:
+def arrived(model: Model, pool: Pool, number: int) -> Block:
     """The slot's bytes are complete: seal it; returns its block."""
     slot = pool.slots[number]
     block = slot.block
@@ -150,20 +149,20 @@ def arrived(pool: Pool, number: int) -> Block:
     pool.sealed += 1
     _no_longer_filling(pool, number)
     if not (slot.carried or pool.superseded):
-        pool.policy.admitted(block)
+        model.policy.admitted(block)
     slot.carried = False
     return block
 
 
-def failed(pool: Pool, number: int) -> Block:
+def failed(model: Model, pool: Pool, number: int) -> Block:
     """The slot's bytes did not come: free it; returns the block that they should have been."""
     slot = pool.slots[number]
     block = slot.block
     assert block is not None
     if block in pool.background:
-        forget_wishes(pool)
+        forget_wishes(model, pool)
     if slot.carried and not pool.superseded:
-        pool.policy.removed(block)
+        model.policy.removed(block)
     _no_longer_filling(pool, number)
     slot.move(SlotState.FREE)
     slot.leases.clear()

@@ -97,7 +97,6 @@ class Pool:
     generation: int
     layers: tuple[int, ...]
     layout: PoolLayout
-    policy: Policy
     created: bool = False
     slots: list[Slot] = field(default_factory=list)
     where: dict[Block, int] = field(default_factory=dict)
@@ -211,6 +210,7 @@ class Model:
     manifest: Manifest
     pools: list[Pool]
     pool_of_layer: dict[int, Pool]
+    policy: Policy
     old: list[Pool] = field(default_factory=list)
     version: int = 0  # counts evictions: only what leaves the table needs acks
     sessions: dict[int, Session] = field(default_factory=dict)

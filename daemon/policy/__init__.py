@@ -1,6 +1,11 @@
-"""Which block to evict: pure classes behind one interface (``base.Policy``).  LRU so far."""
+"""Which block to evict: pure classes behind one interface (``base.Policy``)."""
 
 from expertd.daemon.policy.base import Block, Policy, PolicyFactory
+from expertd.daemon.policy.forecast import Forecast
 from expertd.daemon.policy.lru import LRU
+from expertd.daemon.policy.scored import EWMA, LCP, LFU
 
-__all__ = ["LRU", "Block", "Policy", "PolicyFactory"]
+POLICIES: dict[str, PolicyFactory] = {"forecast": Forecast, "lru": LRU, "lfu": LFU, "lcp": LCP, "ewma": EWMA}
+"""Every policy by its name."""
+
+__all__ = ["EWMA", "LCP", "LFU", "LRU", "POLICIES", "Block", "Forecast", "Policy", "PolicyFactory"]

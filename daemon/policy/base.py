@@ -1,7 +1,7 @@
 """The contract between the core and an eviction policy.
 
-One policy object serves one pool.  The core tells it what happened and asks it for victims; it decides nothing else: it
-does not know slots, leases, sessions or reads.  Budgets and quotas between pools are not its business either.
+One policy object serves one model, in whatever pools its layers are.  The core tells it what happened and asks it for
+victims; it decides nothing else: it does not know slots, leases or reads.  Budgets are not its business either.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ class Policy(Protocol):
     """An eviction policy.  No method may block, do I/O or look at a clock; none ever raises.
 
     The caller guarantees: ``admitted`` once for each block that becomes resident, ``removed`` once for each that ceases
-    to be, and ``observe`` in the order in which events happened as far as that is known.
+    to be, and ``observe`` in the order in which the events of a session happened, as far as that is known.
     """
 
-    def observe(self, layer: int, experts: Sequence[int]) -> None:
-        """One event: ``layer`` used ``experts`` (resident or not) together."""
+    def observe(self, session: int, layer: int, experts: Sequence[int]) -> None:
+        """One event: in ``session``, ``layer`` used ``experts`` (resident or not) together, each named once.
+
+        They come in the router's order where that is known.  A prompt that needs more blocks than fit is computed by
+        groups: several events of one layer, one after the other.
+        """
+
+    def ended(self, session: int) -> None:
+        """``session`` is over."""
 
     def admitted(self, block: Block) -> None:
         """``block`` became resident."""
@@ -29,10 +36,10 @@ class Policy(Protocol):
     def removed(self, block: Block) -> None:
         """``block`` is resident no more."""
 
-    def victims(self, count: int, evictable: Callable[[Block], bool]) -> list[Block]:
-        """Up to ``count`` blocks to evict, the least worth keeping first.
+    def victims(self, layers: Sequence[int], count: int, evictable: Callable[[Block], bool]) -> list[Block]:
+        """Up to ``count`` blocks of ``layers`` to evict, the least worth keeping first.
 
-        ``evictable`` may be asked about resident blocks only.
+        ``evictable`` may be asked about resident blocks of these layers only.
 
         MUST return only distinct resident blocks for which ``evictable`` is true, and MUST return ``count`` of them
         if that many exist.
@@ -40,4 +47,8 @@ class Policy(Protocol):
         ...
 
 
-PolicyFactory = Callable[[], Policy]
+PolicyFactory = Callable[[int, int, int], Policy]
+"""Makes a policy for a model of so many MoE layers, experts in each, of which a token uses so many.
+
+Where layers differ, these are the largest numbers.
+"""

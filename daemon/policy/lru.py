@@ -8,15 +8,21 @@ from expertd.daemon.policy.base import Block
 
 
 class LRU:
-    """Evicts the block whose last event is longest ago; a block that was admitted and never used counts from then."""
+    """Evicts the block whose last event is longest ago; a block that was admitted and never used counts from then.
 
-    def __init__(self) -> None:
-        self._resident: dict[Block, None] = {}  # insertion order is recency, oldest first
+    Of one event's blocks the router's first choice counts as the most recent.
+    """
 
-    def observe(self, layer: int, experts: Sequence[int]) -> None:
-        for expert in experts:
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        self._resident: dict[Block, None] = {}  # in the order of recency, oldest first
+
+    def observe(self, session: int, layer: int, experts: Sequence[int]) -> None:
+        for expert in reversed(experts):
             if (layer, expert) in self._resident:
                 self.admitted((layer, expert))
+
+    def ended(self, session: int) -> None:
+        """Nothing is known of sessions."""
 
     def admitted(self, block: Block) -> None:
         self._resident.pop(block, None)
@@ -25,12 +31,12 @@ class LRU:
     def removed(self, block: Block) -> None:
         self._resident.pop(block, None)
 
-    def victims(self, count: int, evictable: Callable[[Block], bool]) -> list[Block]:
+    def victims(self, layers: Sequence[int], count: int, evictable: Callable[[Block], bool]) -> list[Block]:
         chosen: list[Block] = []
         if count <= 0:
             return chosen
         for block in self._resident:
-            if evictable(block):
+            if block[0] in layers and evictable(block):
                 chosen.append(block)
                 if len(chosen) == count:
                     break

@@ -1,0 +1,111 @@
+"""Simple policies that give each block a score: what was proposed elsewhere, to be compared with.
+
+They work out the scores of all blocks whenever they are asked, which is good enough for a replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertd.daemon.policy.base import Block
+
+Floats = NDArray[np.floating[Any]]
+
+
+class Scored:
+    """Evicts the block with the largest score; of equal ones that of the lowest layer and expert."""
+
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        self._resident = np.zeros((layers, experts), bool)
+        self._layer = 0
+
+    def observe(self, session: int, layer: int, experts: Sequence[int]) -> None:
+        self._layer = layer
+        self.use(layer, list(experts))
+
+    def ended(self, session: int) -> None:
+        """Nothing is known of sessions."""
+
+    def admitted(self, block: Block) -> None:
+        self._resident[block] = True
+
+    def removed(self, block: Block) -> None:
+        self._resident[block] = False
+
+    def victims(self, layers: Sequence[int], count: int, evictable: Callable[[Block], bool]) -> list[Block]:
+        scores = np.full(self._resident.shape, -np.inf)
+        scores[layers] = np.where(self._resident, self.scores(), -np.inf)[layers]
+        chosen: list[Block] = []
+        flat = scores.ravel()
+        for _ in range(int(np.isfinite(flat).sum())):
+            if len(chosen) >= count:
+                break
+            worst = int(flat.argmax())
+            flat[worst] = -np.inf
+            block = divmod(worst, self._resident.shape[1])
+            if evictable(block):
+                chosen.append(block)
+        return chosen
+
+    def use(self, layer: int, experts: list[int]) -> None:
+        """One event."""
+        raise NotImplementedError
+
+    def scores(self) -> Floats:
+        """How little each block is worth now, ``[layers, experts]``, all finite."""
+        raise NotImplementedError
+
+
+class LFU(Scored):
+    """Least frequently used, since the beginning."""
+
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        super().__init__(layers, experts, top_k)
+        self._uses = np.zeros((layers, experts))
+
+    def use(self, layer: int, experts: list[int]) -> None:
+        self._uses[layer, experts] += 1
+
+    def scores(self) -> Floats:
+        return -self._uses
+
+
+class LCP(LFU):
+    """Least ``frequency * 0.25^(age / 128)``, age in tokens: the least critical priority of mlx-based peers."""
+
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        super().__init__(layers, experts, top_k)
+        self._tokens = np.zeros((layers, 1))
+        self._last = np.zeros((layers, experts))
+
+    def use(self, layer: int, experts: list[int]) -> None:
+        super().use(layer, experts)
+        self._tokens[layer] += 1
+        self._last[layer, experts] = self._tokens[layer]
+
+    def scores(self) -> Floats:
+        return np.asarray(-self._uses * 0.25 ** ((self._tokens - self._last) / 128))
+
+
+class EWMA(Scored):
+    """Longest ``1 / p`` tokens, plus how far off the block's layer is in the cycle; ``p`` is a use rate per token."""
+
+    ALPHA = 0.05
+
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        super().__init__(layers, experts, top_k)
+        self._rates = np.zeros((layers, experts))
+        number = np.arange(layers)
+        self._phase = (number[None, :] - number[:, None] - 1) % layers / layers  # [layer now, layer of the block]
+
+    def use(self, layer: int, experts: list[int]) -> None:
+        rates = self._rates[layer]
+        rates *= 1 - self.ALPHA
+        rates[experts] += self.ALPHA
+
+    def scores(self) -> Floats:
+        return np.asarray(1 / (self._rates + 1e-4) + self._phase[self._layer][:, None])
