@@ -1,8 +1,8 @@
-"""``python -m benchmarks NAME [MODEL] [--quick] [--minutes N] [--json FILE]``: run one benchmark from the repository's
-root.
+"""``python -m benchmarks NAME [MODEL] [--quick] [--json FILE] ...``, from the repository's root: run one benchmark.
 
-Each benchmark is a module with ``run(quick) -> dict`` of named figures; it prints a table as it goes.  One that runs
-for as long as it is told has ``minutes`` too, one that takes any checkpoint ``model``.
+Each benchmark is a module with ``run(quick) -> dict`` of named figures; it prints a table as it goes.  The other options
+are for the benchmarks whose ``run`` has an argument of that name: ``minutes``, ``model``, ``trace``, ``sequences``,
+``picture``, ``fit``.
 """
 
 from __future__ import annotations
@@ -30,10 +30,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a version that ends within a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one flat object")
     parser.add_argument("--minutes", type=float, metavar="N", help="how long, for a benchmark that can be told")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="recorded routing, for a benchmark that replays it")
+    parser.add_argument("--sequences", choices=["even", "odd", "all"], help="which of its sequences")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw the figures")
+    parser.add_argument("--fit", action="store_true", default=None, help="fit the weights of a policy instead")
     arguments = parser.parse_args()
     run = importlib.import_module(f"benchmarks.{arguments.name}").run
     options = {"quick": arguments.quick}
-    for option in ("minutes", "model"):
+    for option in ("minutes", "model", "trace", "sequences", "picture", "fit"):
         value = getattr(arguments, option)
         if value is not None:
             if option not in inspect.signature(run).parameters:

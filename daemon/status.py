@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from expertd.daemon.core.state import Model
-from expertd.protocol.messages import ModelStatus, SessionStatus
+from expertd.protocol.messages import LayerStatus, ModelStatus, SessionStatus
 
 
 def model_status(model: Model) -> ModelStatus:
@@ -37,4 +39,22 @@ def model_status(model: Model) -> ModelStatus:
             )
             for session in model.sessions.values()
         ],
+        layers=_layers(model),
     )
+
+
+def _layers(model: Model) -> list[LayerStatus]:
+    pool_of_layer = {layer: number for number, pool in enumerate(model.pools) for layer in pool.layers}
+    resident = Counter(block[0] for pool in model.pools for block in pool.where if pool.sealed_slot(block) is not None)
+    return [
+        LayerStatus(
+            pool=pool_of_layer[layer],
+            pool_slots=model.pools[pool_of_layer[layer]].layout.slots,
+            resident_blocks=resident[layer],
+            hits=counts.hits,
+            misses=counts.misses,
+            bytes_read=counts.bytes_read,
+            evictions=counts.evictions,
+        )
+        for layer, counts in enumerate(model.counts)
+    ]

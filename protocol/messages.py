@@ -225,8 +225,27 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     held_bytes: int
 
 
+class LayerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One MoE layer, as ``expertd status --json`` prints it.
+
+    Layers that share a pool share its slots: ``pool_slots`` is what all of them have together, ``resident_blocks`` what
+    this one has of them now.
+    """
+
+    pool: int
+    pool_slots: int
+    resident_blocks: int
+    hits: int
+    misses: int
+    bytes_read: int
+    evictions: int
+
+
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event."""
+    """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event.
+
+    ``layers`` may be left out, as by daemons of this version of the protocol that do not count them apart.
+    """
 
     id: str
     path: str
@@ -244,6 +263,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int
     pool_bytes: int
     sessions: list[SessionStatus]
+    layers: list[LayerStatus] = []
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ import pytest
 from expertd.clients.cli.status import table
 from expertd.protocol import PROTOCOL
 from expertd.protocol.connection import package_version
-from expertd.protocol.messages import DaemonStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
 from tests.conftest import DEADLINE_S, StartDaemon
@@ -56,6 +56,13 @@ def test_status_as_json_has_the_promised_shape(model_path: Path, home: Home, sta
     assert model["bytes_read"] == model["misses"] * model["block_bytes"]
     assert model["hits"] > 0
     assert model["sessions"] == []
+    assert len(model["layers"]) == 3
+    for layer in model["layers"]:
+        assert (layer["pool"], layer["pool_slots"]) == (0, 12)
+        assert layer["misses"] == layer["evictions"] + layer["resident_blocks"]
+        assert layer["bytes_read"] == layer["misses"] * model["block_bytes"]
+    for name in ("hits", "misses", "bytes_read", "evictions", "resident_blocks"):
+        assert sum(layer[name] for layer in model["layers"]) == model[name]
 
 
 def test_status_names_the_sessions_and_their_mode(model_path: Path, start_daemon: StartDaemon) -> None:
@@ -78,23 +85,63 @@ def test_status_of_an_empty_daemon_reads_well(home: Home, start_daemon: StartDae
     assert lines[1:] == ["budget    64.0 MB, in use 0 B, pressure normal", "models    none yet"]
 
 
+def test_status_shows_each_layer_if_it_is_asked_to(model_path: Path, start_daemon: StartDaemon) -> None:
+    start_daemon(str(budget_for(load_lazily(model_path).manifest, 12)))
+    assert expertd("generate", str(model_path), "hello", "--max-tokens", "4").returncode == 0
+    head, *rows = expertd("status", "--layers").stdout.splitlines()[-4:]
+    assert head.startswith("  layer  pool  pool slots  resident ")
+    assert [row.split()[:3] for row in rows] == [["0", "0", "12"], ["1", "0", "12"], ["2", "0", "12"]]
+    assert "pool slots" not in expertd("status").stdout
+
+
+def status_of(sessions: list[SessionStatus], layers: list[LayerStatus], bytes_read: int = 1) -> Status:
+    """What a daemon with one model says, all other numbers 1."""
+    counts = dict.fromkeys(
+        ("moe_layers", "experts", "top_k", "block_bytes", "blocks", "slots", "resident_blocks", "hits", "misses",
+         "evictions", "pool_bytes"), 1,
+    )  # fmt: skip
+    model = ModelStatus(
+        id="m", path="/m", family="f", sessions=sessions, layers=layers, bytes_read=bytes_read, **counts
+    )
+    return Status(
+        protocol=PROTOCOL, home="/h", budget_bytes=1, used_bytes=1, pressure="normal", tracing="", frames_dropped=0,
+        daemon=DaemonStatus(pid=1, version="1", uptime_s=1.0, rss_bytes=1), models=[model],
+    )  # fmt: skip
+
+
+def test_status_lines_the_layers_up_and_tells_their_share_of_what_was_read() -> None:
+    layers = [
+        LayerStatus(pool=0, pool_slots=96, resident_blocks=61, hits=1200, misses=90, bytes_read=900, evictions=29),
+        LayerStatus(pool=0, pool_slots=96, resident_blocks=35, hits=12345, misses=36, bytes_read=300, evictions=1),
+        LayerStatus(pool=1, pool_slots=128, resident_blocks=0, hits=0, misses=0, bytes_read=0, evictions=0),
+    ]
+    lines = table(status_of([], layers, bytes_read=1200), layers=True)
+    assert lines[-5:] == [
+        "  session   none",
+        "  layer  pool  pool slots  resident   hits  misses  evictions  bytes read",
+        "      0     0          96        61   1200      90         29      75.0 %",
+        "      1     0          96        35  12345      36          1      25.0 %",
+        "      2     1         128         0      0       0          0       0.0 %",
+    ]
+
+
+def test_status_of_layers_that_read_nothing_has_no_share_to_tell() -> None:
+    layers = [LayerStatus(pool=0, pool_slots=8, resident_blocks=0, hits=0, misses=0, bytes_read=0, evictions=0)]
+    assert table(status_of([], layers, bytes_read=0), layers=True)[-1].endswith("  0.0 %")
+
+
+def test_status_says_that_an_older_daemon_does_not_tell_of_layers() -> None:
+    assert table(status_of([], []), layers=True)[-1] == (
+        "  layers    unknown to this daemon, which is older than this command"
+    )
+
+
 def test_status_says_what_to_do_about_a_session_that_was_left_behind() -> None:
     sessions = [
         SessionStatus(id=1, pid=123, mode="shm", waiting=False, fetches=7, left_behind=True, held_bytes=1_200_000_000),
         SessionStatus(id=2, pid=124, mode="shm", waiting=True, fetches=8, left_behind=False, held_bytes=0),
     ]
-    counts = dict.fromkeys(
-        ("moe_layers", "experts", "top_k", "block_bytes", "blocks", "slots", "resident_blocks", "hits", "misses",
-         "bytes_read", "evictions", "pool_bytes"), 1,
-    )  # fmt: skip
-    lines = table(
-        Status(
-            protocol=PROTOCOL, home="/h", budget_bytes=1, used_bytes=1, pressure="normal", tracing="", frames_dropped=0,
-            daemon=DaemonStatus(pid=1, version="1", uptime_s=1.0, rss_bytes=1),
-            models=[ModelStatus(id="m", path="/m", family="f", sessions=sessions, **counts)],
-        )
-    )  # fmt: skip
-    assert lines[-2:] == [
+    assert table(status_of(sessions, []))[-2:] == [
         "  session   process 123 does not answer and holds 1.2 GB; continue it (kill -CONT 123) or end it",
         "  session   process 124, mode shm, 8 fetches, waits for a read",
     ]

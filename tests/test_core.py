@@ -42,7 +42,8 @@ from expertd.daemon.core.instructions import (
 )
 from expertd.daemon.core.plan import largest, plan_pools, smallest
 from expertd.daemon.core.slots import BACKGROUND_READS
-from expertd.daemon.core.state import InvalidTransition, Slot, SlotState
+from expertd.daemon.core.state import InvalidTransition, LayerCounts, Slot, SlotState
+from expertd.daemon.status import model_status
 from expertd.protocol import errors
 from expertd.protocol.layout import PAGE, slot_limit
 from expertd.protocol.manifest import Layer, Manifest, Part
@@ -413,6 +414,69 @@ def test_a_block_on_its_way_for_somebody_else_counts_as_a_miss() -> None:
     daemon.fetch(1, 1, 0, 0)
     daemon.fetch(2, 1, 0, 0)
     assert daemon.core.models[manifest().key].misses == 2
+
+
+def test_each_layer_counts_its_own_hits_misses_and_bytes() -> None:
+    daemon = two_sessions(4)
+    daemon.get(1, 1, 0, 0, 1)
+    daemon.get(1, 2, 0, 1, 2)
+    daemon.get(1, 3, 1, 3)
+    daemon.feed(Fetch(2, 1, 1, 0, (0,), ((1, [3]), (0, [1, 2]))))
+    model = daemon.core.models[manifest().key]
+    assert model.counts == [
+        LayerCounts(hits=1 + 1 + 2, misses=3, bytes_read=3 * 7),
+        LayerCounts(hits=1, misses=1, bytes_read=7),
+    ]
+    assert (model.hits, model.misses, model.bytes_read) == (5, 4, 4 * 7)
+
+
+def test_lookups_of_what_the_model_does_not_have_are_not_counted() -> None:
+    daemon = two_sessions(4)
+    daemon.fetch(1, 1, 2, 0)
+    daemon.fetch(1, 2, 1, 4)
+    daemon.feed(Routed(1, ((2, [0]), (1, [4]))))
+    assert daemon.core.models[manifest().key].counts == [LayerCounts(), LayerCounts()]
+
+
+def test_an_eviction_counts_for_the_layer_whose_block_leaves() -> None:
+    daemon = Daemon(2)
+    daemon.attach(1, manifest())
+    daemon.get(1, 1, 0, 0, 1)
+    daemon.get(1, 2, 1, 2)
+    model = daemon.core.models[manifest().key]
+    assert [layer.evictions for layer in model.counts] == [1, 0]
+    daemon.get(1, 3, 1, 0, 1)
+    assert [layer.evictions for layer in model.counts] == [2, 1]
+    assert model.evictions == 3
+
+
+def test_status_tells_of_each_layer_its_pool_and_how_many_of_its_slots_it_has_now() -> None:
+    model = manifest(shapes=(ONE_PAGE, TWO_PAGES, ONE_PAGE))
+    daemon = Daemon(budget=smallest(model))
+    daemon.attach(1, model)
+
+    def told() -> list[tuple[int, int, int]]:
+        layers = model_status(daemon.core.models[model.key]).layers
+        return [(layer.pool, layer.pool_slots, layer.resident_blocks) for layer in layers]
+
+    daemon.fetch(1, 1, 0, 0, 1)
+    assert told() == [(0, 2, 0), (1, 2, 0), (0, 2, 0)], "what is on its way is not resident"
+    daemon.finish()
+    daemon.get(1, 2, 1, 3)
+    assert told() == [(0, 2, 2), (1, 2, 1), (0, 2, 0)]
+    daemon.get(1, 3, 2, 1)
+    assert told() == [(0, 2, 1), (1, 2, 1), (0, 2, 1)], "the slots of a pool follow demand"
+
+
+def test_the_layers_of_a_status_add_up_to_the_model() -> None:
+    daemon = Daemon(3)
+    daemon.attach(1, manifest())
+    for sequence, (layer, *experts) in enumerate([(0, 0, 1), (1, 2), (1, 2, 3), (0, 1, 2)], 1):
+        daemon.get(1, sequence, layer, *experts)
+    found = model_status(daemon.core.models[manifest().key])
+    assert found.hits and found.evictions
+    for name in ("hits", "misses", "bytes_read", "evictions", "resident_blocks"):
+        assert sum(getattr(layer, name) for layer in found.layers) == getattr(found, name)
 
 
 def test_a_fetch_that_waits_may_be_repeated() -> None:

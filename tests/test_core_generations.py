@@ -33,6 +33,7 @@ from expertd.daemon.core.instructions import (
     UnlinkPool,
 )
 from expertd.daemon.core.plan import largest, smallest
+from expertd.daemon.status import model_status
 from expertd.protocol import errors
 from expertd.protocol.layout import PAGE
 from expertd.protocol.manifest import Manifest
@@ -165,6 +166,17 @@ def test_a_larger_budget_moves_the_pool_and_what_is_resident_is_copied() -> None
     assert len(copies) == 2
     assert {copy.source for copy in copies} == {1}
     assert [slot.number for slot in daemon.core.models[manifest().key].pools[0].slots] == list(range(8))
+
+
+def test_what_is_copied_into_a_new_generation_was_read_only_once() -> None:
+    daemon = Daemon(4)
+    daemon.attach(1, manifest())
+    daemon.get(1, 1, 1, 0, 1)
+    model = daemon.core.models[manifest().key]
+    read = model.bytes_read
+    copied(daemon, created(daemon, budget(daemon, 7)))
+    assert [(layer.pool_slots, layer.resident_blocks) for layer in model_status(model).layers] == [(6, 0), (6, 2)]
+    assert [layer.bytes_read for layer in model.counts] == [0, read]
 
 
 def test_a_fetch_for_a_generation_that_the_pool_has_left_is_refused() -> None:

@@ -26,6 +26,7 @@ from expertd.protocol.messages import (
     Error,
     Fetch,
     Message,
+    Status,
     Stop,
     Welcome,
     decode,
@@ -266,6 +267,15 @@ def test_any_value_in_any_field_raises_nothing_else(cls: type[Message], data: st
     fields = _fields(cls) if cls.__name__ != "Generate" else {"type": "generate"}
     name = data.draw(st.sampled_from([*fields]))
     _decode_or_refuse(msgspec.msgpack.encode({**fields, name: data.draw(ANYTHING)}))
+
+
+def test_a_status_that_tells_of_no_layers_is_understood() -> None:
+    (models,) = (field.type for field in _struct(Status).fields if field.name == "models")
+    assert isinstance(models, msgspec.inspect.ListType)
+    model = _least(models.item_type)
+    del model["layers"]
+    found = decode(msgspec.msgpack.encode({**_fields(Status), "models": [model]}))
+    assert expect(found, Status).models[0].layers == []
 
 
 def test_expect_gives_the_message_that_was_expected() -> None:

@@ -1,4 +1,4 @@
-"""Event-atomic replay of recorded routing through the daemon's own policies, as its core drives them.
+"""Event-atomic replay of traffic through the daemon's own policies, as its core drives them.
 
 One event is one MoE layer of one forward pass.  Its blocks are looked up together, none of them is evicted for another
 of the same event, and misses are admitted at its end.
@@ -7,100 +7,98 @@ of the same event, and misses are admitted at its end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import numpy as np
+from benchmarks.policy.traffic import Pass
+from expertd.daemon.policy import Block, Policy
 
-from expertd.daemon.policy import Policy
-from expertd.protocol.traces import Trace
+Pools = list[tuple[range, int]]
+"""Of each pool its layers and its slots."""
 
 
-class Event(NamedTuple):
-    """``experts`` of ``layer``, each once, in the router's order if one token chose them."""
+@dataclass
+class LayerCounts:
+    """What one layer's lookups found, and how many of its blocks were evicted."""
 
-    session: int
-    layer: int
-    experts: list[int]
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
 
 
 @dataclass
 class Replay:
-    """What came of a replay: of each layer ``[hits, misses, evictions]``, and seconds for each event if measured."""
+    """What came of a replay, by layer; and the seconds that the policy took for each event, if they were measured."""
 
-    layers: np.ndarray
+    layers: list[LayerCounts]
     seconds: list[float] = field(default_factory=list)
 
     @property
     def hits(self) -> int:
-        return int(self.layers[:, 0].sum())
+        """Blocks that were there when they were looked up."""
+        return sum(layer.hits for layer in self.layers)
 
     @property
     def misses(self) -> int:
-        return int(self.layers[:, 1].sum())
+        """Blocks that were not."""
+        return sum(layer.misses for layer in self.layers)
 
     @property
     def hit_rate(self) -> float:
-        """Share of blocks that were there when they were looked up."""
+        """Share of the hits."""
         return self.hits / max(1, self.hits + self.misses)
 
 
-def events_of(trace: Trace, session: int = 0) -> Iterator[Event]:
-    """The events of ``trace`` in the order in which they ran."""
-    starts = np.flatnonzero(np.r_[True, trace.forward[1:] != trace.forward[:-1]])
-    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(trace.forward)], strict=True):
-        if end - start == 1:
-            for layer, experts in enumerate(trace.experts[start].tolist()):
-                yield Event(session, layer, list(dict.fromkeys(experts)))
-        else:
-            for layer in range(trace.info.layers):
-                yield Event(session, layer, np.unique(trace.experts[start:end, layer]).tolist())
+def even_pools(layers: int, pools: int, slots: int) -> Pools:
+    """Pools of neighbouring layers, all of the same size as near as that is possible."""
+    return [
+        (range(layers * n // pools, layers * (n + 1) // pools), slots * (n + 1) // pools - slots * n // pools)
+        for n in range(pools)
+    ]
 
 
-def replay(
-    events: Iterable[Event], policy: Policy, layers: int, pools: Sequence[tuple[Sequence[int], int]], *, timed: bool = False
-) -> Replay:
-    """Run ``events`` through pools that begin empty.
+def replay(passes: Iterable[Pass], policy: Policy, pools: Pools, *, timed: bool = False) -> Replay:
+    """Run ``passes`` through ``pools`` that begin empty.
 
-    Args:
-        policy: for a model of so many ``layers``.
-        pools: of each its layers and its slots.  An event with more blocks than that is computed by groups, resident
-            blocks first, as workers do it.
+    An event with more blocks than its pool has slots is computed by groups, resident blocks first, as workers do it.
     """
-    pool_of = {layer: number for number, (members, _) in enumerate(pools) for layer in members}
-    resident: list[set[tuple[int, int]]] = [set() for _ in pools]
-    out = Replay(np.zeros((layers, 3), np.int64))
-    counts = [[0, 0, 0] for _ in range(layers)]
-    for session, layer, experts in events:
-        members, slots = pools[pool_of[layer]]
-        held = resident[pool_of[layer]]
-        for group in _groups(layer, experts, held, slots):
-            wanted = {(layer, expert) for expert in group}
-            missing = [block for block in reversed([(layer, expert) for expert in group]) if block not in held]
-            began = time.perf_counter() if timed else 0.0
-            policy.observe(session, layer, group)
-            if missing:
-                short = len(held) + len(missing) - slots
-                if short > 0:
-                    victims = policy.victims(members, short, lambda block: block not in wanted)
+    pool_of = {layer: pool for pool, (members, _) in enumerate(pools) for layer in members}
+    held: list[set[Block]] = [set() for _ in pools]
+    out = Replay([LayerCounts() for _ in pool_of])
+    for each in passes:
+        for session, layer, experts in each:
+            number = pool_of[layer]
+            members, slots = pools[number]
+            resident = held[number]
+            for group in _groups(layer, experts, resident, slots):
+                wanted = {(layer, expert) for expert in group}
+                missing = [(layer, expert) for expert in reversed(group) if (layer, expert) not in resident]
+                began = time.perf_counter() if timed else 0.0
+                policy.observe(session, layer, group)
+                victims = []
+                if missing:
+                    short = len(resident) + len(missing) - slots
+                    if short > 0:
+                        victims = policy.victims(members, short, lambda block, wanted=wanted: block not in wanted)  # type: ignore[misc]
                     for block in victims:
                         policy.removed(block)
-                        counts[block[0]][2] += 1
-                    held.difference_update(victims)
-                for block in missing:
-                    policy.admitted(block)
-                held.update(missing)
-            if timed:
-                out.seconds.append(time.perf_counter() - began)
-            counts[layer][0] += len(group) - len(missing)
-            counts[layer][1] += len(missing)
-    out.layers[:] = counts
+                    for block in missing:
+                        policy.admitted(block)
+                if timed:
+                    out.seconds.append(time.perf_counter() - began)
+                resident.difference_update(victims)
+                resident.update(missing)
+                assert len(resident) <= slots, "the policy named fewer victims than it was asked for"
+                counts = out.layers[layer]
+                counts.hits += len(group) - len(missing)
+                counts.misses += len(missing)
+                for victim, _ in victims:
+                    out.layers[victim].evictions += 1
     return out
 
 
-def _groups(layer: int, experts: list[int], held: set[tuple[int, int]], slots: int) -> list[list[int]]:
+def _groups(layer: int, experts: list[int], resident: set[Block], slots: int) -> Sequence[list[int]]:
     if len(experts) <= slots:
         return [experts]
-    order = sorted(experts, key=lambda expert: (layer, expert) not in held)
+    order = sorted(experts, key=lambda expert: (layer, expert) not in resident)
     return [order[start : start + slots] for start in range(0, len(order), slots)]

@@ -32,8 +32,9 @@ def as_object(status: Status) -> dict[str, object]:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def status(as_json: bool) -> None:
+@click.option("--layers", is_flag=True, help="Show each MoE layer of the models too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, which always has the layers.")
+def status(layers: bool, as_json: bool) -> None:
     """Show what the daemon holds and how well it does.
 
     Exits with 3 if no daemon runs in this home.
@@ -42,12 +43,12 @@ def status(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(as_object(found), indent=2))
         return
-    for line in table(found):
+    for line in table(found, layers=layers):
         click.echo(line)
 
 
-def table(found: Status) -> list[str]:
-    """The status as lines for a person."""
+def table(found: Status, *, layers: bool = False) -> list[str]:
+    """The status as lines for a person; with ``layers`` one for each MoE layer too."""
     minutes, seconds = divmod(round(found.daemon.uptime_s), 60)
     lines = [
         f"daemon    process {found.daemon.pid}, up {minutes} min {seconds} s, home {found.home}",
@@ -57,6 +58,8 @@ def table(found: Status) -> list[str]:
         lines.append(f"tracing   into {found.tracing}; end it with: expertd trace stop")
     for model in found.models:
         lines += ["", *_model(model)]
+        if layers:
+            lines += _layers(model)
     if not found.models:
         lines.append("models    none yet")
     return lines
@@ -79,6 +82,18 @@ def _model(model: ModelStatus) -> list[str]:
     if not model.sessions:
         lines.append("  session   none")
     return lines
+
+
+def _layers(model: ModelStatus) -> list[str]:
+    if not model.layers:
+        return ["  layers    unknown to this daemon, which is older than this command"]
+    rows = [["layer", "pool", "pool slots", "resident", "hits", "misses", "evictions", "bytes read"]]
+    for number, layer in enumerate(model.layers):
+        share = 100 * layer.bytes_read / max(1, model.bytes_read)
+        counts = (layer.pool, layer.pool_slots, layer.resident_blocks, layer.hits, layer.misses, layer.evictions)
+        rows.append([str(number), *map(str, counts), f"{share:.1f} %"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.rjust, row, widths)) for row in rows]
 
 
 def _session(session: SessionStatus) -> str:

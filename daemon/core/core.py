@@ -8,8 +8,9 @@ session might still read what was in it.  Here that means: a retired slot become
 may have its pool mapped has acked the version at which it was retired, or waits in a Fetch, which holds nothing.  And
 a pool is never resized or taken away: a new generation takes its place, and nothing is written to the old one any more.
 
-What it does not do: choose victims (``expertd.daemon.policy``), the life of slots (``slots``), divide memory
-(``plan`` and ``memory``), read, write or send (``expertd.daemon.server``).
+What it does not do: choose victims (``expertd.daemon.policy``), the life of slots (``slots``), what a
+Fetch may ask for (``fetches``), divide memory (``plan`` and ``memory``), read, write or send
+(``expertd.daemon.server``).
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from expertd.daemon.core import events, instructions, memory, slots
+from expertd.daemon.core import events, fetches, instructions, memory, slots
 from expertd.daemon.core.plan import largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
 from expertd.protocol.layout import PoolLayout
-from expertd.protocol.messages import PoolInfo
 from expertd.protocol.sizes import show_size
 
 GROWTH = 5 / 4
@@ -233,7 +233,7 @@ class Core:
             model.sessions[session.number] = session
             for pool in model.pools:
                 pool.holders[session.number] = model.version
-            pools = tuple(_info(pool) for pool in model.pools)
+            pools = tuple(pool.info for pool in model.pools)
             self._out.append(instructions.Grant(session.number, model.key, model.version, pools))
         for pool in model.pools:
             if pool.holds_all:
@@ -304,15 +304,15 @@ class Core:
             self._refuse_fetch(model, session, moved)
             self._pump_all(model)
             return
-        if problem := _problem(event, pool):
+        if problem := fetches.problem(event, pool):
             self._refuse_fetch(model, session, FetchInvalid(problem))
             self._pump_all(model)
             return
         assert pool is not None
         model.policy.observe(event.session, event.layer, event.experts)
         resident = sum(pool.sealed_slot((event.layer, expert)) is not None for expert in event.experts)
-        model.hits += resident
-        model.misses += len(event.experts) - resident
+        model.counts[event.layer].hits += resident
+        model.counts[event.layer].misses += len(event.experts) - resident
         session.waiting = Waiting(event)
         pool.queue.append(session.waiting)
         self._pump_all(model)
@@ -341,7 +341,7 @@ class Core:
         """Answer a Fetch that waits in ``pool`` with ``error``."""
         session = self.sessions[waiting.fetch.session]
         self._release(session)
-        _leave_queue(pool, waiting)
+        fetches.leave_queue(pool, waiting)
         session.waiting = None
         self._refuse_fetch(model, session, error)
 
@@ -365,7 +365,7 @@ class Core:
             pool = model.pool_of_layer.get(layer)
             if pool is not None and experts and max(experts) < pool.layout.experts:
                 model.policy.observe(session.number, layer, experts)
-                model.hits += len(experts)
+                model.counts[layer].hits += len(experts)
 
     def _release(self, session: Session) -> None:
         if session.leased_pool is not None:
@@ -378,7 +378,7 @@ class Core:
         self._release(session)
         if session.waiting is not None:
             pool = self._pools[session.waiting.fetch.segment][1]
-            _leave_queue(pool, session.waiting)
+            fetches.leave_queue(pool, session.waiting)
             session.waiting = None
 
     def _pump_all(self, model: Model) -> None:
@@ -388,7 +388,7 @@ class Core:
     def _pump(self, model: Model, pool: Pool) -> None:
         """Grant what can be granted: first come, first served, all or nothing."""
         slots.reap(model, pool)
-        for waiting in [entry for entry in pool.queue if not entry.granted]:
+        for waiting in fetches.ungranted(pool):
             if not self._grant(model, pool, waiting):
                 break
         slots.fill(model, pool, self._out)
@@ -428,7 +428,7 @@ class Core:
                 session.asked = reason
                 session.owes = True
                 self._out.append(instructions.AskAck(session.number, model.version))
-        if _only_silent(blockers):
+        if slots.only_silent(blockers):
             self._move(model, pool, self.budget - self.used)
 
     # -- generations ---------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ class Core:
             if not session.silent:
                 self._offer(model, session)
         moved = PoolMoved(f"the pool of segment {old.segment} is in segment {new.segment} now")
-        for waiting in [entry for entry in old.queue if not entry.granted]:
+        for waiting in fetches.ungranted(old):
             self._give_up(model, old, waiting, moved)
         self._memory_changed = True
         self._pump(model, new)
@@ -471,8 +471,8 @@ class Core:
         old.next = None
         self._memory_changed |= old.outdated
         old.outdated = False
-        if _only_silent(slots.in_the_way(model, old)):
-            for waiting in [entry for entry in old.queue if not entry.granted]:
+        if slots.only_silent(slots.in_the_way(model, old)):
+            for waiting in fetches.ungranted(old):
                 self._give_up(model, old, waiting, error)
         self._pump(model, old)
 
@@ -481,7 +481,7 @@ class Core:
         for pool in model.pools:
             if session.number not in pool.holders:
                 pool.holders[session.number] = model.version
-                self._out.append(instructions.Move(session.number, _info(pool)))
+                self._out.append(instructions.Move(session.number, pool.info))
 
     def _released(self, number: int, segment: int) -> None:
         session = self.sessions.get(number)
@@ -530,7 +530,7 @@ class Core:
     def _read_done(self, event: events.ReadDone) -> None:
         model, pool = self._pools[event.segment]
         block = slots.arrived(model, pool, event.slot)
-        model.bytes_read += event.size
+        model.counts[block[0]].bytes_read += event.size
         self._out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], event.slot))
         for waiting in list(pool.queue):
             if block in waiting.missing:
@@ -561,42 +561,7 @@ class Core:
         session.acked = model.version
         session.answer = tuple(pool.where[layer, expert] for expert in waiting.fetch.experts)
         session.answered_version = model.version
-        _leave_queue(pool, waiting)
+        fetches.leave_queue(pool, waiting)
         self._out.append(
             instructions.Answer(session.number, waiting.fetch.sequence, model.version, session.answer)
         )
-
-
-def _info(pool: Pool) -> PoolInfo:
-    return PoolInfo(
-        segment=pool.segment,
-        generation=pool.generation,
-        layers=list(pool.layers),
-        slots=pool.layout.slots,
-        complete=pool.complete,
-        nonce=bytes(16),
-    )
-
-
-def _only_silent(blockers: Iterable[Session]) -> bool:
-    """Whether silent sessions stand in the way, and nobody who will answer."""
-    return any(session.silent for session in blockers) and not any(
-        session.owes for session in blockers if not session.silent
-    )
-
-
-def _leave_queue(pool: Pool, waiting: Waiting) -> None:
-    pool.queue = type(pool.queue)(entry for entry in pool.queue if entry is not waiting)
-
-
-def _problem(event: events.Fetch, pool: Pool | None) -> str | None:
-    """What is wrong with a Fetch, as a sentence, or None."""
-    if pool is None:
-        return f"layer {event.layer} is no MoE layer of this model"
-    if len(set(event.experts)) != len(event.experts):
-        return f"a fetch for layer {event.layer} names an expert twice"
-    if max(event.experts) >= pool.layout.experts:
-        return f"layer {event.layer} has {pool.layout.experts} experts, there is no expert {max(event.experts)}"
-    if len(event.experts) > pool.layout.slots:
-        return f"a fetch for {len(event.experts)} blocks does not fit a pool of {pool.layout.slots} slots"
-    return None

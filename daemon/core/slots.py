@@ -6,7 +6,7 @@ when a pool moves to another generation, is ``core.Core``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from expertd.daemon.core import instructions
 from expertd.daemon.core.state import Model, Pool, Session, SlotState
@@ -45,6 +45,13 @@ def in_the_way(model: Model, pool: Pool) -> list[Session]:
     ]
 
 
+def only_silent(blockers: Collection[Session]) -> bool:
+    """Whether silent sessions stand in the way, and nobody who will answer."""
+    return any(session.silent for session in blockers) and not any(
+        session.owes for session in blockers if not session.silent
+    )
+
+
 def reap(model: Model, pool: Pool) -> None:
     """Free the retired slots that no session can read any more."""
     if not pool.retired:
@@ -77,7 +84,7 @@ def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out) -> N
         pool.retired.add(number)
         pool.sealed -= 1
         model.policy.removed(block)
-        model.evictions += 1
+        model.counts[block[0]].evictions += 1
         out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], ABSENT))
 
 

@@ -11,7 +11,7 @@ from expertd.daemon.policy import Block, Policy
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.manifest import Manifest
-from expertd.protocol.messages import AliasMode
+from expertd.protocol.messages import AliasMode, PoolInfo
 
 
 class SlotState(Enum):
@@ -130,6 +130,18 @@ class Pool:
         return self.holds_all and self.sealed == self.layout.layers * self.layout.experts
 
     @property
+    def info(self) -> PoolInfo:
+        """What sessions are told of it; the nonce is in the segment's header, which only the server has."""
+        return PoolInfo(
+            segment=self.segment,
+            generation=self.generation,
+            layers=list(self.layers),
+            slots=self.layout.slots,
+            complete=self.complete,
+            nonce=bytes(16),
+        )
+
+    @property
     def spare(self) -> int:
         """Number of free slots."""
         return self.layout.slots - len(self.where) - len(self.retired)
@@ -200,10 +212,24 @@ class Session:
 
 
 @dataclass
+class LayerCounts:
+    """What became of the lookups in one MoE layer, since its model came; hits and misses count blocks, once an event.
+
+    ``bytes_read`` are those from disk: a block that a new generation copies from the one before costs none.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    evictions: int = 0
+
+
+@dataclass
 class Model:
     """One version of one checkpoint, with all that is resident of it.
 
-    ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from.
+    ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from; ``counts`` has
+    an entry for each layer.
     """
 
     key: str
@@ -216,10 +242,27 @@ class Model:
     sessions: dict[int, Session] = field(default_factory=dict)
     opening: list[events.Attach] = field(default_factory=list)
     used_at: int = 0
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    evictions: int = 0
+    counts: list[LayerCounts] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = [LayerCounts() for _ in self.manifest.layers]
+
+    @property
+    def hits(self) -> int:
+        """The sum over its layers, as the three that follow."""
+        return sum(layer.hits for layer in self.counts)
+
+    @property
+    def misses(self) -> int:
+        return sum(layer.misses for layer in self.counts)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(layer.bytes_read for layer in self.counts)
+
+    @property
+    def evictions(self) -> int:
+        return sum(layer.evictions for layer in self.counts)
 
     @property
     def ready(self) -> bool:

@@ -5,8 +5,8 @@ The forecast is made where something becomes known: when a layer has run, for th
     log(tokens until the next use) = sum of weight x log(chance of use per token), over several estimates of that chance
 
 - how often the block is used: over the last few tokens, the last few dozen, and always (exponentially weighted rates);
-- what follows what: how often it came a token after the experts that have just run in its own layer, in the layers
-  before it, and in the one after it a token ago.  The counts are learned as the model runs.
+- what follows what: how often it came a token after the experts that have just run in its own layer, and after those
+  that ran last in layers before it.  The counts are learned as the model runs.
 
 To these tokens, times the layers of the model, the place of the block's layer in the cycle is added: a layer that has
 just run comes again after all others.  The weights were fitted on recorded routing (``benchmarks policy --fit``,
@@ -18,239 +18,290 @@ An event costs a few NumPy calls on one row of each array, and each victim one o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import exp, inf
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertd.daemon.policy.base import Block
 
-Floats = NDArray[np.float32]
-
 HALF_LIVES = (3.0, 23.0)
-"""Of the use rates, in tokens; one more rate has a growing half-life, up to STEADY tokens."""
-STEADY = 4000
-NEIGHBOURS = (0, -1, 1, -4)
+"""Of the use rates, in tokens; one more rate has a growing half-life, up to that of STEADY tokens."""
+STEADY = 2000
+NEIGHBOURS = (0, -1, -2, -4, -8)
 """Which layers' last experts tell what a layer will use, counted from it (0: its own)."""
 SMOOTHING = 8.0
 """What follows an expert is believed as much as its steady rate when it was seen so many times."""
-COUNT = np.uint8
 MOST = 255
 """The counts of what followed one expert are halved when one of them is so large."""
-FLOOR = 1e-3
+FLOOR = 0.01
 """Added to chances, so that what never happened can happen."""
-WEIGHTS = (-0.13, -0.41, 0.54, -0.30, -0.22, -0.20, -0.20)
+WEIGHTS = (-0.18, -0.51, 0.73, -1.22)
 """Of the logarithms of the three rates, and of the chances by each of the neighbours."""
-CONSTANT = -0.10
+CONSTANT = -0.41
+
+RATES = len(HALF_LIVES) + 1
+HOT, ONES = RATES, RATES + 1
+
+
+class _Layer:
+    """One layer's part of what is known: E experts, N neighbours, K experts an event.
+
+    Attributes:
+        state: ``[RATES + 2, E]``: the rates, the experts of the event that is taken in (0 or 1), ones.  So one small
+            product ages the rates and takes the event in.
+        follows: ``[N * (E + 1), E]``: in row ``n * (E + 1) + i``, how often the layer used each expert a token after
+            its nth neighbour had used i.  (i = E stands for: not known what it had used.)
+        trust: ``[N * (E + 1)]``: 1 / (how often that neighbour had + SMOOTHING).
+        chances: ``[E]``: by what follows what, times N * K, mixed over the sessions that are generating.
+        forecast: ``[E]``: logarithm of the events until the next use, from the end of the layer's cycle.
+        absent: ``[E]``: 0 for resident blocks, -inf for others.
+        due: ``[E]``: the sum of these.
+        latest: the expert whose ``due`` is largest.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        layers: int,
+        experts: int,
+        top_k: int,
+        follows: NDArray[np.uint8],
+        trust: NDArray[np.float32],
+    ) -> None:
+        self.follows, self.trust = follows, trust
+        self.tokens = 0
+        self.neighbours = np.array([(number + n) % layers for n in NEIGHBOURS])
+        self.state = np.zeros((RATES + 2, experts), np.float32)
+        self.state[:HOT] = FLOOR
+        self.state[HOT - 1] += top_k / experts
+        self.state[ONES] = 1
+        self.rates, self.steady, self.hot = self.state[:HOT], self.state[HOT - 1], self.state[HOT]
+        self.chances = np.full(experts, len(NEIGHBOURS) * top_k * top_k / experts, np.float32)
+        self.forecast = np.full(experts, np.log(layers * experts / top_k), np.float32)
+        self.absent = np.full(experts, -np.inf, np.float32)
+        self.due = np.full(experts, -np.inf, np.float32)
+        self.latest = 0
 
 
 class _Session:
-    """What one session's layers used last, and which counts that pointed to when they ran before."""
+    """What the layers used last in one session, and which rows of ``follows`` that pointed to."""
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
-        self.used = np.full((layers, top_k), experts, np.intp)  # ``experts`` stands for an unknown one
+        self.used = np.full((layers, top_k), experts, np.intp)
         self.pointed: list[NDArray[np.intp] | None] = [None] * layers
         self.layer = -1
         self.seen = 0
 
 
 class Forecast:
-    """Array axes: layer L, expert E, the top_k experts of an event K, neighbours N."""
+    """See the module."""
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
-        self._layers, self._experts, self._top_k = layers, experts, top_k
-        self._events = 0
-        self._sessions: dict[int, _Session] = {}
-        self._active = 1  # sessions that are generating
-
-        # Rates.  A row of ``_rates`` is (3 rates, the event's experts as 0/1, ones) x E, so that one small product
-        # ages the rates and takes the event in.
-        self._clock = [0] * layers
-        self._mixes = _mixes()
-        self._rates = np.zeros((layers, 5, experts), np.float32)
-        self._rates[:, :2] = FLOOR
-        self._rates[:, 2] = top_k / experts
-        self._rates[:, 4] = 1
-
-        # What follows what: ``_follows[layer, n * (E + 1) + i, e]`` counts how often ``layer`` used e a token after
-        # its nth neighbour had used i; ``_seen`` how often that had; ``_trust`` is 1 / (seen + SMOOTHING).
+        self._experts, self._top_k = experts, top_k
         contexts = len(NEIGHBOURS) * (experts + 1)
-        self._neighbours = [[(layer + n) % layers for n in NEIGHBOURS] for layer in range(layers)]
-        self._first = np.arange(len(NEIGHBOURS))[:, None] * (experts + 1)
-        self._follows = np.zeros((layers, contexts, experts), COUNT)
+        self._follows = np.zeros((layers, contexts, experts), np.uint8)
         self._seen = np.zeros((layers, contexts), np.float32)
         self._trust = np.full((layers, contexts), 1 / SMOOTHING, np.float32)
-        self._chances = np.full((layers, len(NEIGHBOURS), experts), top_k / experts, np.float32)
+        self._layers = [
+            _Layer(number, layers, experts, top_k, self._follows[number], self._trust[number])
+            for number in range(layers)
+        ]
+        self._due = np.full(layers, -np.inf)  # events until the next use of each layer's latest block
+        self._changed: set[int] = set()  # layers of which that has to be looked up again
+        self._named: list[Block] = []  # named as victims: not looked up until it is clear that they stay
+        number = np.arange(layers)
+        self._phase = ((number[None, :] - number[:, None] - 1) % layers + 1 - layers).astype(float)
+        self._now = 0
+
+        self._sessions: dict[int, _Session] = {}
+        self._generating = 1
+        self._events = 0
         self._lessons: list[tuple[int, NDArray[np.intp], NDArray[np.intp]]] = []
 
-        # Events until the next use, counted from the end of the layer's cycle; of resident blocks in ``_due`` too,
-        # of which ``_last`` knows each layer's latest.
-        self._forecast = np.full((layers, experts), layers * experts / top_k, np.float32)
-        self._due = np.full((layers, experts), -np.inf, np.float32)
-        self._resident = np.zeros((layers, experts), bool)
-        self._last_due = np.full(layers, -np.inf, np.float32)
-        self._last = [0] * layers
-        self._changed: set[int] = set()
-        number = np.arange(layers)
-        self._phase = ((number[None, :] - number[:, None] - 1) % layers + 1 - layers).astype(np.float32)
-        self._layer = 0
-
-        self._weights = np.array([*WEIGHTS, CONSTANT + np.log(layers)], np.float32)
+        self._ageing = _ageing()
         width = len(NEIGHBOURS) * top_k
+        self._weights = np.array([*WEIGHTS, CONSTANT + np.log(layers) - WEIGHTS[-1] * np.log(width)], np.float32)
+        # Work space; ``_logs`` holds what the weights are for, and ones.
         self._logs = np.ones((len(WEIGHTS) + 1, experts), np.float32)
-        self._own = np.kron(np.eye(len(NEIGHBOURS)), np.ones(top_k)).astype(np.float32)  # [N, N * K]
-        self._mixing = np.zeros((len(NEIGHBOURS), width + 1), np.float32)
-        self._gathered = np.empty((width, experts), COUNT)
-        self._counts = np.empty((width + 1, experts), np.float32)
+        self._new_rates, self._new_chances = self._logs[:RATES], self._logs[RATES]
+        self._known = self._logs[:-1]
+        self._first = np.arange(len(NEIGHBOURS))[:, None] * (experts + 1)
+        self._gathered = np.empty((width, experts), np.uint8)
+        # A chance times ``width`` is one product: of how far what follows each of the experts is believed, the steady
+        # rate in the place of the rest, and FLOOR; with the counts, the steady rates, and ones.
+        self._rows = np.ones((width + 2, experts), np.float32)
+        self._counts, self._steady = self._rows[:width], self._rows[width]
+        self._believed = np.full(width + 2, width * FLOOR, np.float32)
+        self._smoothing = np.array([SMOOTHING] * width + [0, 0], np.float32)
+
+    @property
+    def evidence(self) -> NDArray[np.float32]:
+        """What the last forecast was made of, ``[weights + 1, E]``: logarithms of chances, and ones."""
+        return self._logs
+
+    @property
+    def size(self) -> int:
+        """Bytes of all arrays."""
+        own = [*vars(self).values(), *(array for layer in self._layers for array in vars(layer).values())]
+        arrays = {id(base): base for base in own if isinstance(base, np.ndarray) and base.base is None}
+        return sum(array.nbytes for array in arrays.values())
 
     def observe(self, session: int, layer: int, experts: Sequence[int]) -> None:
         if not experts:
             return
-        known = self._sessions.get(session)
-        if known is None:
-            known = self._sessions[session] = _Session(self._layers, self._experts, self._top_k)
+        source = self._sessions.get(session)
+        if source is None:
+            source = self._sessions[session] = _Session(len(self._layers), self._experts, self._top_k)
+            self._count_generating()
         self._events += 1
-        if self._events % self._layers == 0:
-            self._count_active()
-        again = known.layer == layer and self._layers > 1  # another group of the same event
-        known.layer, known.seen = layer, self._events
+        if not self._events & 255:
+            self._count_generating()
+        again = source.layer == layer and len(self._layers) > 1  # another group of the same event
+        source.layer, source.seen = layer, self._events
+        here = self._layers[layer]
         chosen = np.array(experts, np.intp)
-        logs = self._logs
-        self._age(layer, chosen, again)
+        self._age(here, chosen, again)
         if len(experts) == self._top_k and not again:
-            self._follow(known, layer, chosen)
+            self._follow(source, layer, here, chosen)
         else:
-            # A prompt, or a batch: what followed whom is not known, and nobody is pointed to.
-            known.used[layer] = self._experts
-            known.pointed[layer] = None
-            logs[3:-1] = logs[2]
-        body = logs[:-1]
-        np.log(body, out=body)
-        forecast = self._forecast[layer]
-        self._weights.dot(logs, out=forecast)
-        np.exp(forecast, out=forecast)
-        np.copyto(self._due[layer], forecast, where=self._resident[layer])
+            # A prompt, or a batch: which of them followed whom is not known.
+            source.used[layer] = self._experts
+            source.pointed[layer] = None
+            self._new_chances[:] = here.steady * (len(NEIGHBOURS) * self._top_k)
+        np.log(self._known, out=self._known)
+        self._weights.dot(self._logs, out=here.forecast)
+        np.add(here.forecast, here.absent, out=here.due)
         self._changed.add(layer)
-        self._layer = layer
+        self._now = layer
 
     def ended(self, session: int) -> None:
         self._sessions.pop(session, None)
-        self._count_active()
+        self._count_generating()
 
     def admitted(self, block: Block) -> None:
-        self._resident[block] = True
-        self._due[block] = self._forecast[block]
-        self._changed.add(block[0])
+        layer, expert = block
+        here = self._layers[layer]
+        here.absent[expert] = 0
+        here.due[expert] = here.forecast[expert]
+        self._changed.add(layer)
 
     def removed(self, block: Block) -> None:
-        self._resident[block] = False
-        self._due[block] = -np.inf
-        self._changed.add(block[0])
+        layer, expert = block
+        here = self._layers[layer]
+        here.absent[expert] = here.due[expert] = -np.inf
+        if here.latest == expert:
+            self._changed.add(layer)
 
     def victims(self, layers: Sequence[int], count: int, evictable: Callable[[Block], bool]) -> list[Block]:
-        due, last, last_due = self._due, self._last, self._last_due
-        for layer in self._changed:
-            row = due[layer]
-            last[layer] = latest = int(row.argmax())
-            last_due[layer] = row[latest]
-        self._changed.clear()
-        phase = self._phase[self._layer]
-        asked = last_due + phase
-        if len(layers) < self._layers:
-            others = np.ones(self._layers, bool)
+        of_layer, changed = self._layers, self._changed
+        for layer, expert in self._named:
+            here = of_layer[layer]
+            if here.absent[expert] == 0:  # was named, and is still there
+                here.due[expert] = here.forecast[expert]
+                changed.add(layer)
+        for layer in changed:
+            self._look_up(layer)
+        changed.clear()
+        phase = self._phase[self._now]
+        due = self._due + phase
+        if len(layers) < len(of_layer):
+            others = np.ones(len(due), bool)
             others[list(layers)] = False
-            asked[others] = -np.inf
+            due[others] = -np.inf
+        named: list[Block] = []
         chosen: list[Block] = []
-        passed: list[Block] = []
         while len(chosen) < count:
-            layer = int(asked.argmax())
-            if asked[layer] == -np.inf:
+            layer = int(due.argmax())
+            if due[layer] == -np.inf:
                 break
-            row, block = due[layer], (layer, last[layer])
-            (chosen if evictable(block) else passed).append(block)
-            row[block[1]] = -np.inf
-            last[layer] = latest = int(row.argmax())
-            last_due[layer] = row[latest]
-            asked[layer] = row[latest] + phase[layer]
-        for block in (*chosen, *passed):  # naming a victim removes nothing
-            due[block] = self._forecast[block]
-            self._changed.add(block[0])
+            here = of_layer[layer]
+            block = layer, here.latest
+            named.append(block)
+            if evictable(block):
+                chosen.append(block)
+            here.due[here.latest] = -np.inf
+            due[layer] = self._look_up(layer) + phase[layer]
+        self._named = named
         return chosen
 
-    def _count_active(self) -> None:
-        """A session is generating if it ran in what is about the last two tokens of each."""
-        recent = self._events - 2 * self._layers * max(1, len(self._sessions))
-        self._active = max(1, sum(session.seen >= recent for session in self._sessions.values()))
+    def _look_up(self, layer: int) -> float:
+        here = self._layers[layer]
+        here.latest = latest = int(here.due.argmax())
+        self._due[layer] = due = exp(here.due[latest]) or -inf  # nothing is resident
+        return due
 
-    def _age(self, layer: int, chosen: NDArray[np.intp], again: bool) -> None:
-        """Take one event into the rates of ``layer``, and put them into ``_logs``."""
-        rates, logs = self._rates[layer], self._logs
-        rates[3, chosen] = 1
-        mix = self._mixes[min(self._clock[layer], len(self._mixes) - 1)]
+    def _count_generating(self) -> None:
+        """A session is generating if it ran in what is about the last two tokens of each."""
+        recent = self._events - 2 * len(self._layers) * len(self._sessions)
+        self._generating = max(1, sum(session.seen >= recent for session in self._sessions.values()))
+
+    def _age(self, here: _Layer, chosen: NDArray[np.intp], again: bool) -> None:
+        """Take one event into the rates of a layer; they are in ``_new_rates`` then, too."""
+        here.hot[chosen] = 1
+        ageing = self._ageing[min(here.tokens, STEADY - 1)]
         if len(chosen) > self._top_k:
             # Many tokens at once say of each block little more than one token does: they must not wash out the others.
-            mix = mix.copy()
-            mix[:, 3] *= self._top_k / len(chosen)
+            ageing = ageing.copy()
+            ageing[:, HOT] *= self._top_k / len(chosen)
         if again:
-            rates[:3] += mix[:, 3:4] * rates[3]
-            logs[:3] = rates[:3]
+            here.rates += ageing[:, HOT:ONES] * here.hot
+            self._new_rates[:] = here.rates
         else:
-            self._clock[layer] += 1
-            mix.dot(rates, out=logs[:3])
-            rates[:3] = logs[:3]
-        rates[3, chosen] = 0
+            here.tokens += 1
+            ageing.dot(here.state, out=self._new_rates)
+            here.rates[:] = self._new_rates
+        here.hot[chosen] = 0
 
-    def _follow(self, session: _Session, layer: int, chosen: NDArray[np.intp]) -> None:
-        """Put the chances by what follows what into ``_logs``, and learn from what has followed."""
+    def _follow(self, session: _Session, layer: int, here: _Layer, chosen: NDArray[np.intp]) -> None:
+        """Put the chances by what follows what into ``_new_chances``, and learn from what has followed."""
         if (pointed := session.pointed[layer]) is not None:
             self._lessons.append((layer, pointed, chosen))
-            if len(self._lessons) >= self._layers:
+            if len(self._lessons) >= len(self._layers):
                 self._learn()
         session.used[layer] = chosen
-        pointers = session.used.take(self._neighbours[layer], axis=0)
+        pointers = session.used.take(here.neighbours, axis=0)
         pointers += self._first
         session.pointed[layer] = pointers = pointers.ravel()
-        counts, mixing = self._counts, self._mixing
-        self._follows[layer].take(pointers, axis=0, out=self._gathered, mode="clip")
-        counts[:-1] = self._gathered
-        counts[-1] = self._rates[layer, 2]
-        np.multiply(self._own, self._trust[layer].take(pointers), out=mixing[:, :-1])
-        mixing[:, -1] = 0
-        mixing[:, -1] = mixing.sum(1) * SMOOTHING
-        chances = self._logs[3:-1]
-        mixing.dot(counts, out=chances)
-        if self._active > 1:
+        here.follows.take(pointers, axis=0, out=self._gathered, mode="clip")
+        self._counts[:] = self._gathered
+        self._steady[:] = here.steady
+        believed = self._believed
+        here.trust.take(pointers, out=believed[:-2], mode="clip")
+        believed[-2] = believed.dot(self._smoothing)
+        chances = self._new_chances
+        believed.dot(self._rows, out=chances)
+        if self._generating > 1:
             # Whoever runs next in this layer may be another session: what was forecast for that counts as well.
-            mean = self._chances[layer]
-            mean += (chances - mean) / self._active
-            chances[:] = mean
-        chances += FLOOR
+            here.chances += (chances - here.chances) / np.float32(self._generating)
+            chances[:] = here.chances
 
     def _learn(self) -> None:
         """Count what has followed, for many events at once."""
         lessons, self._lessons = self._lessons, []
         layers, pointers, chosen = (np.array(each) for each in zip(*lessons, strict=True))
-        contexts = self._follows.shape[1]
-        pointed = layers[:, None] * contexts + pointers
+        rows = layers[:, None] * self._seen.shape[1] + pointers
+        places = (rows[:, :, None] * self._experts + chosen[:, None, :]).ravel()
+        rows = rows.ravel()
         counts, seen = self._follows.reshape(-1), self._seen.reshape(-1)
-        places = (pointed[:, :, None] * self._experts + chosen[:, None, :]).ravel()
-        counted = counts.take(places) + COUNT(1)
+        counted = counts.take(places) + np.uint8(1)
         counts[places] = counted
-        pointed = pointed.ravel()
-        seen[pointed] += 1
+        seen[rows] += 1
         if counted.max() == MOST:
             full = np.unique(places[counted == MOST] // self._experts)
             self._follows.reshape(-1, self._experts)[full] >>= 1
             seen[full] /= 2
-            pointed = np.concatenate((pointed, full))
-        self._trust.reshape(-1)[pointed] = 1 / (seen.take(pointed) + SMOOTHING)
+            rows = np.concatenate((rows, full))
+        self._trust.reshape(-1)[rows] = 1 / (seen.take(rows) + SMOOTHING)
 
 
-def _mixes() -> NDArray[np.float32]:
-    """Of each number of tokens before, the matrix ``[3, 5]`` that takes an event into the rates of a layer."""
-    out = np.zeros((STEADY, 3, 5), np.float32)
+def _ageing() -> NDArray[np.float32]:
+    """Of each number of tokens before, the matrix ``[RATES, RATES + 2]`` that takes an event into a layer's rates."""
+    out = np.zeros((STEADY, RATES, RATES + 2), np.float32)
+    fixed = [1 - 2 ** (-1 / half) for half in HALF_LIVES]
     for tokens in range(STEADY):
-        for rate, share in enumerate((*(1 - 2 ** (-1 / half) for half in HALF_LIVES), 1 / (tokens + 4))):
+        for rate, share in enumerate((*fixed, 1 / (tokens + 4))):
             out[tokens, rate, rate] = 1 - share
-            out[tokens, rate, 3] = share
-            out[tokens, rate, 4] = share * FLOOR
+            out[tokens, rate, HOT] = share
+            out[tokens, rate, ONES] = share * FLOOR
     return out

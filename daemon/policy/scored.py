@@ -38,7 +38,8 @@ class Scored:
 
     def victims(self, layers: Sequence[int], count: int, evictable: Callable[[Block], bool]) -> list[Block]:
         scores = np.full(self._resident.shape, -np.inf)
-        scores[layers] = np.where(self._resident, self.scores(), -np.inf)[layers]
+        asked = list(layers)  # NumPy would take a tuple for one place
+        scores[asked] = np.where(self._resident, self.scores(), -np.inf)[asked]
         chosen: list[Block] = []
         flat = scores.ravel()
         for _ in range(int(np.isfinite(flat).sum())):
@@ -92,20 +93,27 @@ class LCP(LFU):
 
 
 class EWMA(Scored):
-    """Longest ``1 / p`` tokens, plus how far off the block's layer is in the cycle; ``p`` is a use rate per token."""
+    """Longest ``1 / p`` tokens, plus how far off the block's layer is in the cycle; ``p`` is a use rate per token.
+
+    The rates of all layers age together: a token begins when a layer has run more often than any did before.
+    """
 
     ALPHA = 0.05
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
         super().__init__(layers, experts, top_k)
         self._rates = np.zeros((layers, experts))
+        self._tokens = [0] * layers
+        self._token = 0
         number = np.arange(layers)
         self._phase = (number[None, :] - number[:, None] - 1) % layers / layers  # [layer now, layer of the block]
 
     def use(self, layer: int, experts: list[int]) -> None:
-        rates = self._rates[layer]
-        rates *= 1 - self.ALPHA
-        rates[experts] += self.ALPHA
+        self._tokens[layer] += 1
+        if self._tokens[layer] > self._token:
+            self._token += 1
+            self._rates *= 1 - self.ALPHA
+        self._rates[layer, experts] += self.ALPHA
 
     def scores(self) -> Floats:
         return np.asarray(1 / (self._rates + 1e-4) + self._phase[self._layer][:, None])

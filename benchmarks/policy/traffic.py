@@ -1,0 +1,89 @@
+"""Recorded routing as traffic: the passes of some sequences, several sessions that take turns, a larger model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from expertd.protocol.traces import DECODE, Trace
+
+
+class Event(NamedTuple):
+    """``experts`` of ``layer``, each once, in the router's order if one token chose them."""
+
+    session: int
+    layer: int
+    experts: list[int]
+
+
+Pass = list[Event]
+"""The events of one forward pass, in the order of the layers."""
+
+ARRAYS = ("experts", "candidates", "scores", "seq_id", "pos", "forward", "phase")
+
+
+def select(trace: Trace, sequences: str, tokens: int | None = None) -> Trace:
+    """The first ``tokens`` tokens of the sequences with ``even`` or ``odd`` numbers, or of ``all``."""
+    parity = {"even": 0, "odd": 1}.get(sequences)
+    kept = np.flatnonzero((trace.seq_id % 2 == parity) | (parity is None))[:tokens]
+    if not kept.size:
+        raise SystemExit(f"the trace has no {sequences} sequences; give --sequences all")
+    arrays = {name: getattr(trace, name) for name in ARRAYS}
+    return dataclasses.replace(
+        trace, **{name: None if array is None else array[kept] for name, array in arrays.items()}
+    )
+
+
+def passes_of(trace: Trace, session: int = 0) -> list[Pass]:
+    """The forward passes of ``trace`` in the order in which they ran."""
+    starts = np.flatnonzero(np.r_[True, trace.forward[1:] != trace.forward[:-1]]).tolist()
+    out = []
+    for start, end in itertools.pairwise([*starts, len(trace.forward)]):
+        chosen = trace.experts[start:end]
+        if end - start == 1:
+            layers = [list(dict.fromkeys(experts)) for experts in chosen[0].tolist()]
+        else:
+            layers = [np.unique(chosen[:, layer]).tolist() for layer in range(trace.info.layers)]
+        out.append([Event(session, layer, experts) for layer, experts in enumerate(layers)])
+    return out
+
+
+def dealt(trace: Trace, sessions: int) -> list[list[Pass]]:
+    """The sequences of ``trace`` dealt out to ``sessions``, each as many passes."""
+    numbers = list(dict.fromkeys(trace.seq_id.tolist()))
+    out = []
+    for session in range(sessions):
+        kept = np.isin(trace.seq_id, numbers[session::sessions])
+        arrays = {name: getattr(trace, name) for name in ARRAYS}
+        part = dataclasses.replace(
+            trace, **{name: None if array is None else array[kept] for name, array in arrays.items()}
+        )
+        out.append(passes_of(part, session))
+    return [passes[: min(map(len, out))] for passes in out]
+
+
+def in_turns(sessions: list[list[Pass]]) -> list[Pass]:
+    """A pass of each session, again and again."""
+    return [each for together in zip(*sessions, strict=True) for each in together]
+
+
+def enlarged(trace: Trace, layers: int, experts: int, top_k: int, tokens: int) -> list[Pass]:
+    """Decoding of a model with more layers and experts, made of the decode tokens of a smaller one.
+
+    Its experts are those of several tokens that are far from each other in the trace, side by side; its layers are the
+    trace's again and again.
+    """
+    decoded = trace.experts[trace.phase == DECODE].astype(np.int64)
+    side_by_side = max(1, experts // trace.info.experts)
+    of_each = -(-top_k // side_by_side)
+    apart = len(decoded) // side_by_side
+    parts = []
+    for number in range(side_by_side):
+        part = decoded[number * apart : number * apart + min(tokens, apart), :, :of_each]
+        parts.append(part % experts + number * trace.info.experts)
+    chosen = np.concatenate(parts, axis=2)[:, :, :top_k]
+    chosen = chosen[:, np.arange(layers) % trace.info.layers]
+    return [[Event(0, layer, ids) for layer, ids in enumerate(token)] for token in chosen.tolist()]
