@@ -1,8 +1,8 @@
 """``python -m benchmarks NAME [MODEL] [--quick] [--json FILE] ...``, from the repository's root: run one benchmark.
 
-Each benchmark is a module with ``run(quick) -> dict`` of named figures; it prints a table as it goes.  The other options
-are for the benchmarks whose ``run`` has an argument of that name: ``minutes``, ``model``, ``trace``, ``sequences``,
-``picture``, ``fit``.
+Each benchmark is a module with ``run(quick) -> dict`` of named figures; it prints a table as it goes.  The other
+options are for the benchmarks whose ``run`` has an argument of that name: ``minutes``, ``model``, ``trace``,
+``sequences``, ``picture``, ``fit``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import sys
 
 import psutil
 
+from expertd.daemon.policy import DEFAULT_POLICY, POLICIES
 from expertd.daemon.server import Server
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
@@ -40,8 +41,8 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def run(budget: str | None, idle_exit_s: float | None) -> None:
-    """Run a daemon in the current home until it is told to end.
+def run(budget: str | None, idle_exit_s: float | None, policy: str = DEFAULT_POLICY) -> None:
+    """Run a daemon in the current home until it is told to end; ``policy`` is one of ``POLICIES``.
 
     Raises:
         ExpertdError: it cannot start; nothing is left behind.
@@ -52,7 +53,7 @@ def run(budget: str | None, idle_exit_s: float | None) -> None:
     raise_file_limit()
 
     async def serve() -> None:
-        await Server(Home.current(), size, idle_exit_s=idle_exit_s).run()
+        await Server(Home.current(), size, POLICIES[policy], idle_exit_s=idle_exit_s).run()
 
     asyncio.run(serve())
 
@@ -62,9 +63,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m expertd.daemon", description=__doc__)
     parser.add_argument("--budget", help="memory for expert weights, for example 512MB, 2GiB or bytes")
     parser.add_argument("--idle-exit", type=float, help="end after so many seconds without a session")
+    parser.add_argument("--policy", choices=POLICIES, default=DEFAULT_POLICY, help="which blocks to evict")
     arguments = parser.parse_args()
     try:
-        run(arguments.budget, arguments.idle_exit)
+        run(arguments.budget, arguments.idle_exit, arguments.policy)
     except ExpertdError as error:
         print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)
         return error.exit_status

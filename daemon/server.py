@@ -30,6 +30,7 @@ from expertd.daemon.core.state import Model
 from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.lifelines import Lifelines
 from expertd.daemon.liveness import TICK_S, Liveness
+from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.reader import OpenFiles, Read, Reader
 from expertd.daemon.status import model_status
@@ -83,12 +84,18 @@ class Server:
     """One daemon in one home.  ``run`` returns when it was told to end."""
 
     def __init__(
-        self, home: Home, budget: int, *, idle_exit_s: float | None = None, read: Read = os.preadv
+        self,
+        home: Home,
+        budget: int,
+        policy: PolicyFactory = Forecast,
+        *,
+        idle_exit_s: float | None = None,
+        read: Read = os.preadv,
     ) -> None:
         """``read`` reads the model's files; there for those who want to see it fail."""
         self._home = home
         # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
-        self._core = Core(budget, first_segment=secrets.randbits(48))
+        self._core = Core(budget, policy, first_segment=secrets.randbits(48))
         self._idle_exit_s = idle_exit_s
         self._reader = Reader(read=read)
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,14 @@ class StartDaemon(Protocol):
     """The factory that ``start_daemon`` gives: a daemon that already answers, as ``subprocess.Popen``."""
 
     def __call__(self, budget: str = "64MiB", *options: str) -> subprocess.Popen[bytes]: ...
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Return when ``condition`` holds; fail after the deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Each test feeds events and looks at the instructions that come back.  Interleavi
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -1021,3 +1022,32 @@ def test_a_read_that_is_reported_twice_is_caught() -> None:
     daemon.feed(ReadDone(read.segment, read.slot, 7))
     with pytest.raises(InvalidTransition):
         daemon.feed(ReadDone(read.segment, read.slot, 7))
+
+
+def test_a_miss_waits_for_one_event_of_a_long_prompt_at_most() -> None:
+    """One session computes a prompt that needs every slot in every layer, the other decodes: they take turns."""
+    model = manifest(experts=8, top_k=2, shapes=[ONE_PAGE] * 4)
+    daemon = Daemon(slots=8)
+    daemon.attach(1, model)
+    daemon.attach(2, model)
+    answered: list[int] = []
+
+    def finish() -> None:
+        answered.extend(answer.session for answer in of(Answer, daemon.finish()))
+
+    def fetch(session: int, number: int, *experts: int) -> None:
+        out = daemon.fetch(session, number, (number - 1) % 4, *experts)
+        answered.extend(answer.session for answer in of(Answer, out))
+        finish()
+
+    fetch(1, 1, *range(8))
+    for number in range(1, 41):
+        fetch(2, number, number % 7, 7)  # waits: the other one computes with all slots
+        fetch(1, number + 1, *range(8))  # it goes on to its next layer, and waits behind
+        daemon.ack(2, daemon.core.models[model.key].version, number)
+        finish()
+    daemon.ack(2, daemon.core.models[model.key].version, 40)  # what was evicted meanwhile
+    finish()
+    assert (answered.count(1), answered.count(2)) == (41, 40)
+    turns = [number for number, session in enumerate(answered) if session == 2]
+    assert all(later - sooner <= 2 for sooner, later in itertools.pairwise(turns))

@@ -9,8 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from expertd.protocol.messages import (
 from expertd.protocol.paths import Home
 from expertd.protocol.traces import part_of, read_trace
 from expertd.worker.verify import greedy
-from tests.conftest import DEADLINE_S, StartDaemon
+from tests.conftest import StartDaemon, wait_for
 from tests.programs import Program
 from tools.factory import write_checkpoint
 from tools.stage import ask_status
@@ -68,14 +67,6 @@ def begin(folder: Path, sessions: int) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert f"recording into {folder}: {sessions} sessions now" in done.stdout
     wait_for(lambda: len(list(folder.glob("*.part"))) == sessions)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when ``condition`` holds; fail after the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def trace_of(folder: Path, pid: int) -> Path:

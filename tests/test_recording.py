@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from expertd.worker.manifest import find_switches, load_lazily, replace_module
 from expertd.worker.packing import FORMATS
 from expertd.worker.recording import Recorder, recording
 from expertd.worker.verify import first_difference, greedy
-from tests.conftest import DEADLINE_S, StartDaemon
+from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 from tools.factory import write_checkpoint
 from tools.stage import budget_for
 
@@ -148,14 +147,6 @@ def load(written: Callable[..., Path], start_daemon: StartDaemon) -> Iterator[Ca
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "trace.npz"
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when ``condition`` holds; fail after the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def generate(model: Any, prompt: Sequence[int], count: int = ANSWER, **options: Any) -> list[int]:

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from expertd.worker.alias import CopiedSlabs
 from expertd.worker.load import session_of
 from expertd.worker.manifest import load_lazily
 from expertd.worker.verify import greedy
-from tests.conftest import DEADLINE_S, StartDaemon
+from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 from tools.factory import write_checkpoint
 from tools.memory import memory_of
 from tools.stage import ask_status, budget_for
@@ -48,14 +47,6 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def manifest(model_path: Path) -> Any:
     return load_lazily(model_path).manifest
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when ``condition`` holds; fail after the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 @contextmanager

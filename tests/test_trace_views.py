@@ -7,8 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from expertd.clients.traces.replay import Events, belady, events_of, hit_rates, 
 from expertd.clients.traces.statistics import hottest, hottest_share, jaccard, reuse, uses
 from expertd.protocol.errors import TraceInvalid
 from expertd.protocol.traces import DECODE, Trace, TraceFile, TraceInfo, part_of, read_trace
-from tests.conftest import DEADLINE_S, StartDaemon
+from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 from tools.factory import write_checkpoint
 
 DEVELOPMENT_TRACE = Path(__file__).parents[1].parent / "shared" / "traces" / "gpt_oss_20b_dev.npz"
@@ -299,14 +297,6 @@ def refused(done: subprocess.CompletedProcess[str], status: int, code: str, word
     assert line.startswith("expertd: ")
     assert line.endswith(f" [{code}]")
     assert words in line
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when ``condition`` holds; fail after the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_record_and_show(model_path: Path, prompts: Path, tmp_path: Path, start_daemon: StartDaemon) -> None:

@@ -8,6 +8,9 @@ from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
 from expertd.protocol.sizes import parse_size
 
+POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
+"""Of ``expertd.daemon.policy.POLICIES``; ``forecast`` is the default, the others are there to be compared with."""
+
 
 @click.group()
 def daemon() -> None:
@@ -17,13 +20,14 @@ def daemon() -> None:
 @daemon.command()
 @click.option("--budget", metavar="SIZE", help="Memory for expert weights: 512MB, 2GiB, bytes.  [default: half of RAM]")
 @click.option("--idle-exit", type=float, metavar="SECONDS", help="End after so long without a session.")
-def run(budget: str | None, idle_exit: float | None) -> None:
+@click.option("--policy", type=click.Choice(POLICY_NAMES), default="forecast", help="Which blocks to evict first.")
+def run(budget: str | None, idle_exit: float | None, policy: str) -> None:
     """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'."""
     from expertd.daemon.__main__ import run as run_daemon
 
     if budget is not None:
         parse_size(budget)
-    run_daemon(budget, idle_exit)
+    run_daemon(budget, idle_exit, policy)
 
 
 @daemon.command()

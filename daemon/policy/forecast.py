@@ -161,6 +161,7 @@ class Forecast:
         source.layer, source.seen = layer, self._events
         here = self._layers[layer]
         chosen = np.array(experts, np.intp)
+        chosen.sort()  # sums of floats in another order would be other sums
         self._age(here, chosen, again)
         if len(experts) == self._top_k and not again:
             self._follow(source, layer, here, chosen)
