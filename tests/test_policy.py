@@ -563,11 +563,11 @@ def test_among_blocks_of_every_token_the_layer_that_ran_last_goes_first() -> Non
         assert layers == [layer for back in range(6) for layer in [(now - back) % 6] * 2]
 
 
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("chunks", "groups"), [(1, 1), (1, 3), (5, 1), (5, 3)])
 @pytest.mark.parametrize("seed", range(3))
 @several_layers
 def test_a_prompt_that_uses_everything_does_not_make_the_hot_experts_the_next_victims(
-    layers: int, seed: int, groups: int
+    layers: int, seed: int, chunks: int, groups: int
 ) -> None:
     chance = random.Random(seed)
     policy = Forecast(layers, 32, 4)
@@ -578,9 +578,10 @@ def test_a_prompt_that_uses_everything_does_not_make_the_hot_experts_the_next_vi
     for _ in range(150):
         for layer in range(layers):
             policy.observe(1, layer, chance.sample(hot[layer], 4))
-    for layer in range(layers):
-        for group in range(groups):
-            policy.observe(1, layer, range(group, 32, groups))
+    for _ in range(chunks):
+        for layer in range(layers):
+            for group in range(groups):
+                policy.observe(1, layer, range(group, 32, groups))
     cold = {(layer, expert) for layer, expert in there if expert not in hot[layer]}
     assert set(policy.victims(range(layers), len(cold), asking(there))) == cold
 

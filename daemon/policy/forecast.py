@@ -8,8 +8,8 @@ The forecast is made where something becomes known: when a layer has run, for th
 - what follows what: how often it came a token after the experts that have just run in its own layer, and after those
   that ran last in layers before it.  The counts are learned as the model runs.
 
-To these tokens, times the layers of the model, the place of the block's layer in the cycle is added: a layer that has
-just run comes again after all others.  The weights were fitted on recorded routing (``benchmarks policy --fit``,
+These tokens, times the layers of the model, count from the layer's last event: one that has just run comes again after
+all others.  The weights were fitted on recorded routing (``benchmarks policy --fit``,
 docs/decisions.md); what is learned online needs no fitting.
 
 An event costs a few NumPy calls on one row of each array, and each victim one or two more.
@@ -29,9 +29,16 @@ HALF_LIVES = (3.0, 23.0)
 """Of the use rates, in tokens; one more rate has a growing half-life, up to that of STEADY tokens."""
 STEADY = 2000
 NEIGHBOURS = (0, -1, -2, -4, -8)
-"""Which layers' last experts tell what a layer will use, counted from it (0: its own)."""
+"""Which layers' last experts tell what a layer will use, counted from it (0: its own).
+
+The first of them only, where a token uses many experts (LOOKED_AT) or there are very many (COUNTS).
+"""
+LOOKED_AT = 24
+"""So many experts are looked at in an event: what followed each of them has to be gathered."""
+COUNTS = 32_000_000
+"""At most so many counts of what follows what, a byte each."""
 SMOOTHING = 8.0
-"""What follows an expert is believed as much as its steady rate when it was seen so many times."""
+"""What follows an expert is believed as much as the steady rates when it was seen so many times."""
 MOST = 255
 """The counts of what followed one expert are halved when one of them is so large."""
 FLOOR = 0.01
@@ -54,7 +61,8 @@ class _Layer:
             its nth neighbour had used i.  (i = E stands for: not known what it had used.)
         trust: ``[N * (E + 1)]``: 1 / (how often that neighbour had + SMOOTHING).
         chances: ``[E]``: by what follows what, times N * K, mixed over the sessions that are generating.
-        forecast: ``[E]``: logarithm of the events until the next use, from the end of the layer's cycle.
+        ran: the number of its last event, from which forecasts count.
+        forecast: ``[E]``: logarithm of the events until the next use.
         absent: ``[E]``: 0 for resident blocks, -inf for others.
         due: ``[E]``: the sum of these.
         latest: the expert whose ``due`` is largest.
@@ -66,18 +74,20 @@ class _Layer:
         layers: int,
         experts: int,
         top_k: int,
+        neighbours: Sequence[int],
         follows: NDArray[np.uint8],
         trust: NDArray[np.float32],
     ) -> None:
         self.follows, self.trust = follows, trust
         self.tokens = 0
-        self.neighbours = np.array([(number + n) % layers for n in NEIGHBOURS])
+        self.ran = 0
+        self.neighbours = np.array([(number + n) % layers for n in neighbours])
         self.state = np.zeros((RATES + 2, experts), np.float32)
         self.state[:HOT] = FLOOR
         self.state[HOT - 1] += top_k / experts
         self.state[ONES] = 1
         self.rates, self.steady, self.hot = self.state[:HOT], self.state[HOT - 1], self.state[HOT]
-        self.chances = np.full(experts, len(NEIGHBOURS) * top_k * top_k / experts, np.float32)
+        self.chances = np.full(experts, len(neighbours) * top_k * top_k / experts, np.float32)
         self.forecast = np.full(experts, np.log(layers * experts / top_k), np.float32)
         self.absent = np.full(experts, -np.inf, np.float32)
         self.due = np.full(experts, -np.inf, np.float32)
@@ -99,46 +109,48 @@ class Forecast:
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
         self._experts, self._top_k = experts, top_k
-        contexts = len(NEIGHBOURS) * (experts + 1)
+        looked_at = min(LOOKED_AT // top_k, COUNTS // (layers * experts * (experts + 1)))
+        neighbours = NEIGHBOURS[: max(1, looked_at)]
+        contexts = len(neighbours) * (experts + 1)
         self._follows = np.zeros((layers, contexts, experts), np.uint8)
         self._seen = np.zeros((layers, contexts), np.float32)
         self._trust = np.full((layers, contexts), 1 / SMOOTHING, np.float32)
         self._layers = [
-            _Layer(number, layers, experts, top_k, self._follows[number], self._trust[number])
+            _Layer(number, layers, experts, top_k, neighbours, self._follows[number], self._trust[number])
             for number in range(layers)
         ]
-        self._due = np.full(layers, -np.inf)  # events until the next use of each layer's latest block
+        self._due = np.full(layers, -np.inf)  # the number of the event that will use each layer's latest block
         self._changed: set[int] = set()  # layers of which that has to be looked up again
-        self._named: list[Block] = []  # named as victims: not looked up until it is clear that they stay
-        number = np.arange(layers)
-        self._phase = ((number[None, :] - number[:, None] - 1) % layers + 1 - layers).astype(float)
-        self._now = 0
-
+        self._named: list[Block] = []  # victims that are not gone yet; they are not in ``due``
         self._sessions: dict[int, _Session] = {}
         self._generating = 1
         self._events = 0
         self._lessons: list[tuple[int, NDArray[np.intp], NDArray[np.intp]]] = []
 
-        self._ageing = _ageing()
-        width = len(NEIGHBOURS) * top_k
+        self._ageing = list(_ageing())
+        width = len(neighbours) * top_k
         self._weights = np.array([*WEIGHTS, CONSTANT + np.log(layers) - WEIGHTS[-1] * np.log(width)], np.float32)
         # Work space; ``_logs`` holds what the weights are for, and ones.
         self._logs = np.ones((len(WEIGHTS) + 1, experts), np.float32)
         self._new_rates, self._new_chances = self._logs[:RATES], self._logs[RATES]
         self._known = self._logs[:-1]
-        self._first = np.arange(len(NEIGHBOURS))[:, None] * (experts + 1)
+        self._first = np.repeat(np.arange(len(neighbours))[:, None] * (experts + 1), top_k, axis=1)
         self._gathered = np.empty((width, experts), np.uint8)
-        # A chance times ``width`` is one product: of how far what follows each of the experts is believed, the steady
-        # rate in the place of the rest, and FLOOR; with the counts, the steady rates, and ones.
+        # Chances times ``width`` are one product: of trust in what follows each expert, trust in the steady rates for
+        # the rest, and FLOOR; with the counts, the steady rates, and ones.
+        self._width = width
         self._rows = np.ones((width + 2, experts), np.float32)
         self._counts, self._steady = self._rows[:width], self._rows[width]
-        self._believed = np.full(width + 2, width * FLOOR, np.float32)
-        self._smoothing = np.array([SMOOTHING] * width + [0, 0], np.float32)
+        self._trust_in = np.full(width + 2, width * FLOOR, np.float32)
+        self._trust_in_counts = self._trust_in[:width]
+        self._smoothing = np.full(width, SMOOTHING, np.float32)
 
     @property
     def evidence(self) -> NDArray[np.float32]:
-        """What the last forecast was made of, ``[weights + 1, E]``: logarithms of chances, and ones."""
-        return self._logs
+        """What the last forecast was made of, ``[weights + 1, E]``: logarithms of chances per token, and ones."""
+        logs = self._logs.copy()
+        logs[RATES] -= np.log(self._width)
+        return logs
 
     @property
     def size(self) -> int:
@@ -160,8 +172,8 @@ class Forecast:
         again = source.layer == layer and len(self._layers) > 1  # another group of the same event
         source.layer, source.seen = layer, self._events
         here = self._layers[layer]
-        chosen = np.array(experts, np.intp)
-        chosen.sort()  # sums of floats in another order would be other sums
+        here.ran = self._events
+        chosen = np.array(sorted(experts), np.intp)  # sums of floats in another order would be other sums
         self._age(here, chosen, again)
         if len(experts) == self._top_k and not again:
             self._follow(source, layer, here, chosen)
@@ -169,12 +181,11 @@ class Forecast:
             # A prompt, or a batch: which of them followed whom is not known.
             source.used[layer] = self._experts
             source.pointed[layer] = None
-            self._new_chances[:] = here.steady * (len(NEIGHBOURS) * self._top_k)
-        np.log(self._known, out=self._known)
-        self._weights.dot(self._logs, out=here.forecast)
-        np.add(here.forecast, here.absent, out=here.due)
+            self._new_chances[:] = here.steady * self._width
+        np.log(self._known, self._known)
+        self._weights.dot(self._logs, here.forecast)
+        np.add(here.forecast, here.absent, here.due)
         self._changed.add(layer)
-        self._now = layer
 
     def ended(self, session: int) -> None:
         self._sessions.pop(session, None)
@@ -184,52 +195,54 @@ class Forecast:
         layer, expert = block
         here = self._layers[layer]
         here.absent[expert] = 0
-        here.due[expert] = here.forecast[expert]
-        self._changed.add(layer)
+        here.due[expert] = until = here.forecast.item(expert)
+        if until >= here.due.item(here.latest):
+            self._changed.add(layer)
 
     def removed(self, block: Block) -> None:
         layer, expert = block
         here = self._layers[layer]
-        here.absent[expert] = here.due[expert] = -np.inf
+        here.absent[expert] = here.due[expert] = -inf
+        if block in self._named:
+            self._named.remove(block)
         if here.latest == expert:
             self._changed.add(layer)
 
     def victims(self, layers: Sequence[int], count: int, evictable: Callable[[Block], bool]) -> list[Block]:
         of_layer, changed = self._layers, self._changed
-        for layer, expert in self._named:
+        for layer, expert in self._named:  # they are still there
             here = of_layer[layer]
-            if here.absent[expert] == 0:  # was named, and is still there
-                here.due[expert] = here.forecast[expert]
-                changed.add(layer)
+            here.due[expert] = here.forecast[expert]
+            changed.add(layer)
         for layer in changed:
             self._look_up(layer)
         changed.clear()
-        phase = self._phase[self._now]
-        due = self._due + phase
+        due = self._due
         if len(layers) < len(of_layer):
-            others = np.ones(len(due), bool)
-            others[list(layers)] = False
-            due[others] = -np.inf
+            due = np.full(len(of_layer), -inf)
+            due[list(layers)] = self._due[list(layers)]
         named: list[Block] = []
         chosen: list[Block] = []
         while len(chosen) < count:
             layer = int(due.argmax())
-            if due[layer] == -np.inf:
+            if due.item(layer) == -inf:
                 break
             here = of_layer[layer]
             block = layer, here.latest
             named.append(block)
             if evictable(block):
                 chosen.append(block)
-            here.due[here.latest] = -np.inf
-            due[layer] = self._look_up(layer) + phase[layer]
+            here.due[here.latest] = -inf
+            due[layer] = self._look_up(layer)
         self._named = named
         return chosen
 
     def _look_up(self, layer: int) -> float:
+        """Find the latest block of ``layer``, and return when it is due, -inf if there is none."""
         here = self._layers[layer]
         here.latest = latest = int(here.due.argmax())
-        self._due[layer] = due = exp(here.due[latest]) or -inf  # nothing is resident
+        until = here.due.item(latest)
+        self._due[layer] = due = here.ran + exp(until) if until > -inf else -inf
         return due
 
     def _count_generating(self) -> None:
@@ -250,7 +263,7 @@ class Forecast:
             self._new_rates[:] = here.rates
         else:
             here.tokens += 1
-            ageing.dot(here.state, out=self._new_rates)
+            ageing.dot(here.state, self._new_rates)
             here.rates[:] = self._new_rates
         here.hot[chosen] = 0
 
@@ -261,17 +274,16 @@ class Forecast:
             if len(self._lessons) >= len(self._layers):
                 self._learn()
         session.used[layer] = chosen
-        pointers = session.used.take(here.neighbours, axis=0)
+        pointers = session.used.take(here.neighbours, 0)
         pointers += self._first
         session.pointed[layer] = pointers = pointers.ravel()
-        here.follows.take(pointers, axis=0, out=self._gathered, mode="clip")
+        here.follows.take(pointers, 0, self._gathered, "clip")  # by place: names cost as much as the work
         self._counts[:] = self._gathered
         self._steady[:] = here.steady
-        believed = self._believed
-        here.trust.take(pointers, out=believed[:-2], mode="clip")
-        believed[-2] = believed.dot(self._smoothing)
+        here.trust.take(pointers, 0, self._trust_in_counts, "clip")
+        self._trust_in[-2] = self._trust_in_counts.dot(self._smoothing)
         chances = self._new_chances
-        believed.dot(self._rows, out=chances)
+        self._trust_in.dot(self._rows, chances)
         if self._generating > 1:
             # Whoever runs next in this layer may be another session: what was forecast for that counts as well.
             here.chances += (chances - here.chances) / np.float32(self._generating)
