@@ -238,6 +238,31 @@ def test_questions_change_nothing(factory: PolicyFactory, history: tuple[Model, 
     assert Play(factory, model, curious=True).all(steps) == Play(factory, model).all(steps)
 
 
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"lru"}))
+@thorough
+@given(history=histories(), seed=st.integers(0, 1000))
+def test_but_for_lru_the_order_of_an_events_experts_does_not_matter(
+    name: str, history: tuple[Model, list[Step]], seed: int
+) -> None:
+    """Who has to fetch names them in another order than the router's."""
+    model, steps = history
+    chance = random.Random(seed)
+
+    def shuffled(experts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(chance.sample(experts, len(experts)))
+
+    others: list[Step] = []
+    for step in steps:
+        match step:
+            case Observe(session, layer, groups):
+                others.append(Observe(session, layer, tuple(map(shuffled, groups))))
+            case Token(session, experts):
+                others.append(Token(session, tuple(map(shuffled, experts))))
+            case _:
+                others.append(step)
+    assert Play(POLICIES[name], model).all(others) == Play(POLICIES[name], model).all(steps)
+
+
 @every_policy
 def test_nothing_resident_gives_no_victims(factory: PolicyFactory) -> None:
     policy = factory(2, 4, 2)

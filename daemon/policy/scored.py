@@ -37,17 +37,19 @@ class Scored:
         self._resident[block] = False
 
     def victims(self, layers: Sequence[int], count: int, evictable: Callable[[Block], bool]) -> list[Block]:
-        scores = np.full(self._resident.shape, -np.inf)
-        asked = list(layers)  # NumPy would take a tuple for one place
-        scores[asked] = np.where(self._resident, self.scores(), -np.inf)[asked]
+        scores = np.where(self._resident, self.scores(), -np.inf)
+        if len(layers) < len(scores):
+            others = np.ones(len(scores), bool)
+            others[list(layers)] = False
+            scores[others] = -np.inf
         chosen: list[Block] = []
         flat = scores.ravel()
-        for _ in range(int(np.isfinite(flat).sum())):
-            if len(chosen) >= count:
-                break
+        while len(chosen) < count:
             worst = int(flat.argmax())
+            if flat[worst] == -np.inf:
+                break
             flat[worst] = -np.inf
-            block = divmod(worst, self._resident.shape[1])
+            block = divmod(worst, scores.shape[1])
             if evictable(block):
                 chosen.append(block)
         return chosen
