@@ -11,7 +11,9 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
+from expertd.clients.cli.daemon import POLICY_NAMES
 from expertd.clients.cli.status import table
+from expertd.daemon.policy import DEFAULT_POLICY, POLICIES
 from expertd.protocol import PROTOCOL
 from expertd.protocol.connection import package_version
 from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
@@ -20,6 +22,11 @@ from expertd.worker.manifest import load_lazily
 from tests.conftest import DEADLINE_S, StartDaemon
 from tools.factory import write_checkpoint
 from tools.stage import ask_status, budget_for
+
+
+def test_the_policies_that_can_be_chosen_are_those_that_there_are() -> None:
+    assert tuple(POLICIES) == POLICY_NAMES
+    assert POLICY_NAMES[0] == DEFAULT_POLICY
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.daemon.core import Core
+from expertd.daemon.core.core import LEARNED_FORWARDS
 from expertd.daemon.core.events import (
     Ack,
     Attach,
@@ -44,6 +45,7 @@ from expertd.daemon.core.instructions import (
 from expertd.daemon.core.plan import largest, plan_pools, smallest
 from expertd.daemon.core.slots import BACKGROUND_READS
 from expertd.daemon.core.state import InvalidTransition, LayerCounts, Slot, SlotState
+from expertd.daemon.policy import LRU
 from expertd.daemon.status import model_status
 from expertd.protocol import errors
 from expertd.protocol.layout import PAGE, slot_limit
@@ -1051,3 +1053,20 @@ def test_a_miss_waits_for_one_event_of_a_long_prompt_at_most() -> None:
     assert (answered.count(1), answered.count(2)) == (41, 40)
     turns = [number for number, session in enumerate(answered) if session == 2]
     assert all(later - sooner <= 2 for sooner, later in itertools.pairwise(turns))
+
+
+def test_of_a_long_log_every_hit_counts_and_the_last_forwards_teach_the_policy() -> None:
+    told: list[tuple[int, int, Sequence[int]]] = []
+
+    class Told(LRU):
+        def observe(self, session: int, layer: int, experts: Sequence[int]) -> None:
+            told.append((session, layer, experts))
+
+    model = manifest()
+    daemon = Daemon(slots=4)
+    daemon.core = Core(daemon.core.budget, Told)
+    daemon.attach(1, model)
+    log = [(layer, [number % 3]) for number in range(1000) for layer in range(2)]
+    daemon.feed(Routed(1, (*log[:-1], (1, [4]), (2, [0]), (1, []), log[-1])))  # no such expert, no such layer, nothing
+    assert sum(counts.hits for counts in daemon.core.models[model.key].counts) == 2000
+    assert told == [(1, layer, experts) for layer, experts in log[-2 * LEARNED_FORWARDS :]]

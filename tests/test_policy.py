@@ -699,3 +699,31 @@ def test_a_session_that_ended_teaches_nothing_more() -> None:
         last.append(policy._follows.copy())
     assert (last[0] == last[1]).all()
     assert set(policy._sessions) == {2}
+
+
+def test_a_layer_that_does_not_run_any_more_goes_first() -> None:
+    policy = Forecast(2, 8, 1)
+    there = {(layer, expert) for layer in range(2) for expert in range(8)}
+    for block in sorted(there):
+        policy.admitted(block)
+    for token in range(200):
+        for layer in range(2):
+            policy.observe(1, layer, [token % 2])
+    for token in range(1000):
+        policy.observe(1, 1, [token % 2])
+    assert {layer for layer, _ in policy.victims(range(2), 8, asking(there))} == {0}
+    policy.observe(1, 0, [0])
+    assert {layer for layer, _ in policy.victims(range(2), 8, asking(there))} != {0}
+
+
+def test_a_layer_that_is_seen_alone_ages_as_others_do() -> None:
+    """Only groups of one event are one event, and they have no expert in common."""
+    policy = Forecast(3, 32, 4)
+    there = {(2, expert) for expert in range(16)}
+    for block in sorted(there):
+        policy.admitted(block)
+    for experts in (range(4), range(4, 8), range(8, 12)):
+        for _ in range(300):
+            policy.observe(1, 2, experts)
+    assert not set(policy.victims([2], 4, asking(there))) & {(2, expert) for expert in range(8, 12)}
+    assert float(policy.evidence.max()) <= 1

@@ -9,7 +9,7 @@ from expertd.protocol.rendezvous import stop_daemon
 from expertd.protocol.sizes import parse_size
 
 POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
-"""Of ``expertd.daemon.policy.POLICIES``; ``forecast`` is the default, the others are there to be compared with."""
+"""Of ``expertd.daemon.policy.POLICIES``; the first is the default, the others are there to be compared with."""
 
 
 @click.group()
@@ -20,7 +20,13 @@ def daemon() -> None:
 @daemon.command()
 @click.option("--budget", metavar="SIZE", help="Memory for expert weights: 512MB, 2GiB, bytes.  [default: half of RAM]")
 @click.option("--idle-exit", type=float, metavar="SECONDS", help="End after so long without a session.")
-@click.option("--policy", type=click.Choice(POLICY_NAMES), default="forecast", help="Which blocks to evict first.")
+@click.option(
+    "--policy",
+    type=click.Choice(POLICY_NAMES),
+    default=POLICY_NAMES[0],
+    show_default=True,
+    help="How to choose the blocks that go.",
+)
 def run(budget: str | None, idle_exit: float | None, policy: str) -> None:
     """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'."""
     from expertd.daemon.__main__ import run as run_daemon

@@ -26,6 +26,9 @@ from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, 
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.sizes import show_size
 
+LEARNED_FORWARDS = 32
+"""Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
+long, and what others miss must not wait for it."""
 GROWTH = 5 / 4
 """A pool moves to a larger generation if that is at least so much larger, or holds all: moving costs copies."""
 
@@ -361,11 +364,14 @@ class Core:
 
     def _observe_hits(self, session: Session, routing: Iterable[tuple[int, list[int]]]) -> None:
         model = self.models[session.model]
+        hits = []
         for layer, experts in routing:
             pool = model.pool_of_layer.get(layer)
             if pool is not None and experts and max(experts) < pool.layout.experts:
-                model.policy.observe(session.number, layer, experts)
+                hits.append((layer, experts))
                 model.counts[layer].hits += len(experts)
+        for layer, experts in hits[-LEARNED_FORWARDS * len(model.counts) :]:
+            model.policy.observe(session.number, layer, experts)
 
     def _release(self, session: Session) -> None:
         if session.leased_pool is not None:

@@ -36,7 +36,10 @@ The first of them only, where a token uses many experts (LOOKED_AT) or there are
 LOOKED_AT = 24
 """So many experts are looked at in an event: what followed each of them has to be gathered."""
 COUNTS = 32_000_000
-"""At most so many counts of what follows what, a byte each."""
+"""So many counts of what follows what, a byte each, unless those of the layers' own experts are more."""
+NEVER = 1e18
+IDLE_SWEEPS = 64
+"""A layer is idle if it has not run for so many sweeps through the model of each session."""
 SMOOTHING = 8.0
 """What follows an expert is believed as much as the steady rates when it was seen so many times."""
 MOST = 255
@@ -61,7 +64,7 @@ class _Layer:
             its nth neighbour had used i.  (i = E stands for: not known what it had used.)
         trust: ``[N * (E + 1)]``: 1 / (how often that neighbour had + SMOOTHING).
         chances: ``[E]``: by what follows what, times N * K, mixed over the sessions that are generating.
-        ran: the number of its last event, from which forecasts count.
+        ran: the number of its last event, from which forecasts count; NEVER if that is long ago.
         forecast: ``[E]``: logarithm of the events until the next use.
         absent: ``[E]``: 0 for resident blocks, -inf for others.
         due: ``[E]``: the sum of these.
@@ -80,7 +83,7 @@ class _Layer:
     ) -> None:
         self.follows, self.trust = follows, trust
         self.tokens = 0
-        self.ran = 0
+        self.ran = 0.0
         self.neighbours = np.array([(number + n) % layers for n in neighbours])
         self.state = np.zeros((RATES + 2, experts), np.float32)
         self.state[:HOT] = FLOOR
@@ -101,6 +104,7 @@ class _Session:
         self.used = np.full((layers, top_k), experts, np.intp)
         self.pointed: list[NDArray[np.intp] | None] = [None] * layers
         self.layer = -1
+        self.experts: Sequence[int] = ()
         self.seen = 0
 
 
@@ -169,7 +173,9 @@ class Forecast:
         self._events += 1
         if not self._events & 255:
             self._count_generating()
-        again = source.layer == layer and len(self._layers) > 1  # another group of the same event
+            self._find_idle_layers()
+        again = source.layer == layer and len(self._layers) > 1 and not set(experts).intersection(source.experts)
+        source.experts = [*source.experts, *experts] if again else experts  # groups of one event have none in common
         source.layer, source.seen = layer, self._events
         here = self._layers[layer]
         here.ran = self._events
@@ -249,6 +255,14 @@ class Forecast:
         """A session is generating if it ran in what is about the last two tokens of each."""
         recent = self._events - 2 * len(self._layers) * len(self._sessions)
         self._generating = max(1, sum(session.seen >= recent for session in self._sessions.values()))
+
+    def _find_idle_layers(self) -> None:
+        """Blocks of a layer that does not run any more are due at no time, whatever was forecast when it did."""
+        recent = self._events - IDLE_SWEEPS * len(self._layers) * max(1, len(self._sessions))
+        for number, here in enumerate(self._layers):
+            if here.ran < recent:
+                here.ran = NEVER
+                self._changed.add(number)
 
     def _age(self, here: _Layer, chosen: NDArray[np.intp], again: bool) -> None:
         """Take one event into the rates of a layer; they are in ``_new_rates`` then, too."""
