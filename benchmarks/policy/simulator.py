@@ -7,23 +7,15 @@ of the same event, and misses are admitted at its end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.policy.traffic import Pass
+from expertd.daemon.core.state import LayerCounts
 from expertd.daemon.policy import Block, Policy
 
 Pools = list[tuple[range, int]]
 """Of each pool its layers and its slots."""
-
-
-@dataclass
-class LayerCounts:
-    """What one layer's lookups found, and how many of its blocks were evicted."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
 
 
 @dataclass
@@ -79,7 +71,7 @@ def replay(passes: Iterable[Pass], policy: Policy, pools: Pools, *, timed: bool 
                 if missing:
                     short = len(resident) + len(missing) - slots
                     if short > 0:
-                        victims = policy.victims(members, short, lambda block, wanted=wanted: block not in wanted)  # type: ignore[misc]
+                        victims = policy.victims(members, short, _outside(wanted))
                     for block in victims:
                         policy.removed(block)
                     for block in missing:
@@ -95,6 +87,10 @@ def replay(passes: Iterable[Pass], policy: Policy, pools: Pools, *, timed: bool 
                 for victim, _ in victims:
                     out.layers[victim].evictions += 1
     return out
+
+
+def _outside(wanted: set[Block]) -> Callable[[Block], bool]:
+    return lambda block: block not in wanted
 
 
 def _groups(layer: int, experts: list[int], resident: set[Block], slots: int) -> Sequence[list[int]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from expertd.clients.traces.replay import events_of
 from expertd.protocol.traces import DECODE, Trace
 
 
@@ -31,6 +32,10 @@ def select(trace: Trace, sequences: str, tokens: int | None = None) -> Trace:
     kept = np.flatnonzero((trace.seq_id % 2 == parity) | (parity is None))[:tokens]
     if not kept.size:
         raise SystemExit(f"the trace has no {sequences} sequences; give --sequences all")
+    return _part(trace, kept)
+
+
+def _part(trace: Trace, kept: NDArray[Any]) -> Trace:
     arrays = {name: getattr(trace, name) for name in ARRAYS}
     return dataclasses.replace(
         trace, **{name: None if array is None else array[kept] for name, array in arrays.items()}
@@ -39,16 +44,12 @@ def select(trace: Trace, sequences: str, tokens: int | None = None) -> Trace:
 
 def passes_of(trace: Trace, session: int = 0) -> list[Pass]:
     """The forward passes of ``trace`` in the order in which they ran."""
-    starts = np.flatnonzero(np.r_[True, trace.forward[1:] != trace.forward[:-1]]).tolist()
-    out = []
-    for start, end in itertools.pairwise([*starts, len(trace.forward)]):
-        chosen = trace.experts[start:end]
-        if end - start == 1:
-            layers = [list(dict.fromkeys(experts)) for experts in chosen[0].tolist()]
-        else:
-            layers = [np.unique(chosen[:, layer]).tolist() for layer in range(trace.info.layers)]
-        out.append([Event(session, layer, experts) for layer, experts in enumerate(layers)])
-    return out
+    layers, experts = trace.info.layers, trace.info.experts
+    events = events_of(trace)
+    return [
+        [Event(session, layer, [block % experts for block in events[start + layer]]) for layer in range(layers)]
+        for start in range(0, len(events), layers)
+    ]
 
 
 def dealt(trace: Trace, sessions: int) -> list[list[Pass]]:
@@ -57,11 +58,7 @@ def dealt(trace: Trace, sessions: int) -> list[list[Pass]]:
     out = []
     for session in range(sessions):
         kept = np.isin(trace.seq_id, numbers[session::sessions])
-        arrays = {name: getattr(trace, name) for name in ARRAYS}
-        part = dataclasses.replace(
-            trace, **{name: None if array is None else array[kept] for name, array in arrays.items()}
-        )
-        out.append(passes_of(part, session))
+        out.append(passes_of(_part(trace, kept), session))
     return [passes[: min(map(len, out))] for passes in out]
 
 

@@ -9,8 +9,7 @@ The forecast is made where something becomes known: when a layer has run, for th
   that ran last in layers before it.  The counts are learned as the model runs.
 
 These tokens, times the layers of the model, count from the layer's last event: one that has just run comes again after
-all others.  The weights were fitted on recorded routing (``benchmarks policy --fit``,
-docs/decisions.md); what is learned online needs no fitting.
+all others.  The weights were fitted on recorded routing (docs/decisions.md); what is learned online needs no fitting.
 
 An event costs a few NumPy calls on one row of each array, and each victim one or two more.
 """
@@ -47,7 +46,7 @@ MOST = 255
 FLOOR = 0.01
 """Added to chances, so that what never happened can happen."""
 WEIGHTS = (-0.18, -0.51, 0.73, -1.22)
-"""Of the logarithms of the three rates, and of the chances by each of the neighbours."""
+"""Of the logarithms of the three rates, and of the chance by what follows what."""
 CONSTANT = -0.41
 
 RATES = len(HALF_LIVES) + 1
@@ -324,11 +323,12 @@ class Forecast:
 
 def _ageing() -> NDArray[np.float32]:
     """Of each number of tokens before, the matrix ``[RATES, RATES + 2]`` that takes an event into a layer's rates."""
+    share = np.empty((STEADY, RATES))  # of a rate that is this event's
+    share[:, :-1] = 1 - 2 ** (-1 / np.array(HALF_LIVES))
+    share[:, -1] = 1 / (np.arange(STEADY) + 4)
+    rate = np.arange(RATES)
     out = np.zeros((STEADY, RATES, RATES + 2), np.float32)
-    fixed = [1 - 2 ** (-1 / half) for half in HALF_LIVES]
-    for tokens in range(STEADY):
-        for rate, share in enumerate((*fixed, 1 / (tokens + 4))):
-            out[tokens, rate, rate] = 1 - share
-            out[tokens, rate, HOT] = share
-            out[tokens, rate, ONES] = share * FLOOR
+    out[:, rate, rate] = 1 - share
+    out[:, :, HOT] = share
+    out[:, :, ONES] = share * FLOOR
     return out
