@@ -594,6 +594,9 @@ def test_among_blocks_of_every_token_the_layer_that_ran_last_goes_first() -> Non
 def test_a_prompt_that_uses_everything_does_not_make_the_hot_experts_the_next_victims(
     layers: int, seed: int, chunks: int, groups: int
 ) -> None:
+    """In a model of one layer, small groups of a prompt look like tokens of a batch, and there is no telling."""
+    if layers == 1:
+        groups = 1
     chance = random.Random(seed)
     policy = Forecast(layers, 32, 4)
     hot = [chance.sample(range(32), 8) for _ in range(layers)]
@@ -670,18 +673,18 @@ def test_what_is_used_no_more_makes_room_for_what_is() -> None:
 def test_counts_of_what_follows_what_are_halved_before_they_could_wrap_around() -> None:
     """Of two sessions at once, whose lessons are learned together; 20,000 events."""
     policy = full(2, 4, 2)
-    before = policy._follows.copy()
+    before = policy._follows._counts.copy()
     highest = 0
     for token in range(5_000):
         for layer in range(2):
             for session in (1, 2):
                 policy.observe(session, layer, [0, 1 + token % 3])
-        counts = policy._follows
+        counts = policy._follows._counts
         assert (counts >= before // 2).all(), "a count fell by more than half"
         before = counts.copy()
         highest = max(highest, int(counts.max()))
     assert 128 <= highest <= 255
-    assert policy._follows.max() >= 127
+    assert policy._follows._counts.max() >= 127
 
 
 def test_a_session_that_ended_teaches_nothing_more() -> None:
@@ -696,7 +699,7 @@ def test_a_session_that_ended_teaches_nothing_more() -> None:
         for token in range(40):
             for layer in range(2):
                 policy.observe(number, layer, [1 + token % 3])
-        last.append(policy._follows.copy())
+        last.append(policy._follows._counts.copy())
     assert (last[0] == last[1]).all()
     assert set(policy._sessions) == {2}
 
@@ -726,4 +729,4 @@ def test_a_layer_that_is_seen_alone_ages_as_others_do() -> None:
         for _ in range(300):
             policy.observe(1, 2, experts)
     assert not set(policy.victims([2], 4, asking(there))) & {(2, expert) for expert in range(8, 12)}
-    assert float(policy.evidence.max()) <= 1
+    assert float(policy.evidence(2).max()) <= 1

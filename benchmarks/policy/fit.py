@@ -54,7 +54,7 @@ def _samples(trace: Trace) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         for event in each:
             policy.observe(*event)
             if chance.random() < 1 / SAMPLED:
-                samples.append(policy.evidence.T)
+                samples.append(policy.evidence(event.layer).T)
                 sampled.append((number, event.layer))
     until = np.full((info.layers, info.experts), FARTHEST, np.float32)
     wanted = set(sampled)

@@ -1,0 +1,118 @@
+"""How often each block is used: exponentially weighted rates, and the part of a forecast that they make.
+
+An event should cost little, so most of the work is done for many layers at once: what the next event of a layer will
+mean is worked out before it happens, for experts that it uses and for those that it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+HALF_LIVES = (3.0, 23.0)
+"""Of the rates, in tokens; one more rate has a growing half-life, up to that of STEADY tokens."""
+STEADY = 2000
+FLOOR = 0.01
+"""Added to rates, so that what never happened can happen."""
+
+Layers = NDArray[np.intp] | slice
+
+
+class Rates:
+    """R rates of a model with L layers and E experts in each.
+
+    Attributes:
+        steady: of each layer, ``[E]``: the rate with the longest half-life, in uses per token, and FLOOR.
+    """
+
+    def __init__(self, layers: int, experts: int, top_k: int, weights: Sequence[float], constant: float) -> None:
+        self._top_k = top_k
+        self._weights, self._constant = np.array(weights, np.float32), np.float32(constant)
+        self._shares = _shares()
+        self._tokens = np.zeros(layers, np.intp)
+        self._share = self._shares[:, self._tokens]  # of the next event of each layer
+        # As they will be after the next event of the layer, for experts that it does not use.
+        self._values = np.full((len(weights), layers, experts), FLOOR, np.float32)
+        self._values[-1] += top_k / experts
+        self.steady = list(self._values[-1])
+        unused, used = np.empty((2, layers, experts), np.float32)  # weighted, for experts that it does not use or uses
+        self._unused, self._used = unused, used
+        self._unused_of, self._used_of = list(unused), list(used)
+        self._pending: dict[int, NDArray[np.intp]] = {}
+        self._look_ahead(slice(None))
+
+    def use(self, layer: int, experts: NDArray[np.intp]) -> NDArray[np.float32]:
+        """``layer`` used ``experts``: constant + the sum of weight x log(rate), ``[E]``, after that.
+
+        It is valid until the next call.
+        """
+        if layer in self._pending:
+            self.settle()
+        self._pending[layer] = experts
+        rated = self._unused_of[layer]
+        rated[experts] = self._used_of[layer].take(experts)
+        return rated
+
+    def use_many(self, layer: int, experts: NDArray[np.intp], again: bool) -> NDArray[np.float32]:
+        """The same for a prompt, or for one more group of it.
+
+        Many tokens at once say of each block little more than one token does: they must not wash out the others.
+        """
+        self.settle()
+        weight = self._top_k / max(self._top_k, len(experts))
+        self._add(np.full(len(experts), layer), experts, weight)
+        rated = self._weighted(self._values[:, layer])
+        if not again:
+            self._age(np.array([layer]))
+        self._look_ahead(np.array([layer]))
+        return rated
+
+    def settle(self) -> None:
+        """Take in what is pending."""
+        if not self._pending:
+            return
+        numbers, chosen = np.array(list(self._pending)), list(self._pending.values())
+        self._pending.clear()
+        self._add(numbers.repeat([len(experts) for experts in chosen]), np.concatenate(chosen), 1.0)
+        layers = slice(None) if len(numbers) == len(self._tokens) else numbers
+        self._age(layers)
+        self._look_ahead(layers)
+
+    def last(self, layer: int) -> NDArray[np.float32]:
+        """The rates after the last event of ``layer``, ``[R, E]`` (if that was a prompt, a token later)."""
+        rates = self._values[:, layer].copy()
+        if layer in self._pending:
+            rates[:, self._pending[layer]] += self._share[:, layer, None]
+        return rates
+
+    def _add(self, layers: NDArray[np.intp], experts: NDArray[np.intp], weight: float) -> None:
+        """An event of each of some layers: ``layers[i]`` used ``experts[i]``."""
+        rates, _, width = self._values.shape
+        self._values.reshape(rates, -1)[:, layers * width + experts] += self._share[:, layers] * np.float32(weight)
+
+    def _age(self, layers: Layers) -> None:
+        """Turn the rates after an event of ``layers`` into those after the next, for experts that it does not use."""
+        self._tokens[layers] += 1
+        self._share[:, layers] = share = self._shares.take(self._tokens[layers], 1, mode="clip")
+        self._values[:, layers] += share[:, :, None] * (FLOOR - self._values[:, layers])
+
+    def _look_ahead(self, layers: Layers) -> None:
+        """Work out what the next event of ``layers`` will mean."""
+        rates = self._values[:, layers]
+        self._unused[layers] = self._weighted(rates)
+        self._used[layers] = self._weighted(rates + self._share[:, layers, None])
+
+    def _weighted(self, rates: NDArray[np.float32]) -> NDArray[np.float32]:
+        weighted = self._weights.dot(np.log(rates).reshape(len(rates), -1))
+        weighted += self._constant
+        return weighted.reshape(rates.shape[1:])
+
+
+def _shares() -> NDArray[np.float32]:
+    """Of each number of tokens before an event, the event's share in each rate: ``[rates, STEADY]``."""
+    shares = np.empty((len(HALF_LIVES) + 1, STEADY), np.float32)
+    shares[:-1] = 1 - 2 ** (-1 / np.array(HALF_LIVES))[:, None]
+    shares[-1] = 1 / (np.arange(STEADY) + 4)
+    return shares
