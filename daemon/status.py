@@ -40,6 +40,8 @@ def model_status(model: Model) -> ModelStatus:
             for session in model.sessions.values()
         ],
         layers=_layers(model),
+        moves=model.moves,
+        blocks_copied=model.copied,
     )
 
 

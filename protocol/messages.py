@@ -244,7 +244,8 @@ class LayerStatus(msgspec.Struct, frozen=True, kw_only=True):
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event.
 
-    ``layers`` may be left out, as by daemons of this version of the protocol that do not count them apart.
+    ``layers``, ``moves`` and ``blocks_copied`` may be left out, as by daemons of this version of the protocol that do
+    not count them.
     """
 
     id: str
@@ -264,6 +265,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     pool_bytes: int
     sessions: list[SessionStatus]
     layers: list[LayerStatus] = []
+    moves: int = 0
+    blocks_copied: int = 0
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,12 +13,14 @@ Not covered: how a worker keeps its promises (``worker.attach``, ``worker.expert
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
+import pytest
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from expertd.daemon.core import Core, events
+from expertd.daemon.core import Core, events, quotas
 from expertd.daemon.core.core import GROWTH
 from expertd.daemon.core.plan import largest, resized
 from expertd.protocol.errors import ReadFailed
@@ -91,6 +93,9 @@ class CacheMachine(World, RuleBasedStateMachine):
     def start(self, pages: int, model: str, prompt: list[bool]) -> None:
         """A core with a few sessions open, so that runs get somewhere."""
         self.core = Core(pages * PAGE, WatchedLRU)
+        self.patched = pytest.MonkeyPatch()  # pools should give each other memory as often as they can
+        for name, value in (("WINDOW", 1), ("STEP", 0.4), ("COPYING", 0.0)):
+            self.patched.setattr(quotas, name, value)
         for hears_at_once in prompt:
             self.attach(model, copy=False, prompt=hears_at_once, slow=False)
 
@@ -451,10 +456,26 @@ class CacheMachine(World, RuleBasedStateMachine):
             assert could < pool.layout.slots * GROWTH, "memory lies idle"
 
     def teardown(self) -> None:
+        try:
+            if not self.broken:
+                self.nothing_is_lost()
+        finally:
+            self.patched.undo()
+
+    def nothing_is_lost(self) -> None:
         """Nobody waits for ever, and no slot was lost: fetching everything once fills every pool to the brim."""
-        if self.broken:
-            return
         self.settle()
+        self.fetch_all()
+        self.patched.setattr(quotas, "COPYING", inf)  # no pool moves any more
+        self.settle()
+        self.fetch_all()
+        for session in _awake(self):
+            for number in self.workers[session].held:
+                segment = self.segments[number]
+                filled = min(segment.layout.slots, segment.blocks)
+                assert len(segment.table) == filled, f"segment {number} has lost slots"
+
+    def fetch_all(self) -> None:
         for session in _awake(self):
             worker = self.workers[session]
             for layer in range(LAYERS):
@@ -462,10 +483,6 @@ class CacheMachine(World, RuleBasedStateMachine):
                 for expert in range(segment.layout.experts):
                     self.send_fetch(worker, layer, [expert], late=False)
                     self.quiesce()
-            for number in worker.held:
-                segment = self.segments[number]
-                filled = min(segment.layout.slots, segment.blocks)
-                assert len(segment.table) == filled, f"segment {number} has lost slots"
 
 
 TestCore = CacheMachine.TestCase

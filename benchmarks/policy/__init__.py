@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.policy.fit import fit_weights
 from benchmarks.policy.picture import draw
-from benchmarks.policy.simulator import even_pools, replay
-from benchmarks.policy.traffic import Pass, dealt, enlarged, in_turns, passes_of, select
+from benchmarks.policy.simulator import Replay, even_pools, replay
+from benchmarks.policy.traffic import Pass, dealt, enlarged, in_turns, passes_of, select, together
 from expertd.clients.traces.replay import belady, events_of
 from expertd.daemon.policy import POLICIES, Forecast
 from expertd.protocol.traces import Trace, read_trace
@@ -26,6 +26,7 @@ GAPS = (0.2, 0.3, 0.5)
 WIDTHS = 5
 """So many widths are compared at most."""
 SHARED_FRACTION = 0.4
+BATCH_FRACTION = 0.3
 METAL_ASSIGNMENTS = 4
 """Metal computes a prompt's experts by its fast kernel if there are so many (token, expert) pairs for each slot."""
 CHUNK = 512
@@ -65,6 +66,7 @@ def run(
         _gaps(hits, figures)
         _widths(workers, hits, figures)
         _sharing(workers, figures)
+        _batches(workers, figures)
     _decisions(figures)
     if picture is not None:
         draw(picture, FRACTIONS, hits, title)
@@ -95,6 +97,13 @@ def _hit_percent(job: Job) -> float:
     return 100 * replay(_passes, _policy(name), even_pools(_trace.info.layers, pools, _slots(fraction))).hit_rate
 
 
+def _with_quotas(job: Job) -> tuple[float, Replay]:
+    name, fraction, pools = job
+    info = _trace.info
+    done = replay(_passes, _policy(name), even_pools(info.layers, pools, _slots(fraction)), experts=info.experts)
+    return 100 * done.hit_rate, done
+
+
 def _hits(workers: ProcessPoolExecutor, figures: dict[str, Any]) -> dict[str, list[float]]:
     """Hits in percent by policy, at each fraction, in one pool for all layers."""
     names = [*POLICIES, "belady"]
@@ -121,21 +130,29 @@ def _gaps(hits: dict[str, list[float]], figures: dict[str, Any]) -> None:
 
 
 def _widths(workers: ProcessPoolExecutor, hits: dict[str, list[float]], figures: dict[str, Any]) -> None:
-    """Pools of fewer neighbouring layers, with equal quotas."""
+    """Pools of fewer neighbouring layers: with equal quotas, and with quotas that follow what is needed."""
     info = _trace.info
     counts = [count for count in range(1, info.layers + 1) if info.layers % count == 0]
     counts = sorted({counts[len(counts) * n // WIDTHS] for n in range(WIDTHS)} | {info.layers})
-    rates = iter(workers.map(_hit_percent, [("forecast", fraction, count) for count in counts for fraction in GAPS]))
-    print("\npools of neighbouring layers with equal quotas: the gap of forecast in %, and slots of a pool")
+    jobs = [("forecast", fraction, count) for count in counts for fraction in GAPS]
+    equal, moving = workers.map(_hit_percent, jobs), workers.map(_with_quotas, jobs)
+    print(
+        "\npools of neighbouring layers: the gap of forecast in % with equal quotas, with quotas that follow the need"
+    )
+    print("(how many steps that took, how many times all blocks were copied), and slots of a pool")
     print(f"(up to {CHUNK * info.top_k // METAL_ASSIGNMENTS} slots Metal computes {CHUNK} tokens by its fast kernel)")
-    print(f"{'layers':>8}" + "".join(f"{100 * fraction:>14.0f} %" for fraction in GAPS))
+    print(f"{'layers':>8}" + "".join(f"{100 * fraction:>32.0f} %" for fraction in GAPS))
     for count in counts:
         width, line = info.layers // count, ""
         for fraction in GAPS:
-            gap = _gap(next(rates), hits, fraction)
-            figures[f"gap_{_percent(fraction)}_width_{width}"] = round(gap, 2)
-            line += f"{gap:>9.1f} {_slots(fraction) // count:>6}"
-        print(f"{width:>8}{line}")
+            name = f"gap_{_percent(fraction)}_width_{width}"
+            gap = _gap(next(equal), hits, fraction)
+            rate, done = next(moving)
+            followed = _gap(rate, hits, fraction)
+            figures |= {name: round(gap, 2), f"{name}_quotas": round(followed, 2), f"{name}_steps": done.steps}
+            copied = f"({done.steps}, {done.copied / _slots(fraction):.1f})"
+            line += f"{gap:>9.1f} {followed:>5.1f} {copied:>11} {_slots(fraction) // count:>6}"
+        print(f"{width:>8}{line}", flush=True)
 
 
 def _sharing(workers: ProcessPoolExecutor, figures: dict[str, Any]) -> None:
@@ -153,6 +170,24 @@ def _shared_misses(sessions: int) -> tuple[int, int]:
     private = [replay(passes, _policy("forecast"), even_pools(layers, 1, slots // sessions)) for passes in of_each]
     shared = replay(in_turns(of_each), _policy("forecast"), even_pools(layers, 1, slots))
     return sum(each.misses for each in private), shared.misses
+
+
+def _batches(workers: ProcessPoolExecutor, figures: dict[str, Any]) -> None:
+    """Several answers computed together, as a gateway does: each event has the experts of all."""
+    jobs = [(name, answers) for answers in (2, 4) for name in POLICIES]
+    rates = iter(workers.map(_batch_percent, jobs))
+    print(f"\nanswers computed together, {100 * BATCH_FRACTION:.0f} % of the blocks, hits in %")
+    print(f"{'answers':>8}" + "".join(f"{name:>10}" for name in POLICIES))
+    for answers in (2, 4):
+        line = [next(rates) for _ in POLICIES]
+        figures |= {f"{name}_batch_{answers}": round(rate, 2) for name, rate in zip(POLICIES, line, strict=True)}
+        print(f"{answers:>8}" + "".join(f"{rate:>10.1f}" for rate in line), flush=True)
+
+
+def _batch_percent(job: tuple[str, int]) -> float:
+    name, answers = job
+    passes = together(dealt(_trace, answers))
+    return 100 * replay(passes, _policy(name), even_pools(_trace.info.layers, 1, _slots(BATCH_FRACTION))).hit_rate
 
 
 def _decisions(figures: dict[str, Any]) -> None:

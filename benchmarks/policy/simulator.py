@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.policy.traffic import Pass
+from expertd.daemon.core.quotas import Quotas, Size
 from expertd.daemon.core.state import LayerCounts
 from expertd.daemon.policy import Block, Policy
 
@@ -20,10 +21,20 @@ Pools = list[tuple[range, int]]
 
 @dataclass
 class Replay:
-    """What came of a replay, by layer; and the seconds that the policy took for each event, if they were measured."""
+    """What came of a replay.
+
+    Attributes:
+        layers: counts of each layer.
+        seconds: that the policy took for each event, if they were measured.
+        steps: how often a pool gave slots to another; ``copied``: blocks that had to be copied for that.
+        slots: of each pool, at the end.
+    """
 
     layers: list[LayerCounts]
     seconds: list[float] = field(default_factory=list)
+    steps: int = 0
+    copied: int = 0
+    slots: list[int] = field(default_factory=list)
 
     @property
     def hits(self) -> int:
@@ -49,30 +60,35 @@ def even_pools(layers: int, pools: int, slots: int) -> Pools:
     ]
 
 
-def replay(passes: Iterable[Pass], policy: Policy, pools: Pools, *, timed: bool = False) -> Replay:
+def replay(
+    passes: Iterable[Pass], policy: Policy, pools: Pools, *, timed: bool = False, experts: int | None = None
+) -> Replay:
     """Run ``passes`` through ``pools`` that begin empty.
 
     An event with more blocks than its pool has slots is computed by groups, resident blocks first, as workers do it.
+    If the number of ``experts`` in a layer is given, pools give each other slots as in the daemon.
     """
     pool_of = {layer: pool for pool, (members, _) in enumerate(pools) for layer in members}
     held: list[set[Block]] = [set() for _ in pools]
-    out = Replay([LayerCounts() for _ in pool_of])
+    out = Replay([LayerCounts() for _ in pool_of], slots=[slots for _, slots in pools])
+    quotas = Quotas(len(pool_of)) if experts and len(pools) > 1 else None
     for each in passes:
-        for session, layer, experts in each:
+        for session, layer, chosen in each:
             number = pool_of[layer]
-            members, slots = pools[number]
-            resident = held[number]
-            for group in _groups(layer, experts, resident, slots):
+            members, resident = pools[number][0], held[number]
+            for group in _groups(layer, chosen, resident, out.slots[number]):
                 wanted = {(layer, expert) for expert in group}
                 missing = [(layer, expert) for expert in reversed(group) if (layer, expert) not in resident]
                 began = time.perf_counter() if timed else 0.0
                 policy.observe(session, layer, group)
                 victims = []
                 if missing:
-                    short = len(resident) + len(missing) - slots
+                    short = len(resident) + len(missing) - out.slots[number]
                     if short > 0:
                         victims = policy.victims(members, short, _outside(wanted))
                     for block in victims:
+                        if quotas is not None:
+                            quotas.evicted(number, policy.chance(block))
                         policy.removed(block)
                     for block in missing:
                         policy.admitted(block)
@@ -80,13 +96,33 @@ def replay(passes: Iterable[Pass], policy: Policy, pools: Pools, *, timed: bool 
                     out.seconds.append(time.perf_counter() - began)
                 resident.difference_update(victims)
                 resident.update(missing)
-                assert len(resident) <= slots, "the policy named fewer victims than it was asked for"
+                assert len(resident) <= out.slots[number], "the policy named fewer victims than it was asked for"
                 counts = out.layers[layer]
                 counts.hits += len(group) - len(missing)
                 counts.misses += len(missing)
                 for victim, _ in victims:
                     out.layers[victim].evictions += 1
+                if quotas is not None and quotas.ran(1):
+                    assert experts is not None
+                    most = [len(members) * experts for members, _ in pools]
+                    _step(quotas, policy, pools, held, most, out)
     return out
+
+
+def _step(quotas: Quotas, policy: Policy, pools: Pools, held: list[set[Block]], most: list[int], out: Replay) -> None:
+    """Let a pool give slots to another, if it is time: both go on with copies of what they keep."""
+    decided = quotas.step({n: Size(slots, 1, most[n]) for n, slots in enumerate(out.slots)})
+    if decided is None:
+        return
+    giver, taker, slots = decided
+    out.slots[giver] -= slots
+    out.slots[taker] += slots
+    leaving = policy.victims(pools[giver][0], max(0, len(held[giver]) - out.slots[giver]), lambda _: True)
+    for block in leaving:
+        policy.removed(block)
+    held[giver].difference_update(leaving)
+    out.steps += 1
+    out.copied += len(held[giver]) + len(held[taker])
 
 
 def _outside(wanted: set[Block]) -> Callable[[Block], bool]:

@@ -67,6 +67,17 @@ def in_turns(sessions: list[list[Pass]]) -> list[Pass]:
     return [each for together in zip(*sessions, strict=True) for each in together]
 
 
+def together(sessions: list[list[Pass]]) -> list[Pass]:
+    """Passes in which a token of each of ``sessions`` is computed: an event has all their experts."""
+    return [
+        [
+            Event(0, events[0].layer, list(dict.fromkeys(expert for event in events for expert in event.experts)))
+            for events in zip(*passes, strict=True)
+        ]
+        for passes in zip(*sessions, strict=True)
+    ]
+
+
 def enlarged(trace: Trace, layers: int, experts: int, top_k: int, tokens: int) -> list[Pass]:
     """Decoding of a model with more layers and experts, made of the decode tokens of a smaller one.
 

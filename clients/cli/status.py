@@ -78,6 +78,10 @@ def _model(model: ModelStatus) -> list[str]:
         f"  lookups   {rate} ({model.hits} hits, {model.misses} misses), {model.evictions} evictions, "
         f"{show_size(model.bytes_read)} read",
     ]
+    if model.moves:
+        lines.append(
+            f"  moves     {model.moves} new generations of pools, {model.blocks_copied} blocks copied for them"
+        )
     lines += [f"  session   {_session(session)}" for session in model.sessions]
     if not model.sessions:
         lines.append("  session   none")

@@ -114,6 +114,8 @@ class Core:
                     self._heard(self.sessions[session])
             case events.BudgetChanged(size):
                 self.budget = size
+                for pool in (pool for model in self.models.values() for pool in model.pools):
+                    pool.quota = None
                 self._memory_changed = True
             case events.ReadDone():
                 self._read_done(event)
@@ -312,6 +314,7 @@ class Core:
             self._pump_all(model)
             return
         assert pool is not None
+        self._ran(model, 1)
         model.policy.observe(event.session, event.layer, event.experts)
         resident = sum(pool.sealed_slot((event.layer, expert)) is not None for expert in event.experts)
         model.counts[event.layer].hits += resident
@@ -370,8 +373,15 @@ class Core:
             if pool is not None and experts and max(experts) < pool.layout.experts:
                 hits.append((layer, experts))
                 model.counts[layer].hits += len(experts)
+        self._ran(model, len(hits))
         for layer, experts in hits[-LEARNED_FORWARDS * len(model.counts) :]:
             model.policy.observe(session.number, layer, experts)
+
+    def _ran(self, model: Model, events: int) -> None:
+        """So many events have run: now and then it is seen whether pools should give each other memory."""
+        if len(model.pools) > 1 and model.quotas.ran(events) and not model.extra:
+            memory.step(model)
+            self._memory_changed = True
 
     def _release(self, session: Session) -> None:
         if session.leased_pool is not None:
@@ -452,6 +462,7 @@ class Core:
         model.pools[model.pools.index(old)] = new
         model.pool_of_layer.update(dict.fromkeys(new.layers, new))
         model.old.append(old)
+        model.moves += 1
         old.next, old.superseded = None, True
         slots.forget_wishes(model, old)
         stay = slots.hand_over(model, old, new)
@@ -475,6 +486,8 @@ class Core:
         old = next(pool for pool in model.pools if pool.next is new)
         del self._pools[new.segment]
         old.next = None
+        for pool in model.pools:
+            pool.quota = None
         self._memory_changed |= old.outdated
         old.outdated = False
         if slots.only_silent(slots.in_the_way(model, old)):
@@ -528,13 +541,16 @@ class Core:
         before, now = pool.layout.slots, resized(model.manifest, pool.layers, size).slots
         everything = now >= pool.layout.layers * pool.layout.experts
         pool.outdated = pool.next is not None and now != pool.next.layout.slots
-        if now < before or now >= before * GROWTH or (now > before and everything):
+        wanted = everything or (pool.quota is not None and size >= pool.quota)
+        grows = now >= before * GROWTH or (now > before and wanted)
+        if now < before or grows:
             self._move(model, pool, size)
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     def _read_done(self, event: events.ReadDone) -> None:
         model, pool = self._pools[event.segment]
+        model.copied += pool.slots[event.slot].source is not None
         block = slots.arrived(model, pool, event.slot)
         model.counts[block[0]].bytes_read += event.size
         self._out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], event.slot))
@@ -568,6 +584,4 @@ class Core:
         session.answer = tuple(pool.where[layer, expert] for expert in waiting.fetch.experts)
         session.answered_version = model.version
         fetches.leave_queue(pool, waiting)
-        self._out.append(
-            instructions.Answer(session.number, waiting.fetch.sequence, model.version, session.answer)
-        )
+        self._out.append(instructions.Answer(session.number, waiting.fetch.sequence, model.version, session.answer))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from expertd.daemon.core.plan import divide, largest_of, resized
+from expertd.daemon.core.quotas import Size
 from expertd.daemon.core.state import Model, Pool
 
 
@@ -37,14 +38,32 @@ def fewest(model: Model, pool: Pool) -> int:
     return min(pool.layout.size, resized(model.manifest, pool.layers, 0).size)
 
 
+def step(model: Model) -> None:
+    """Let one pool of ``model`` give to another what that needs more, if it is time."""
+    sizes = {
+        pool.name: Size(pool.layout.size, fewest(model, pool), largest_of(model.manifest, pool.layers))
+        for pool in model.pools
+    }
+    decided = model.quotas.step(sizes)
+    if decided is not None:
+        giver, taker, size = decided
+        wanted = {giver: sizes[giver].now - size, taker: sizes[taker].now + size}
+        changed = [pool for pool in model.pools if pool.name in wanted]
+        for pool in model.pools:
+            pool.quota = None
+        if all(resized(model.manifest, pool.layers, wanted[pool.name]).slots != pool.layout.slots for pool in changed):
+            for pool in changed:
+                pool.quota = wanted[pool.name]
+
+
 def shares(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool, int]]:
     """The bytes that each pool of the open models should have.
 
     What sessions that answer still hold of older generations will be given back: that is no reason to shrink, but no
     room to grow either.
     """
-    now = settled(models)
-    room = max(min(now, budget - committed(models)), budget - (used(models) - now))
+    now, free = settled(models), max(0, budget - used(models))
+    changed = waiting = 0
     pools, wants = [], []
     for model in models:
         if not model.ready:
@@ -52,10 +71,15 @@ def shares(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool, in
         times = 1 + model.copies
         for pool in model.pools:
             size = pool.layout.size
+            change = 0 if pool.quota is None else (pool.quota - size) * times
+            if change <= free:
+                size += change // times
+                changed += change
+            else:
+                waiting += change  # it can have that when another pool has given it
             most = max(size, largest_of(model.manifest, pool.layers)) if model.sessions else size
             pools.append((model, pool))
             wants.append((fewest(model, pool) * times, size * times, most * times))
+    room = max(min(now + changed, budget - committed(models)), budget - (used(models) - now) - waiting)
     divided = divide(room, wants)
-    return [
-        (model, pool, share // (1 + model.copies)) for (model, pool), share in zip(pools, divided, strict=True)
-    ]
+    return [(model, pool, share // (1 + model.copies)) for (model, pool), share in zip(pools, divided, strict=True)]

@@ -10,6 +10,10 @@ from expertd.protocol.layout import PoolLayout, most_slots, pool_layout, slot_li
 from expertd.protocol.manifest import Layer, Manifest
 from expertd.protocol.sizes import show_size
 
+DEPTH_BIAS = 0.05
+"""Where a model has several pools, the shallowest layers begin with so much more than their part of the slots, and the
+deepest with so much less (docs/decisions.md)."""
+
 
 @dataclass(frozen=True)
 class PoolPlan:
@@ -86,7 +90,7 @@ def plan_pools(manifest: Manifest, size: int) -> list[PoolPlan]:
 
     Each group of layers of one shape gets its floor and its part of the rest (``divide``), and shares one pool; a pool
     whose slabs would reach 2^31 elements is split into runs of neighbouring layers.  One wide pool lets slots follow
-    the layers that need them (docs/decisions.md).
+    the layers that need them (docs/decisions.md); several follow them by ``quotas``, and begin with DEPTH_BIAS.
 
     Raises:
         BudgetTooSmall: ``size`` is below ``smallest(manifest)``.
@@ -102,14 +106,30 @@ def plan_pools(manifest: Manifest, size: int) -> list[PoolPlan]:
     floors = [_layout(layers, group, _floor(layers, group)).size for group in groups]
     most = [_layout(layers, group, len(group) * layers[group[0]].experts).size for group in groups]
     shares = divide(size, list(zip(floors, floors, most, strict=True)))
-    plans: list[PoolPlan] = []
+    runs: list[tuple[int, ...]] = []
+    wants: list[tuple[int, int, int]] = []
     for group, share in zip(groups, shares, strict=True):
         first = layers[group[0]]
         slots = most_slots(len(group), first.experts, first.parts, share)
-        limit = slot_limit(first.parts)
-        width = -(-len(group) // -(-slots // limit))
+        width = -(-len(group) // -(-slots // slot_limit(first.parts)))
         for start in range(0, len(group), width):
             run = tuple(group[start : start + width])
-            held = most_slots(len(run), first.experts, first.parts, share * len(run) // len(group))
-            plans.append(PoolPlan(run, _layout(layers, run, min(held, limit))))
-    return plans
+            runs.append(run)
+            fewest, most_of_run = (resized(manifest, run, size).size for size in (0, largest(manifest)))
+            wants.append((fewest, min(share * len(run) // len(group), most_of_run), most_of_run))
+    sizes = divide(size, _shallow_first(runs, wants, len(layers)))
+    return [PoolPlan(run, resized(manifest, run, size)) for run, size in zip(runs, sizes, strict=True)]
+
+
+def _shallow_first(
+    runs: Sequence[Sequence[int]], wants: Sequence[tuple[int, int, int]], layers: int
+) -> list[tuple[int, int, int]]:
+    """What runs of layers should have, all together no more than before, with the bias for shallow layers."""
+    bias = [1 + DEPTH_BIAS * (1 - 2 * sum(run) / len(run) / max(1, layers - 1)) for run in runs]
+    above = [has - fewest for fewest, has, _ in wants]
+    biased = sum(each * factor for each, factor in zip(above, bias, strict=True))
+    scale = sum(above) / biased if biased else 1.0
+    return [
+        (fewest, min(most, fewest + int(each * factor * scale)), most)
+        for (fewest, _, most), each, factor in zip(wants, above, bias, strict=True)
+    ]

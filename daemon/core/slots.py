@@ -39,9 +39,7 @@ def in_the_way(model: Model, pool: Pool) -> list[Session]:
     """The sessions without whose ack some slot of ``pool`` cannot be used again."""
     retired_at = max((pool.slots[number].retired_at for number in pool.retired), default=0)
     return [
-        session
-        for session in readers(model, pool)
-        if acked(pool, session) < retired_at or session.leased_pool is pool
+        session for session in readers(model, pool) if acked(pool, session) < retired_at or session.leased_pool is pool
     ]
 
 
@@ -77,6 +75,8 @@ def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out) -> N
         return
     model.version += 1
     for block in victims:
+        if len(model.pools) > 1:
+            model.quotas.evicted(pool.name, model.policy.chance(block))
         number = pool.where.pop(block)
         slot = pool.slots[number]
         slot.move(SlotState.RETIRED)
@@ -105,9 +105,7 @@ def bring(model: Model, pool: Pool, block: Block, out: Out, *, demand: bool) -> 
         pool.source.copies_from += 1
         out.append(instructions.StartCopy(pool.source.segment, source_slot, pool.segment, slot.number))
     else:
-        out.append(
-            instructions.StartRead(model.key, pool.segment, slot.number, block[0], block[1], demand=demand)
-        )
+        out.append(instructions.StartRead(model.key, pool.segment, slot.number, block[0], block[1], demand=demand))
 
 
 def fill(model: Model, pool: Pool, out: Out) -> None:

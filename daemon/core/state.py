@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from expertd.daemon.core import events
+from expertd.daemon.core.quotas import Quotas
 from expertd.daemon.policy import Block, Policy
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.layout import PoolLayout
@@ -89,6 +90,7 @@ class Pool:
         carried: blocks of the generation before that the policy knows as resident and that are not here yet.
         source: the generation before, as long as its blocks can be copied.
         next: the generation after, while its memory is being created.
+        quota: bytes that it should have in the place of what it has: the pools of its model are giving each other some.
         outdated: the memory was divided again since ``next`` was asked for, and it should be of another size now.
         superseded: there is a newer generation; nothing is granted or evicted here any more.
     """
@@ -111,6 +113,7 @@ class Pool:
     source: Pool | None = None
     next: Pool | None = None
     superseded: bool = False
+    quota: int | None = None
     outdated: bool = False
     filling: int = 0
     copies_from: int = 0
@@ -140,6 +143,11 @@ class Pool:
             complete=self.complete,
             nonce=bytes(16),
         )
+
+    @property
+    def name(self) -> int:
+        """What ``Quotas`` calls it: all generations have the same."""
+        return self.layers[0]
 
     @property
     def spare(self) -> int:
@@ -229,7 +237,8 @@ class Model:
     """One version of one checkpoint, with all that is resident of it.
 
     ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from; ``counts`` has
-    an entry for each layer.
+    an entry for each layer, ``moves`` and ``copied`` tell how often a pool went on in another generation, and how many
+    blocks were copied for that.
     """
 
     key: str
@@ -242,10 +251,14 @@ class Model:
     sessions: dict[int, Session] = field(default_factory=dict)
     opening: list[events.Attach] = field(default_factory=list)
     used_at: int = 0
+    moves: int = 0
+    copied: int = 0
     counts: list[LayerCounts] = field(init=False)
+    quotas: Quotas = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = [LayerCounts() for _ in self.manifest.layers]
+        self.quotas = Quotas(len(self.counts))
 
     @property
     def hits(self) -> int:
@@ -295,9 +308,7 @@ class Model:
     def held_by_silent(self) -> int:
         """Bytes of older generations that stay for sessions that do not answer."""
         return sum(
-            pool.layout.size
-            for pool in self.old
-            if any(self.sessions[number].silent for number in pool.holders)
+            pool.layout.size for pool in self.old if any(self.sessions[number].silent for number in pool.holders)
         )
 
     def held_by(self, session: int) -> int:

@@ -46,6 +46,13 @@ class Policy(Protocol):
         """
         ...
 
+    def chance(self, block: Block) -> float:
+        """How likely an event of the model is to use ``block``, resident; 0.0 if this policy does not estimate it.
+
+        Where a model has several pools, memory goes to those that have to evict what is more likely.
+        """
+        ...
+
 
 PolicyFactory = Callable[[int, int, int], Policy]
 """Makes a policy for a model of so many MoE layers, experts in each, of which a token uses so many.

@@ -19,7 +19,7 @@ LOOKED_AT = 20
 """So many experts are looked at in an event of one token: what followed each of them has to be gathered."""
 COUNTS = 32_000_000
 """So many counts of what follows what, a byte each, unless those of the layers' own experts are more."""
-SMOOTHING = 8.0
+SMOOTHING = 4.0
 MOST = 255
 """The counts of what followed one expert are halved when one of them is so large."""
 NOTHING = np.array([], np.intp)

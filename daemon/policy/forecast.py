@@ -191,6 +191,12 @@ class Forecast:
         self._named = named
         return chosen
 
+    def chance(self, block: Block) -> float:
+        layer, expert = block
+        here = self._layers[layer]
+        until = here.ran + exp(FOLLOWS_WEIGHT * here.forecast.item(expert)) - self._events
+        return 1 / max(len(self._layers), until)  # at most once a token
+
     def _look_up(self, layer: int) -> float:
         """Find the latest block of ``layer``, and return when it is due, -inf if there is none."""
         here = self._layers[layer]
@@ -203,7 +209,7 @@ class Forecast:
         """Whoever runs next in this layer may be another session: what is forecast for that counts as well."""
         source.chances[layer] = chances.copy()
         of_each = [other.chances[layer] for other in self._generating if layer in other.chances]
-        np.add.reduce(of_each, 0, None, chances)
+        np.add.reduce(of_each, out=chances)
         chances /= np.float32(len(of_each))
 
     def _count_generating(self) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 HALF_LIVES = (3.0, 23.0)
 """Of the rates, in tokens; one more rate has a growing half-life, up to that of STEADY tokens."""
 STEADY = 2000
-FLOOR = 0.01
+FLOOR = 0.02
 """Added to rates, so that what never happened can happen."""
 
 Layers = NDArray[np.intp] | slice
@@ -37,9 +37,10 @@ class Rates:
         self._values = np.full((len(weights), layers, experts), FLOOR, np.float32)
         self._values[-1] += top_k / experts
         self.steady = list(self._values[-1])
-        unused, used = np.empty((2, layers, experts), np.float32)  # weighted, for experts that it does not use or uses
-        self._unused, self._used = unused, used
-        self._unused_of, self._used_of = list(unused), list(used)
+        # Weighted, after the next event: for experts that it does not use, and for those that it does.
+        self._unused = np.empty((layers, experts), np.float32)
+        self._used = np.empty((layers, experts), np.float32)
+        self._unused_of, self._used_of = list(self._unused), list(self._used)
         self._pending: dict[int, NDArray[np.intp]] = {}
         self._look_ahead(slice(None))
 
@@ -105,7 +106,7 @@ class Rates:
         self._used[layers] = self._weighted(rates + self._share[:, layers, None])
 
     def _weighted(self, rates: NDArray[np.float32]) -> NDArray[np.float32]:
-        weighted = self._weights.dot(np.log(rates).reshape(len(rates), -1))
+        weighted: NDArray[np.float32] = self._weights.dot(np.log(rates).reshape(len(rates), -1))
         weighted += self._constant
         return weighted.reshape(rates.shape[1:])
 

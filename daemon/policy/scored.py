@@ -54,6 +54,10 @@ class Scored:
                 chosen.append(block)
         return chosen
 
+    def chance(self, block: Block) -> float:
+        """It knows an order, and no chances."""
+        return 0.0
+
     def use(self, layer: int, experts: list[int]) -> None:
         """One event."""
         raise NotImplementedError
