@@ -33,7 +33,8 @@ CHUNK = 512
 """Tokens of a piece of a prompt."""
 TIMED = (48, 128, 8)
 """Layers, experts and experts a token of the model that decisions are timed for."""
-TIMED_TOKENS = 400
+TIMED_TOKENS = 200
+TIMED_ROUNDS = 6
 QUICK_TOKENS = 2000
 
 Job = tuple[str, float, int]
@@ -191,18 +192,26 @@ def _batch_percent(job: tuple[str, int]) -> float:
 
 
 def _decisions(figures: dict[str, Any]) -> None:
-    """What an event costs in the policy: taking it in, naming victims, taking in what came and went."""
+    """What an event costs in the policy: taking it in, naming victims, taking in what came and went.
+
+    The same replay several times, and of each event the shortest time: whatever else the machine does only adds.
+    """
     layers, experts, top_k = TIMED
-    policy = Forecast(*TIMED)
     passes = enlarged(_trace, *TIMED, TIMED_TOKENS)
-    done = replay(passes, policy, even_pools(layers, 1, round(0.3 * layers * experts)), timed=True)
-    seconds = done.seconds[len(done.seconds) // 4 :]
-    figures["decision_us"] = round(1e6 * statistics.median(seconds), 2)
-    figures["decision_us_mean"] = round(1e6 * statistics.fmean(seconds), 2)
+    rounds = []
+    for _ in range(TIMED_ROUNDS):
+        policy = Forecast(*TIMED)
+        done = replay(passes, policy, even_pools(layers, 1, round(0.3 * layers * experts)), timed=True)
+        rounds.append(done.seconds[len(done.seconds) // 4 :])
+    shortest = [min(times) for times in zip(*rounds, strict=True)]
+    figures["decision_us"] = round(1e6 * statistics.median(shortest), 2)
+    figures["decision_us_mean"] = round(1e6 * statistics.fmean(shortest), 2)
     figures["policy_bytes"] = policy.size
+    of_rounds = ", ".join(f"{1e6 * statistics.median(times):.1f}" for times in rounds)
     print(
         f"\n{layers} layers x {experts} experts, {top_k} a token, 30 % cached, {100 * done.hit_rate:.0f} % hits: "
-        f"{figures['decision_us']} us an event (mean {figures['decision_us_mean']}), {policy.size / 1e6:.1f} MB"
+        f"{figures['decision_us']} us an event (mean {figures['decision_us_mean']}; medians of the rounds: "
+        f"{of_rounds}), {policy.size / 1e6:.1f} MB"
     )
 
 
