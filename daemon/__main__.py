@@ -7,22 +7,20 @@ import asyncio
 import logging
 import resource
 import sys
+from pathlib import Path
 
-import psutil
-
+from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.policy import DEFAULT_POLICY, POLICIES
+from expertd.daemon.pressure import system_source
+from expertd.daemon.pressure.scripted import ScriptedSource
 from expertd.daemon.server import Server
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
 from expertd.protocol.sizes import parse_size
 
+AUTO = "auto"
 OPEN_FILES = 65_536
 """Open files that a daemon asks for: it needs a few for each session, segment and checkpoint file."""
-
-
-def default_budget() -> int:
-    """Half of the machine's memory: the rest is for the dense weights, the system and the page cache."""
-    return int(psutil.virtual_memory().total) // 2
 
 
 def raise_file_limit() -> int:
@@ -41,19 +39,37 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def run(budget: str | None, idle_exit_s: float | None, policy: str = DEFAULT_POLICY) -> None:
-    """Run a daemon in the current home until it is told to end; ``policy`` is one of ``POLICIES``.
+def run(
+    budget: str | None,
+    idle_exit_s: float | None,
+    policy: str = DEFAULT_POLICY,
+    *,
+    keep_alive_s: float | None = None,
+    simulate_pressure: Path | None = None,
+) -> None:
+    """Run a daemon in the current home until it is told to end.
+
+    Args:
+        budget: a size, or ``auto`` (as None): what the machine can spare.
+        idle_exit_s: end after so long without a session; None: never.
+        policy: one of ``POLICIES``.
+        keep_alive_s: give a model back when nobody has used it for so long; None: when memory is needed.
+        simulate_pressure: a script of memory pressure (``daemon.pressure.scripted``), in the place of the system's.
 
     Raises:
         ExpertdError: it cannot start; nothing is left behind.
     """
-    size = default_budget() if budget is None else parse_size(budget)
+    size = default_budget(this_machine()).size if budget in (None, AUTO) else parse_size(budget)
+    pressure = system_source() if simulate_pressure is None else ScriptedSource(simulate_pressure)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
     raise_file_limit()
 
     async def serve() -> None:
-        await Server(Home.current(), size, POLICIES[policy], idle_exit_s=idle_exit_s).run()
+        await Server(
+            Home.current(), size, POLICIES[policy],
+            idle_exit_s=idle_exit_s, keep_alive_s=keep_alive_s, pressure=pressure,
+        ).run()  # fmt: skip
 
     asyncio.run(serve())
 
@@ -61,12 +77,17 @@ def run(budget: str | None, idle_exit_s: float | None, policy: str = DEFAULT_POL
 def main() -> int:
     """Parse arguments, run, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m expertd.daemon", description=__doc__)
-    parser.add_argument("--budget", help="memory for expert weights, for example 512MB, 2GiB or bytes")
+    parser.add_argument("--budget", help="memory for expert weights, for example 512MB, 2GiB or bytes, or auto")
     parser.add_argument("--idle-exit", type=float, help="end after so many seconds without a session")
     parser.add_argument("--policy", choices=POLICIES, default=DEFAULT_POLICY, help="which blocks to evict")
+    parser.add_argument("--keep-alive", type=float, help="give a model back after so many seconds without a session")
+    parser.add_argument("--simulate-pressure", type=Path, help="a script of memory pressure: lines 'SECONDS LEVEL'")
     arguments = parser.parse_args()
     try:
-        run(arguments.budget, arguments.idle_exit, arguments.policy)
+        run(
+            arguments.budget, arguments.idle_exit, arguments.policy,
+            keep_alive_s=arguments.keep_alive, simulate_pressure=arguments.simulate_pressure,
+        )  # fmt: skip
     except ExpertdError as error:
         print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)
         return error.exit_status

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import logging
 import os
@@ -16,34 +15,40 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import psutil
 import zmq
 import zmq.asyncio
 
+from expertd.daemon import memory_watch
 from expertd.daemon.core import Core, events, instructions
+from expertd.daemon.core.governor import Change
 from expertd.daemon.core.state import Model
 from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.lifelines import Lifelines
 from expertd.daemon.liveness import TICK_S, Liveness
+from expertd.daemon.machine import default_budget, this_machine
+from expertd.daemon.memory_watch import MemoryWatch
+from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, create_pool
+from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import OpenFiles, Read, Reader
-from expertd.daemon.status import model_status
+from expertd.daemon.status import daemon_status
 from expertd.daemon.tracing import Tracing
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
     BudgetTooSmall,
-    DaemonAlreadyRunning,
     DaemonBusy,
     ExpertdError,
     LimitReached,
     MessageInvalid,
+    ModelInUse,
+    ModelNotLoaded,
     ProtocolMismatch,
     SessionUnknown,
 )
@@ -90,13 +95,23 @@ class Server:
         policy: PolicyFactory = Forecast,
         *,
         idle_exit_s: float | None = None,
+        keep_alive_s: float | None = None,
+        pressure: Source | None = None,
         read: Read = os.preadv,
     ) -> None:
-        """``read`` reads the model's files; there for those who want to see it fail."""
+        """Not started yet.
+
+        Args:
+            keep_alive_s: models that nobody has used for so long are given back; None: when memory is needed.
+            pressure: what tells how short of memory the machine is; None: the system.
+            read: reads the model's files; there for those who want to see it fail.
+        """
         self._home = home
         # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
         self._core = Core(budget, policy, first_segment=secrets.randbits(48))
-        self._idle_exit_s = idle_exit_s
+        self._memory = MemoryWatch(budget, pressure or system_source())
+        self._idle_exit_s, self._keep_alive_s = idle_exit_s, keep_alive_s
+        self._used_at: dict[str, float] = {}  # when each model was seen in use last
         self._reader = Reader(read=read)
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended)
         self._pools: dict[int, SharedPool] = {}
@@ -124,7 +139,7 @@ class Server:
             HomeError: the home cannot be used.
         """
         self._home.prepare()
-        with _owned(self._home):
+        with owned(self._home):
             self._loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._loop.add_signal_handler(number, self._ending.set)
@@ -145,6 +160,7 @@ class Server:
             self._spawn(self._receive())
             self._spawn(self._watch_idle())
             self._spawn(self._watch_sessions())
+            self._spawn(self._watch_memory())
             try:
                 await self._ending.wait()
             finally:
@@ -250,6 +266,8 @@ class Server:
                 self._spawn(self._attach(identity, message))
             case messages.SetBudget(budget=budget):
                 self._set_budget(identity, budget)
+            case messages.Unload(model=model):
+                self._unload(identity, model)
             case messages.AskStatus():
                 self._send(identity, self._status())
             case messages.StartTrace(folder=folder):
@@ -264,15 +282,35 @@ class Server:
             case _:
                 self._take_session(identity, message)
 
-    def _set_budget(self, identity: bytes, budget: int) -> None:
-        needed, before = self._core.smallest_budget, self._core.budget
+    def _set_budget(self, identity: bytes, wanted: int | None) -> None:
+        needed, before = self._core.smallest_budget, self._memory.governor.budget
+        budget = default_budget(this_machine()).size if wanted is None else wanted
         if budget < needed:
             raise BudgetTooSmall(
                 f"the models in use need at least {needed} bytes ({show_size(needed)}); give that much, or end them"
             )
         log.info("the budget changes from %s to %s", show_size(before), show_size(budget))
-        self._feed(events.BudgetChanged(budget))
+        self._limit(self._memory.set_budget(budget, "the budget was changed"))
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
+
+    def _limit(self, change: Change | None) -> None:
+        if change is not None:
+            self._feed(events.BudgetChanged(change.after, change.drop, self._memory.governor.budget))
+
+    def _unload(self, identity: bytes, name: str) -> None:
+        for model in self._core.models.values():
+            folder = Path(model.manifest.folder)
+            if name not in (model.key, str(folder), folder.name):
+                continue
+            if model.sessions or model.opening:
+                users = ", ".join(str(session.pid) for session in model.sessions.values())
+                raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
+            size = model.size + model.extra
+            self._feed(events.Unwanted(model.key))
+            self._send(identity, messages.Unloaded(path=str(folder), bytes=size))
+            return
+        loaded = ", ".join(Path(model.manifest.folder).name for model in self._core.models.values()) or "none"
+        raise ModelNotLoaded(f"the daemon holds nothing of {name[:200]!r}; what it holds: {loaded}")
 
     def _start_trace(self, identity: bytes, folder: Path) -> None:
         if not folder.is_absolute() or "\0" in str(folder):
@@ -447,6 +485,8 @@ class Server:
             pools=[pool for pool in pools if pool is not None],
         )
         self._to_control(grant.session, attached)
+        if self._memory.pressure.level != "normal":
+            self._to_control(grant.session, self._memory.pressure)
         self._trace(grant.session, self._core.models[grant.model])
 
     def _hand_over(self, session: int, info: messages.PoolInfo) -> messages.PoolInfo | None:
@@ -505,6 +545,10 @@ class Server:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
+    def _status(self) -> messages.Status:
+        uptime_s, folder = time.monotonic() - self._began, str(self._tracing.folder or "")
+        return daemon_status(self._home, self._core, self._memory, uptime_s, folder, self._frames_dropped)
+
     async def _watch_sessions(self) -> None:
         """Ping those of whom something is expected; tell the core of those who have gone silent."""
         while True:
@@ -516,48 +560,33 @@ class Server:
                 log.warning("session %d does not answer and is left behind", session)
                 self._feed(events.Silent(session))
 
+    async def _watch_memory(self) -> None:
+        """Let the limit follow the machine's pressure, and tell sessions of it."""
+        while True:
+            await asyncio.sleep(memory_watch.TICK_S if self._core.used else memory_watch.IDLE_TICK_S)
+            change, news = self._memory.tick(self._core.used, self._core.smallest_budget)
+            self._limit(change)
+            if news is not None:
+                for session in self._peers:
+                    self._to_control(session, news)
+
+    def _forget_unused(self) -> None:
+        """Give back models that nobody has used for the time that they are kept."""
+        now = time.monotonic()
+        models = self._core.models.values()
+        self._used_at = {
+            model.key: now if model.sessions or model.opening else self._used_at.get(model.key, now) for model in models
+        }
+        for key, used_at in self._used_at.items():
+            if self._keep_alive_s is not None and now - used_at > self._keep_alive_s:
+                self._feed(events.Unwanted(key))
+
     async def _watch_idle(self) -> None:
         while True:
             await asyncio.sleep(1.0)
+            self._forget_unused()
             if self._peers or self._attaching:
                 self._busy_at = time.monotonic()
             elif self._idle_exit_s is not None and time.monotonic() - self._busy_at > self._idle_exit_s:
                 log.info("nobody was attached for %.0f s", self._idle_exit_s)
                 self._ending.set()
-
-    def _status(self) -> messages.Status:
-        daemon = messages.DaemonStatus(
-            pid=os.getpid(),
-            version=package_version(),
-            uptime_s=round(time.monotonic() - self._began, 3),
-            rss_bytes=psutil.Process().memory_info().rss,
-        )
-        return messages.Status(
-            protocol=PROTOCOL,
-            home=str(self._home.root),
-            daemon=daemon,
-            budget_bytes=self._core.budget,
-            used_bytes=self._core.used,
-            pressure="normal",
-            tracing=str(self._tracing.folder or ""),
-            frames_dropped=self._frames_dropped,
-            models=[model_status(model) for model in self._core.models.values()],
-        )
-
-
-@contextlib.contextmanager
-def _owned(home: Home) -> Iterator[None]:
-    """Hold the home's lock: one daemon a home.  The kernel releases it however this process ends."""
-    with home.daemon_lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise DaemonAlreadyRunning(
-                f"a daemon (process {owner}) already runs in {home.root}; stop it with: expertd daemon stop"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

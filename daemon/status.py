@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
+import psutil
+
+from expertd.daemon.core import Core
 from expertd.daemon.core.state import Model
-from expertd.protocol.messages import LayerStatus, ModelStatus, SessionStatus
+from expertd.daemon.memory_watch import MemoryWatch
+from expertd.protocol import PROTOCOL
+from expertd.protocol.connection import package_version
+from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.paths import Home
+
+
+def daemon_status(
+    home: Home, core: Core, memory: MemoryWatch, uptime_s: float, tracing: str, frames_dropped: int
+) -> Status:
+    """All there is to show of this process, which is the daemon of ``home``."""
+    daemon = DaemonStatus(
+        pid=os.getpid(),
+        version=package_version(),
+        uptime_s=round(uptime_s, 3),
+        rss_bytes=psutil.Process().memory_info().rss,
+    )
+    return Status(
+        protocol=PROTOCOL,
+        home=str(home.root),
+        daemon=daemon,
+        budget_bytes=memory.governor.budget,
+        used_bytes=core.used,
+        limit_bytes=core.budget,
+        pressure=memory.pressure.level,
+        pressure_figure=memory.pressure.figure,
+        journal=memory.journal,
+        tracing=tracing,
+        frames_dropped=frames_dropped,
+        models=[model_status(model) for model in core.models.values()],
+    )
 
 
 def model_status(model: Model) -> ModelStatus:

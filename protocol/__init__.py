@@ -6,7 +6,7 @@ package imports neither mlx nor anything else of expertd.
 
 from __future__ import annotations
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the wire protocol.  Changes only when an older peer would misunderstand a newer one."""
 
 __all__ = ["PROTOCOL"]

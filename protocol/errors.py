@@ -40,6 +40,9 @@
     |   |-- PromptTooLong             prompt_too_long
     |   `-- RequestTooLarge           request_too_large
     |-- QueueFull                     queue_full
+    |-- MemoryPressure                memory_pressure
+    |-- ModelInUse                    model_in_use
+    |-- ModelNotLoaded                model_not_loaded
     `-- WorkerUnavailable             worker_unavailable
 
 The code, not the class name, is what crosses a process boundary; ``from_code`` rebuilds the class on the other side.
@@ -340,6 +343,28 @@ class QueueFull(ExpertdError):
     code = "queue_full"
     http_status = 429
     retryable = True
+
+
+class MemoryPressure(ExpertdError):
+    """The machine is short of memory."""
+
+    code = "memory_pressure"
+    http_status = 503
+    retryable = True
+
+
+class ModelInUse(ExpertdError):
+    """A model cannot be given back, because sessions use it."""
+
+    code = "model_in_use"
+    http_status = 409
+
+
+class ModelNotLoaded(ExpertdError):
+    """The daemon holds nothing of the model."""
+
+    code = "model_not_loaded"
+    http_status = 404
 
 
 class WorkerUnavailable(ExpertdError):

@@ -171,6 +171,16 @@ class Pong(Message):
     session: Count
 
 
+class Pressure(Message):
+    """How short of memory the machine is: ``level`` has changed, or is what a new session finds.
+
+    From the daemon to its sessions; a gateway's worker passes it on.  ``figure``: the number that decided it, in words.
+    """
+
+    level: Literal["normal", "warning", "critical"]
+    figure: Text
+
+
 class Record(Message):
     """The daemon wants the session's routing to be recorded in the file ``path``; empty: no more."""
 
@@ -278,8 +288,21 @@ class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int
 
 
+class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of what the pools may use: ``at`` is in seconds since 1970."""
+
+    at: float
+    pressure: str
+    why: str
+    before_bytes: int
+    after_bytes: int
+
+
 class Status(Message):
-    """Answer to AskStatus: the object that ``expertd status --json`` prints."""
+    """Answer to AskStatus: the object that ``expertd status --json`` prints.
+
+    ``limit_bytes``: what pressure leaves of the budget now.
+    """
 
     protocol: int
     home: str
@@ -290,12 +313,15 @@ class Status(Message):
     tracing: str
     frames_dropped: int
     models: list[ModelStatus]
+    limit_bytes: int
+    pressure_figure: str
+    journal: list[JournalEntry]
 
 
 class SetBudget(Message):
-    """Change the budget of a running daemon; pools shrink or grow to it."""
+    """Change the budget of a running daemon; pools shrink or grow to it.  None: what the machine can spare."""
 
-    budget: Annotated[int, Meta(ge=1)]
+    budget: Annotated[int, Meta(ge=1)] | None
 
 
 class BudgetSet(Message):
@@ -303,6 +329,19 @@ class BudgetSet(Message):
 
     before: Count
     budget: Count
+
+
+class Unload(Message):
+    """Give back the memory of a model that nobody uses: ``model`` is its key, the path of its folder, or its name."""
+
+    model: Name
+
+
+class Unloaded(Message):
+    """Answer to Unload: so many bytes are given back."""
+
+    path: Name
+    bytes: Count
 
 
 class StartTrace(Message):
@@ -410,8 +449,9 @@ class Shutdown(Message):
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Error,
     Attach, Attached, Fetch, Resident, Ack, AckRequest, Complete, Moved, Released, RoutingLog, Ping, Pong,
-    Record, Recorded, Detach, Detached,
-    AskStatus, Status, SetBudget, BudgetSet, StartTrace, TraceStarted, StopTrace, TraceStopped, Stop, Stopping,
+    Pressure, Record, Recorded, Detach, Detached,
+    AskStatus, Status, SetBudget, BudgetSet, Unload, Unloaded,
+    StartTrace, TraceStarted, StopTrace, TraceStopped, Stop, Stopping,
     WorkerReady, WorkerFailed, Generate, Cancel, Delta, Finished, Refused, Shutdown,
 )  # fmt: skip
 
@@ -419,9 +459,9 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     Hello | Welcome | Error
     | Attach | Attached | Fetch | Resident | Ack | AckRequest | Complete | Moved | Released | RoutingLog | Ping | Pong
-    | Record | Recorded | Detach | Detached
-    | AskStatus | Status | SetBudget | BudgetSet | StartTrace | TraceStarted | StopTrace | TraceStopped
-    | Stop | Stopping
+    | Pressure | Record | Recorded | Detach | Detached
+    | AskStatus | Status | SetBudget | BudgetSet | Unload | Unloaded
+    | StartTrace | TraceStarted | StopTrace | TraceStopped | Stop | Stopping
     | WorkerReady | WorkerFailed | Generate | Cancel | Delta | Finished | Refused | Shutdown
 )  # fmt: skip
 

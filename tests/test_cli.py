@@ -19,7 +19,7 @@ from expertd.protocol.connection import package_version
 from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
-from tests.conftest import DEADLINE_S, StartDaemon
+from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 from tools.factory import write_checkpoint
 from tools.stage import ask_status, budget_for
 
@@ -112,6 +112,7 @@ def status_of(sessions: list[SessionStatus], layers: list[LayerStatus], bytes_re
     )
     return Status(
         protocol=PROTOCOL, home="/h", budget_bytes=1, used_bytes=1, pressure="normal", tracing="", frames_dropped=0,
+        limit_bytes=1, pressure_figure="", journal=[],
         daemon=DaemonStatus(pid=1, version="1", uptime_s=1.0, rss_bytes=1), models=[model],
     )  # fmt: skip
 
@@ -228,3 +229,47 @@ def test_every_command_explains_itself() -> None:
         done = expertd(command, "--help")
         assert done.returncode == 0
         assert done.stdout.startswith("Usage: ")
+
+
+def test_the_journal_tells_what_pressure_changed_and_why(home: Home, start_daemon: StartDaemon, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("0 critical played by a test\n")
+    start_daemon("64MB", "--simulate-pressure", str(script))
+    wait_for(lambda: "limit     0 B because of memory pressure" in expertd("status").stdout)
+    lines = expertd("status", "--journal").stdout.splitlines()
+    assert lines[1] == "budget    64.0 MB, in use 0 B, pressure critical"
+    assert lines[3] == "journal   changes of the limit, the newest last"
+    assert "critical  64.0 MB -> 0 B: " in lines[4] and "played by a test" in lines[4]
+    assert "of which memory pressure leaves 0 B" in expertd("budget").stdout
+    (entry,) = json.loads(expertd("status", "--json").stdout)["journal"]
+    assert (entry["before_bytes"], entry["after_bytes"]) == (64_000_000, 0)
+
+
+def test_an_empty_journal_says_so(start_daemon: StartDaemon) -> None:
+    start_daemon("64MB")
+    assert "journal   nothing has changed" in expertd("status", "--journal").stdout
+
+
+def test_unload_says_what_it_gave_back_or_what_there_is(model_path: Path, start_daemon: StartDaemon) -> None:
+    start_daemon("64MB")
+    refused = expertd("unload", "nothing")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("expertd: the daemon holds nothing of 'nothing'; what it holds: none")
+    assert expertd("generate", str(model_path), "hello", "--max-tokens", "2").returncode == 0
+    assert expertd("unload", model_path.name).stdout.startswith(f"unloaded {model_path}: ")
+    assert json.loads(expertd("status", "--json").stdout)["models"] == []
+
+
+def test_doctor_explains_the_default_budget_and_the_pressure(home: Home) -> None:
+    said = expertd("doctor").stdout.splitlines()
+    assert said[0] == "default budget"
+    assert [line.split(":")[0] for line in said if line.startswith("  budget: ")] == ["  budget"]
+    assert any(line.startswith("memory pressure: ") for line in said)
+
+
+def test_a_script_of_pressure_that_cannot_be_read_keeps_the_daemon_from_starting(home: Home, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("0 normal\nsoon critical\n")
+    refused = expertd("daemon", "run", "--simulate-pressure", str(script))
+    assert refused.returncode == 3
+    assert "line 2" in refused.stderr and str(script) in refused.stderr

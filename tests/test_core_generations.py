@@ -21,6 +21,7 @@ from expertd.daemon.core.events import (
     ReadDone,
     Released,
     Silent,
+    Unwanted,
 )
 from expertd.daemon.core.instructions import (
     Answer,
@@ -38,6 +39,16 @@ from expertd.protocol import errors
 from expertd.protocol.layout import PAGE
 from expertd.protocol.manifest import Manifest
 from tests.test_core import ONE_PAGE, TWO_PAGES, Daemon, manifest, of, two_sessions
+
+
+def warm() -> Daemon:
+    """Sixteen slots, half of them in use."""
+    daemon = Daemon(16)
+    daemon.attach(1, manifest(experts=16))
+    for sequence in range(1, 9):
+        daemon.fetch(1, sequence, 0, sequence)
+        daemon.finish()
+    return daemon
 
 
 def created(daemon: Daemon, out: list[Instruction]) -> list[Instruction]:
@@ -228,7 +239,7 @@ def test_memory_that_a_model_is_being_opened_in_is_not_given_to_others() -> None
     a, b = manifest("a", experts=16), manifest("b")
     daemon = Daemon(16)
     daemon.attach(1, a)
-    daemon.core.budget = daemon.core.used + smallest(b)
+    daemon.core.budget = daemon.core.most = daemon.core.used + smallest(b)
     daemon.ask(2, b)  # its segment is being created
     assert not of(CreatePool, daemon.feed(BudgetChanged(daemon.core.budget + PAGE)))
     (larger,) = of(CreatePool, daemon.feed(BudgetChanged(daemon.core.budget + 6 * PAGE)))
@@ -295,3 +306,52 @@ def test_pools_of_one_model_get_what_there_is_to_the_last(end: Callable[[Manifes
                 out += daemon.feed(Released(1, old.segment))
             out += daemon.finish()
     assert daemon.core.used == end(model)
+
+
+def test_what_has_to_be_dropped_is_not_copied_nor_are_moves_that_have_begun() -> None:
+    daemon = warm()
+    (create,) = of(CreatePool, daemon.feed(BudgetChanged(12 * PAGE)))
+    assert not of(CreatePool, daemon.feed(BudgetChanged(6 * PAGE, drop=True))), "it has not entered the first one yet"
+    out = daemon.feed(PoolCreated(create.segment))
+    assert not of(StartCopy, out)
+    (smaller,) = of(CreatePool, out)
+    out = daemon.feed(PoolCreated(smaller.segment))
+    assert not of(StartCopy, out)
+    assert smaller.layout.size <= 6 * PAGE
+
+
+def test_copies_end_when_everything_has_to_be_dropped() -> None:
+    daemon = warm()
+    (create,) = of(CreatePool, daemon.feed(BudgetChanged(12 * PAGE)))
+    copies = of(StartCopy, daemon.feed(PoolCreated(create.segment)))
+    assert copies
+    out = daemon.feed(BudgetChanged(6 * PAGE, drop=True))
+    for copy in copies:
+        out += daemon.feed(ReadDone(copy.segment, copy.slot, 0))
+    assert not of(StartCopy, out)
+
+
+def test_a_model_that_is_not_wanted_goes_unless_somebody_uses_it() -> None:
+    daemon = Daemon(8)
+    model = manifest()
+    daemon.attach(1, model)
+    daemon.finish()
+    daemon.feed(Unwanted(model.key))
+    assert model.key in daemon.core.models, "it is in use"
+    daemon.attach(2, model)
+    daemon.feed(Ended(1))
+    daemon.feed(Ended(2))
+    assert model.key in daemon.core.models, "somebody wanted it again"
+    out = daemon.feed(Unwanted(model.key))
+    assert of(UnlinkPool, out) and not daemon.core.models
+    assert not daemon.feed(Unwanted(model.key))
+
+
+def test_under_pressure_a_model_can_be_loaded_with_what_it_needs_at_least() -> None:
+    model = manifest()
+    daemon = Daemon(8)
+    daemon.feed(BudgetChanged(0, drop=True, most=9 * PAGE))
+    daemon.attach(1, model)
+    assert daemon.core.used == daemon.core.smallest_budget == smallest(model)
+    daemon.feed(BudgetChanged(9 * PAGE))
+    assert of(CreatePool, daemon.said)[-1].layout.size > smallest(model)

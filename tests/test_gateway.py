@@ -166,7 +166,7 @@ def test_the_folder_is_a_name_too(client: openai.OpenAI, served: Served, checkpo
 
 def test_health(served: Served) -> None:
     assert served.request("GET", "/health/live")[::2] == (200, {"status": "live"})
-    assert served.request("GET", "/health/ready")[::2] == (200, {"status": "ready"})
+    assert served.request("GET", "/health/ready")[::2] == (200, {"status": "ready", "pressure": "normal", "figure": ""})
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

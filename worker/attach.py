@@ -39,6 +39,7 @@ from expertd.protocol.paths import Home
 from expertd.protocol.routing import pack
 from expertd.worker.doorbell import Doorbell
 from expertd.worker.link import Link, MappedPool, Mode
+from expertd.worker.pressure import Gauge
 
 log = logging.getLogger("expertd.worker")
 
@@ -86,6 +87,7 @@ class Session:
         to_record: the number of the daemon's last wish to have this session's routing recorded, and the file; None for
             none.
         pools: those that have been adopted.
+        pressure: how short of memory the machine is, as the daemon says.
         on_idle: called by the control thread under the forward lock, when no forward has run for a while.
         on_close: called under the forward lock when the session is closed, before anything is given up.
     """
@@ -124,6 +126,7 @@ class Session:
         self.news = 0
         self.to_record: tuple[int, str | None] = (0, None)
         self._recorded = False
+        self.pressure = Gauge()
         self.on_idle: Callable[[], None] = lambda: None
         self.on_close: Callable[[], None] = lambda: None
         self._link = self._active = Link(home, manifest, mode)
@@ -382,6 +385,7 @@ class Session:
             try:
                 if self._active.lost:
                     self._active.hang_up()
+                    self.pressure.reset()
                     self._bell.wait(pause_s if not self._needed else min(pause_s, _RETRY_S[0]))
                     pause_s = self._attach_again(pause_s)
                 else:
@@ -493,10 +497,10 @@ class Session:
                     self._told()
             case messages.Ping():
                 link.control.send(messages.Pong(session=link.number))
+            case messages.Pressure() as told:
+                self.pressure.take(told)
             case messages.Error() as error:
                 raise error.exception()
-            case _:
-                pass
 
     def _ack_unused(self, link: Link) -> None:
         """Ack over a link whose pools nobody has adopted yet, so that nothing can have been looked up there."""

@@ -1,8 +1,9 @@
 """Generation: many requests at a time over one model, driven step by step by whoever owns the engine.
 
 Continuous batching is mlx-lm's ``BatchGenerator``; this adds what a server needs around it: the chat template, text
-instead of tokens, stop strings, cancelling, limits, and failures that end requests and not the engine.  No sockets, no
-threads, no clock: see ``expertd.worker.process`` for the loop.  Reasoning and tool calls are not parsed; they are text.
+instead of tokens, stop strings, cancelling, limits, memory for caches, and failures that end requests and not the
+engine.  No sockets, no threads, no clock: see ``expertd.worker.process`` for the loop.  Reasoning and tool calls are
+not parsed; they are text.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from expertd.protocol.errors import ExpertdError, MessageInvalid, PromptTooLong, RequestInvalid
+from expertd.protocol.errors import ExpertdError, MemoryPressure, MessageInvalid, PromptTooLong, RequestInvalid
 from expertd.protocol.messages import Delta, Finished, Generate, Refused
+from expertd.worker.kv_memory import CacheMemory, Growth
+from expertd.worker.pressure import Buffers, Gauge
 from expertd.worker.sequential import SequentialGenerator
 from expertd.worker.stops import StopText
+from expertd.worker.wired import WiredLimit
 
 __all__ = ["Engine", "Event", "context_length"]
 
@@ -48,12 +51,19 @@ class _Request:
     id: int
     prompt: list[int]
     max_tokens: int
+    asked_tokens: int | None  # what the client gave as max_tokens
     sampler: Any
     stops: StopText
     detokenizer: Any
     prefilling: bool = True
     tokens: int = 0
     unreported: int = field(default=0)
+
+    @property
+    def growth(self) -> Growth:
+        """Tokens in its cache (none are counted until the prompt is done), and the most that it was asked for."""
+        now = 0 if self.prefilling else len(self.prompt) + self.tokens
+        return Growth(now, len(self.prompt) + (self.asked_tokens or 0))
 
 
 def context_length(model: Any) -> int:
@@ -91,11 +101,31 @@ class Engine:
     cancelled.  The ``tokens`` of its deltas add up to ``completion_tokens``, which counts the eos token too.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, context: int | None = None) -> None:
-        """Take a model and its tokenizer as ``mlx_lm.load`` returns them; ``context`` overrides the config's."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        context: int | None = None,
+        buffers: Buffers | None = None,
+        wired: WiredLimit | None = None,
+        memory: CacheMemory | None = None,
+    ) -> None:
+        """Take a model and its tokenizer as ``mlx_lm.load`` returns them.
+
+        Args:
+            context: overrides the config's.
+            buffers: the model's, if it has any to share with its layers.
+            wired: the wired limit to hold until ``close``.
+            memory: what its requests' caches need; None: no request is refused for it.
+        """
         self.context = context or context_length(model)
         self._model = model
         self._tokenizer = tokenizer
+        self._buffers = buffers or Buffers(Gauge())
+        self._wired = wired
+        self._memory = memory or CacheMemory([])
+        self._hold_limit()  # once before the first generator, which sets its own: what is former is not that
         self._generator = self._new_generator()
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
@@ -123,7 +153,14 @@ class Engine:
         """Forget a request: no event about it follows.  An unknown one has just ended, which is no error."""
         self._outbox = [event for event in self._outbox if event.request != request]
         self._waiting = deque(waiting for waiting in self._waiting if waiting.id != request)
-        self._drop([uid for uid, running in self._running.items() if running.id == request])
+        running = [uid for uid, running in self._running.items() if running.id == request]
+        if running:
+            self._drop(running)
+            self._buffers.after_request(idle=not self._running)
+
+    def relieve(self) -> None:
+        """Between two steps: give back what can be spared, if memory has become short."""
+        self._buffers.relieve()
 
     def step(self) -> list[Event]:
         """Compute one token of every running answer and at most ``PREFILL_TOKENS`` of every running prompt.
@@ -132,9 +169,10 @@ class Engine:
         of the model ends all requests that were in this step, since their caches are half written.
         """
         events, self._outbox = self._outbox, []
-        self._admit()
+        events += self._admit()
         if not self._running:
             return events
+        before = len(self._running)
         try:
             prompts, answers = self._generator.next()
         except Exception as error:
@@ -147,9 +185,8 @@ class Engine:
                 events.append(Delta(request=request.id, text="", tokens=0))
         for answer in answers:
             events += self._advance(answer)
-        if not self._running:
-            # Nothing is generating: give the buffers of its caches back to the system.
-            mx.clear_cache()
+        if len(self._running) < before:
+            self._buffers.after_request(idle=not self._running)
         return events
 
     def close(self) -> None:
@@ -158,9 +195,18 @@ class Engine:
         self._running.clear()
         self._outbox.clear()
         self._generator.close()
+        if self._wired is not None:
+            self._wired.release()
+        self._buffers.clear()
 
     def _new_generator(self) -> Any:
-        return new_generator(self._model, self._tokenizer, PREFILL_REQUESTS, DECODE_REQUESTS)
+        generator = new_generator(self._model, self._tokenizer, PREFILL_REQUESTS, DECODE_REQUESTS)
+        self._hold_limit()
+        return generator
+
+    def _hold_limit(self) -> None:
+        if self._wired is not None:
+            self._wired.hold()
 
     def _prepare(self, message: Generate) -> _Request:
         prompt = self._encode(message.messages)
@@ -181,6 +227,7 @@ class Engine:
             id=message.request,
             prompt=prompt,
             max_tokens=message.max_tokens or room,
+            asked_tokens=message.max_tokens,
             sampler=make_sampler(message.temperature, top_p=message.top_p) if message.temperature > COLDEST else None,
             stops=StopText(message.stop),
             detokenizer=self._tokenizer.detokenizer,
@@ -200,14 +247,28 @@ class Engine:
             raise RequestInvalid("the model's chat template made no tokens of the messages", param="messages")
         return prompt
 
-    def _admit(self) -> None:
-        """Hand waiting requests to the generator, no more than its next step computes, so that only those can fail."""
+    def _admit(self) -> list[Event]:
+        """Hand waiting requests to the generator, no more than its next step computes, so that only those can fail.
+
+        One whose cache can never fit is refused; one whose cache fits when others have ended waits for that.
+        """
+        refused: list[Event] = []
         prefilling = sum(request.prefilling for request in self._running.values())
         while self._waiting and prefilling < PREFILL_REQUESTS and len(self._running) < DECODE_REQUESTS:
-            request = self._waiting.popleft()
+            request = self._waiting[0]
+            running = [other.growth for other in self._running.values()]
+            try:
+                if not self._memory.fits(len(request.prompt), request.asked_tokens, running):
+                    break
+            except MemoryPressure as error:
+                self._waiting.popleft()
+                refused.append(_refused(request.id, error))
+                continue
+            self._waiting.popleft()
             (uid,) = self._generator.insert([request.prompt], [request.max_tokens], samplers=[request.sampler])
             self._running[uid] = request
             prefilling += 1
+        return refused
 
     def _advance(self, answer: Any) -> list[Event]:
         """The events of one more token of an answer."""
@@ -263,7 +324,7 @@ class Engine:
             # It waits for the device, which may be what failed.
             self._generator.close()
         self._generator = self._new_generator()
-        mx.clear_cache()
+        self._buffers.clear()
         return failed
 
 

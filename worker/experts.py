@@ -30,6 +30,7 @@ from expertd.protocol.layout import ABSENT, PoolLayout
 from expertd.worker.alias import CopiedSlabs, Slabs
 from expertd.worker.attach import Session
 from expertd.worker.link import MappedPool
+from expertd.worker.pressure import Buffers
 from expertd.worker.recording import Recorder
 
 log = logging.getLogger("expertd.worker")
@@ -51,6 +52,7 @@ class Events:
     def __init__(self, session: Session, make_slabs: Callable[[mmap, PoolLayout], Slabs]) -> None:
         self.session = session
         self.make_slabs = make_slabs
+        self.buffers = Buffers(session.pressure)
         self.slabs: list[Slabs] = []  # all that are mapped: always the same list
         self.layers: list[_Parts] = []
         self.unevaluated: Any = None  # or still being computed
@@ -80,6 +82,7 @@ class Events:
 
     def begin_call(self) -> None:
         """A forward starts: take news in, and read what routers chose some calls ago."""
+        self.buffers.relieve()
         if self.recorder is not None:
             self.recorder.collect_many(LOG_AFTER_CALLS - 1)
             if self.recorder.failed and self.recorder is self._live:

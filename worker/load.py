@@ -77,6 +77,7 @@ def load(
         model = _attach(loaded, home, mode, start)
         if not lazy:
             _read_base(model, loaded.manifest)
+            mx.clear_cache()  # what loading needed beside the weights
     except BaseException:
         if started:
             stop_if_idle(home, "worker")
@@ -95,6 +96,7 @@ def unload(model: Any) -> None:
             module.let_go()
     _orphans.extend(model._expertd_events.let_go())
     _sweep()
+    mx.clear_cache()
 
 
 def session_of(model: Any) -> attach.Session:
@@ -247,7 +249,8 @@ def _cached(cls: type) -> type:
             finally:
                 events.session.end(settled)
 
-        _classes[cls] = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+        names = {"__call__": call, "__module__": cls.__module__, "_expertd_plain": cls}
+        _classes[cls] = type(cls.__name__, (cls,), names)
     return _classes[cls]
 
 

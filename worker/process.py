@@ -1,8 +1,9 @@
 """The worker process: one model, one engine, one socket to the gateway that started it.
 
 Loads the model, says that it is ready or why not, then turns messages into calls of ``expertd.worker.engine`` and its
-events into messages.  It ends on Shutdown, on SIGTERM, and when the process that started it is gone, whatever it is
-doing then.  It does not restart anything, and it knows nothing of HTTP: see ``expertd.clients.gateway``.
+events into messages, and passes on to the gateway what the daemon says of memory pressure.  It ends on Shutdown, on
+SIGTERM, and when the process that started it is gone, whatever it is doing then.  It does not restart anything, and it
+knows nothing of HTTP: see ``expertd.clients.gateway``.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from expertd.protocol.messages import (
     decode,
     encode,
 )
+from expertd.worker.doorbell import Doorbell
 
 if TYPE_CHECKING:
     from expertd.worker.engine import Engine
     from expertd.worker.load import Alias
+    from expertd.worker.pressure import Gauge
 
 __all__ = ["run"]
 
@@ -109,15 +112,27 @@ class _Worker:
         # What comes waits in the gateway, which counts it.
         self._socket.setsockopt(zmq.RCVHWM, FRAMES_AT_A_TIME)
         self._socket.connect(gateway)
+        # Rung by the session's control thread, which may not use the socket.
+        self._bell = Doorbell()
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._bell.fileno(), zmq.POLLIN)
+        self._passed_on = "normal"
 
     def run(self, model_path: Path, budget: str | None, alias: Alias) -> int:
         try:
             # Here, because importing mlx takes a second in which the gateway could not be told that it failed.
+            import mlx.core as mx
+
             from expertd.worker.engine import Engine
-            from expertd.worker.load import load
+            from expertd.worker.kv_memory import CacheMemory
+            from expertd.worker.load import events_of, load
+            from expertd.worker.wired import WiredLimit
 
             model, tokenizer = load(model_path, budget=budget, alias=alias)
-            engine = Engine(model, tokenizer)
+            events = events_of(model)
+            memory = CacheMemory.of(model)
+            engine = Engine(model, tokenizer, buffers=events.buffers, wired=WiredLimit(mx), memory=memory)
         except ExpertdError as error:
             self._send(WorkerFailed(pid=os.getpid(), code=error.code, message=error.message))
             return error.exit_status
@@ -130,9 +145,17 @@ class _Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self._send(WorkerReady(pid=os.getpid(), model=model_path.resolve().name, context=engine.context))
+        gauge = events.session.pressure
+        gauge.on_change = self._bell.ring
+        self._pass_on(gauge)  # what was said while the model was loaded
         try:
             while not self._told_to_end:
-                if self._socket.poll(0 if engine.busy else LOOK_ROUND_MS):
+                ready = dict(self._poller.poll(0 if engine.busy else LOOK_ROUND_MS))
+                if self._bell.fileno() in ready:
+                    self._bell.answer()
+                    self._pass_on(gauge)
+                    engine.relieve()
+                if self._socket in ready:
                     self._take_frames(engine)
                 if engine.busy:
                     for event in engine.step():
@@ -143,8 +166,16 @@ class _Worker:
 
     def close(self) -> None:
         """Let the last words leave, and give up the socket."""
+        self._bell.close()
         self._socket.close()
         self._context.term()
+
+    def _pass_on(self, gauge: Gauge) -> None:
+        """Tell the gateway of the memory pressure, if its level has changed."""
+        newest = gauge.newest
+        if newest.level != self._passed_on:
+            self._passed_on = newest.level
+            self._send(newest)
 
     def _take_frames(self, engine: Engine) -> None:
         for _ in range(FRAMES_AT_A_TIME):

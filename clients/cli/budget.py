@@ -16,15 +16,18 @@ from expertd.protocol.sizes import parse_size, show_size
 @click.command()
 @click.argument("size", required=False)
 def budget(size: str | None) -> None:
-    """Set the running daemon's budget to SIZE (512MB, 2GiB, bytes), or show it.
+    """Set the running daemon's budget to SIZE (512MB, 2GiB, bytes, or auto: what the machine can spare), or show it.
 
     A smaller budget gives memory back, without a restart of anything.  Exits with 3 if no daemon runs in this home.
     """
-    wanted = None if size is None else parse_size(size)
+    wanted = None if size in (None, "auto") else parse_size(size)
     with connect(Home.current(), "cli") as connection:
-        if wanted is None:
+        if size is None:
             status = connection.ask(AskStatus(), Status)
-            click.echo(f"the budget is {show_size(status.budget_bytes)}; {show_size(status.used_bytes)} in use")
+            limit = ""
+            if status.limit_bytes < status.budget_bytes:
+                limit = f", of which memory pressure leaves {show_size(status.limit_bytes)}"
+            click.echo(f"the budget is {show_size(status.budget_bytes)}{limit}; {show_size(status.used_bytes)} in use")
         else:
             answer = connection.ask(SetBudget(budget=wanted), BudgetSet)
             click.echo(f"the budget is {show_size(answer.budget)} now; it was {show_size(answer.before)}")

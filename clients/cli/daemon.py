@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from expertd.protocol.paths import Home
@@ -18,7 +20,11 @@ def daemon() -> None:
 
 
 @daemon.command()
-@click.option("--budget", metavar="SIZE", help="Memory for expert weights: 512MB, 2GiB, bytes.  [default: half of RAM]")
+@click.option(
+    "--budget",
+    metavar="SIZE",
+    help="Memory for expert weights: 512MB, 2GiB, bytes; auto: what the machine can spare.  [default: auto]",
+)
 @click.option("--idle-exit", type=float, metavar="SECONDS", help="End after so long without a session.")
 @click.option(
     "--policy",
@@ -27,13 +33,27 @@ def daemon() -> None:
     show_default=True,
     help="How to choose the blocks that go.",
 )
-def run(budget: str | None, idle_exit: float | None, policy: str) -> None:
+@click.option(
+    "--keep-alive",
+    type=float,
+    metavar="SECONDS",
+    help="Give a model's memory back when nobody has used it for so long.  [default: when memory is needed]",
+)
+@click.option(
+    "--simulate-pressure",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Memory pressure from a script, lines of 'SECONDS normal|warning|critical', not the system's.",
+)
+def run(
+    budget: str | None, idle_exit: float | None, policy: str, keep_alive: float | None, simulate_pressure: Path | None
+) -> None:
     """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'."""
     from expertd.daemon.__main__ import run as run_daemon
 
-    if budget is not None:
+    if budget not in (None, "auto"):
         parse_size(budget)
-    run_daemon(budget, idle_exit, policy)
+    run_daemon(budget, idle_exit, policy, keep_alive_s=keep_alive, simulate_pressure=simulate_pressure)
 
 
 @daemon.command()

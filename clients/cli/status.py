@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import click
 import msgspec
@@ -33,8 +34,9 @@ def as_object(status: Status) -> dict[str, object]:
 
 @click.command()
 @click.option("--layers", is_flag=True, help="Show each MoE layer of the models too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, which always has the layers.")
-def status(layers: bool, as_json: bool) -> None:
+@click.option("--journal", is_flag=True, help="Show what memory pressure changed, and why.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with layers and journal.")
+def status(layers: bool, journal: bool, as_json: bool) -> None:
     """Show what the daemon holds and how well it does.
 
     Exits with 3 if no daemon runs in this home.
@@ -43,17 +45,22 @@ def status(layers: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(as_object(found), indent=2))
         return
-    for line in table(found, layers=layers):
+    for line in table(found, layers=layers, journal=journal):
         click.echo(line)
 
 
-def table(found: Status, *, layers: bool = False) -> list[str]:
-    """The status as lines for a person; with ``layers`` one for each MoE layer too."""
+def table(found: Status, *, layers: bool = False, journal: bool = False) -> list[str]:
+    """The status as lines for a person; on demand with one for each MoE layer, or with the journal."""
     minutes, seconds = divmod(round(found.daemon.uptime_s), 60)
     lines = [
         f"daemon    process {found.daemon.pid}, up {minutes} min {seconds} s, home {found.home}",
         f"budget    {show_size(found.budget_bytes)}, in use {show_size(found.used_bytes)}, pressure {found.pressure}",
     ]
+    if found.limit_bytes < found.budget_bytes:
+        why = "growing again" if found.pressure == "normal" else found.pressure_figure
+        lines.append(f"limit     {show_size(found.limit_bytes)} because of memory pressure: {why}")
+    if journal:
+        lines += _journal(found)
     if found.tracing:
         lines.append(f"tracing   into {found.tracing}; end it with: expertd trace stop")
     for model in found.models:
@@ -63,6 +70,15 @@ def table(found: Status, *, layers: bool = False) -> list[str]:
     if not found.models:
         lines.append("models    none yet")
     return lines
+
+
+def _journal(found: Status) -> list[str]:
+    lines = [
+        f"  {time.strftime('%d %b %H:%M:%S', time.localtime(entry.at))}  {entry.pressure:8}  "
+        f"{show_size(entry.before_bytes)} -> {show_size(entry.after_bytes)}: {entry.why}"
+        for entry in found.journal
+    ]
+    return ["journal   changes of the limit, the newest last", *lines] if lines else ["journal   nothing has changed"]
 
 
 def _model(model: ModelStatus) -> list[str]:

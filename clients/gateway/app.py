@@ -13,8 +13,9 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from expertd.clients.gateway import awake, chat
 from expertd.clients.gateway.workers import Answer, Worker
 from expertd.protocol.errors import (
     ExpertdError,
+    MemoryPressure,
     MethodNotAllowed,
     ModelNotFound,
     QueueFull,
@@ -44,7 +46,7 @@ KEEPALIVE_S = 10.0
 """A stream is never silent for longer, however long a prompt takes."""
 STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
-RETRY_QUEUE_S, RETRY_S = 1, 5
+RETRY_QUEUE_S, RETRY_S, RETRY_MEMORY_S = 1, 5, 10
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -162,8 +164,13 @@ class Gateway:
         return _json({"status": "live"})
 
     async def _ready(self, request: web.Request) -> web.Response:
-        self._worker.check()
-        return _json({"status": "ready"})
+        told = self._worker.pressure
+        pressure = {"pressure": told.level, "figure": told.figure}
+        try:
+            self._worker.check()
+        except ExpertdError as error:
+            return _error_response(error, self._retry_after_s(error), {"status": "not ready"} | pressure)
+        return _json({"status": "ready"} | pressure)
 
     # -- what all routes share -----------------------------------------------------------------------------------------
 
@@ -196,6 +203,8 @@ class Gateway:
     def _retry_after_s(self, error: ExpertdError) -> float:
         if isinstance(error, QueueFull):
             return RETRY_QUEUE_S
+        if isinstance(error, MemoryPressure):
+            return RETRY_MEMORY_S
         return self._worker.retry_after_s() if isinstance(error, WorkerUnavailable) else RETRY_S
 
     def _check_host(self, header: str) -> None:
@@ -222,8 +231,11 @@ def error_body(error: ExpertdError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-def _error_response(error: ExpertdError, retry_after_s: float = RETRY_S) -> web.Response:
-    response = _json(error_body(error), status=error.http_status)
+def _error_response(
+    error: ExpertdError, retry_after_s: float = RETRY_S, beside: Mapping[str, str] = MappingProxyType({})
+) -> web.Response:
+    """``error`` as a response, with ``beside`` next to it in the body."""
+    response = _json({**beside, **error_body(error)}, status=error.http_status)
     if error.retryable:
         response.headers["Retry-After"] = str(math.ceil(retry_after_s))
     else:

@@ -21,6 +21,7 @@ from expertd.clients.gateway.link import Link
 from expertd.clients.gateway.supervision import Supervision
 from expertd.protocol.errors import (
     ExpertdError,
+    MemoryPressure,
     MessageInvalid,
     QueueFull,
     RequestTooLarge,
@@ -34,6 +35,7 @@ from expertd.protocol.messages import (
     Finished,
     Generate,
     Message,
+    Pressure,
     Refused,
     Shutdown,
     WorkerFailed,
@@ -54,6 +56,7 @@ LAST_WORDS_S = 1.0
 END_S = 30.0
 """How long a worker may take to end (one step of a long prompt) before it is killed."""
 BEING_STOPPED = "the gateway is being stopped"
+NORMAL = Pressure(level="normal", figure="")
 
 
 class Answer:
@@ -129,6 +132,7 @@ class Worker:
         self._spoken = asyncio.Event()  # Whether this process has told how its loading went.
         self._peer: bytes | None = None  # Its address on the link, once it is ready and while it lives.
         self._cause: ExpertdError | None = None  # Why it ends, where its status does not tell.
+        self._pressure = NORMAL
         self._silent_pieces = 0
         self._late_cancels: list[int] = []
         self._why_not = f"the worker is loading {model.name}; try again in a moment"
@@ -158,9 +162,19 @@ class Worker:
 
         Raises:
             WorkerUnavailable: it is loading, dead, or being stopped.
+            MemoryPressure: the machine is critically short of memory.
         """
         if self._peer is None or self._ending.is_set():
             raise WorkerUnavailable(self._why_not)
+        if self._pressure.level == "critical":
+            raise MemoryPressure(
+                f"the machine is short of memory: {self._pressure.figure}; close other apps or try again in a while"
+            )
+
+    @property
+    def pressure(self) -> Pressure:
+        """How short of memory the machine is, as the worker has passed it on; normal while there is no worker."""
+        return self._pressure
 
     def retry_after_s(self) -> float:
         """After how many seconds a request that found no worker may find one."""
@@ -170,7 +184,7 @@ class Worker:
         """Send a request to the worker.
 
         Raises:
-            WorkerUnavailable: see ``check``.
+            WorkerUnavailable, MemoryPressure: see ``check``.
             QueueFull: ``queue_limit`` requests wait already, or the worker reads nothing.
             RequestTooLarge: the messages do not fit into a frame.
         """
@@ -283,8 +297,17 @@ class Worker:
             late, self._late_cancels = self._late_cancels, []
             for request in late:
                 self._cancel(request)
+        elif isinstance(message, Pressure):
+            self._on_pressure(message)
         else:
             raise MessageInvalid(f"a gateway takes no {type(message).__name__}")
+
+    def _on_pressure(self, told: Pressure) -> None:
+        before, self._pressure = self._pressure, told
+        if told.level == "critical":
+            log.warning("no new requests are taken, because the machine is short of memory: %s", told.figure)
+        elif before.level == "critical":
+            log.warning("requests are taken again")
 
     def _fail_all(self, why: str) -> None:
         for answer in self._answers.values():
@@ -360,6 +383,7 @@ class Worker:
     def _lose(self, why: str) -> None:
         """There is no worker any more to send to or to hear from."""
         self._peer = None
+        self._pressure = NORMAL
         self._late_cancels.clear()
         if not self._ending.is_set():
             self._why_not = f"{why}; the worker is being started again, try again in a moment"

@@ -39,12 +39,13 @@ class Core:
     Attributes:
         budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while a
             pool moves, and by one event of one session for each pool that has to go on without a silent session.
+        most: bytes that the user allows; more than the budget under memory pressure.
         models: by key, in the order in which they came.
         sessions: by number, those that are open.
     """
 
     def __init__(self, budget: int, policy: PolicyFactory = Forecast, *, first_segment: int = 1) -> None:
-        self.budget = budget
+        self.budget = self.most = budget
         self.models: dict[str, Model] = {}
         self.sessions: dict[int, Session] = {}
         self._pools: dict[int, tuple[Model, Pool]] = {}
@@ -112,11 +113,14 @@ class Core:
             case events.Heard(session):
                 if session in self.sessions:
                     self._heard(self.sessions[session])
-            case events.BudgetChanged(size):
-                self.budget = size
+            case events.BudgetChanged(size, drop, most):
+                self.budget, self.most = size, size if most is None else most
                 for pool in (pool for model in self.models.values() for pool in model.pools):
                     pool.quota = None
-                self._memory_changed = True
+                self._divide_memory(drop)
+            case events.Unwanted(key):
+                if key in self.models:
+                    self.models[key].unwanted = self._memory_changed = True
             case events.ReadDone():
                 self._read_done(event)
             case events.ReadFailed():
@@ -153,6 +157,7 @@ class Core:
             )
             self._out.append(instructions.Refuse(event.session, refusal, None))
             return
+        model.unwanted = False
         model.opening.append(event)
         if model.ready:
             self._open_sessions(model)
@@ -164,13 +169,13 @@ class Core:
         wanted = largest(manifest) * copies
         needed = smallest(manifest) * copies
         idle = sum(model.size + model.extra for model in self._idle())
-        if needed > self.budget - self.used + idle:
-            if needed <= self.budget - self.used + memory.coming_back(self.models.values()):
+        if needed > self.most - self.used + idle:
+            if needed <= self.most - self.used + memory.coming_back(self.models.values()):
                 return None
             held = self.used - idle
             others = f", and models in use hold {show_size(held)} of it" if held else ""
             raise BudgetTooSmall(
-                f"the budget of {show_size(self.budget)} is too small for {manifest.folder}: one event of one session "
+                f"the budget of {show_size(self.most)} is too small for {manifest.folder}: one event of one session "
                 f"needs at least {needed} bytes ({show_size(needed)}){others}; start the daemon with "
                 f"--budget {held + needed} or more"
             )
@@ -178,7 +183,7 @@ class Core:
             if self.budget - self.used >= wanted:
                 break
             self._drop(model)
-        plans = plan_pools(manifest, (self.budget - self.used) // copies)
+        plans = plan_pools(manifest, max(needed, self.budget - self.used) // copies)
         pools = [self._new_pool(1, plan.layers, plan.layout) for plan in plans]
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
         layers = manifest.layers
@@ -526,15 +531,22 @@ class Core:
                 self._out.append(instructions.UnlinkPool(old.segment))
                 self._memory_changed = True
 
-    def _divide_memory(self) -> None:
-        """Let pools shrink where more is used than may be, and grow where there is room."""
+    def _divide_memory(self, drop: bool = False) -> None:
+        """Let pools shrink where more is used than may be, and grow where there is room.
+
+        If they have to ``drop`` what they hold, nothing is copied, not even for moves that have begun.
+        """
         for model in self._idle():
             models = self.models.values()
-            if memory.committed(models) + memory.settled(models) <= self.budget:
-                break
-            self._drop(model)
+            if model.unwanted or memory.committed(models) + memory.settled(models) > self.budget:
+                self._drop(model)
         for model, pool, size in memory.shares(self.budget, self.models.values()):
             self._resize(model, pool, size)
+            if drop and pool.next is not None:
+                pool.next.fresh = True
+            if drop and pool.carried:
+                slots.forget_wishes(model, pool)
+                self._sweep(model)
 
     def _resize(self, model: Model, pool: Pool, size: int) -> None:
         """Begin another generation of ``pool`` if ``size`` bytes differ enough from what it has."""

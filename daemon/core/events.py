@@ -88,9 +88,24 @@ class Heard:
 
 @dataclass(frozen=True)
 class BudgetChanged:
-    """The budget is ``size`` bytes from now on; at least ``Core.smallest_budget``."""
+    """The budget is ``size`` bytes from now on; at least ``Core.smallest_budget``.
+
+    Args:
+        drop: pools that shrink copy nothing, because there is no memory or time for it.
+        most: bytes that the user allows, if memory pressure has made ``size`` less: that much is there for what a model
+            needs at least.
+    """
 
     size: int
+    drop: bool = False
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Unwanted:
+    """Somebody wants the memory of ``model`` (a key) back; it goes unless somebody uses it."""
+
+    model: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,6 @@ class Ended:
 
 
 Event = (
-    Attach | PoolCreated | PoolFailed | Fetch | Ack | Routed | Released | Silent | Heard | BudgetChanged
+    Attach | PoolCreated | PoolFailed | Fetch | Ack | Routed | Released | Silent | Heard | BudgetChanged | Unwanted
     | ReadDone | ReadFailed | Ended
 )  # fmt: skip

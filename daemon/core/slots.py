@@ -139,7 +139,7 @@ def hand_over(model: Model, old: Pool, new: Pool) -> list[Block]:
             model.policy.removed(slot.block)
             slot.carried = False
     known = model.policy.victims(old.layers, len(old.where), lambda block: old.sealed_slot(block) is not None)
-    leaving = max(0, len(known) - new.layout.slots)
+    leaving = len(known) if new.fresh else max(0, len(known) - new.layout.slots)
     for block in known[:leaving]:
         model.policy.removed(block)
     return known[leaving:]

@@ -91,6 +91,7 @@ class Pool:
         source: the generation before, as long as its blocks can be copied.
         next: the generation after, while its memory is being created.
         quota: bytes that it should have in the place of what it has: the pools of its model are giving each other some.
+        fresh: nothing of the generation before is copied: there is no memory or time for that.
         outdated: the memory was divided again since ``next`` was asked for, and it should be of another size now.
         superseded: there is a newer generation; nothing is granted or evicted here any more.
     """
@@ -114,6 +115,7 @@ class Pool:
     next: Pool | None = None
     superseded: bool = False
     quota: int | None = None
+    fresh: bool = False
     outdated: bool = False
     filling: int = 0
     copies_from: int = 0
@@ -237,8 +239,8 @@ class Model:
     """One version of one checkpoint, with all that is resident of it.
 
     ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from; ``counts`` has
-    an entry for each layer, ``moves`` and ``copied`` tell how often a pool went on in another generation, and how many
-    blocks were copied for that.
+    an entry for each layer; ``unwanted``: somebody wants its memory back; ``moves`` and ``copied`` tell how often a
+    pool went on in another generation, and how many blocks were copied for that.
     """
 
     key: str
@@ -251,6 +253,7 @@ class Model:
     sessions: dict[int, Session] = field(default_factory=dict)
     opening: list[events.Attach] = field(default_factory=list)
     used_at: int = 0
+    unwanted: bool = False
     moves: int = 0
     copied: int = 0
     counts: list[LayerCounts] = field(init=False)

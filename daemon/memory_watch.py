@@ -1,0 +1,77 @@
+"""Brings the machine's pressure to the governor, and what that decides to the daemon and to people."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Literal
+
+from expertd.daemon.core.governor import Change, Governor
+from expertd.daemon.machine import this_machine
+from expertd.daemon.pressure import Level, Source
+from expertd.protocol.messages import JournalEntry, Pressure
+from expertd.protocol.sizes import show_size
+
+log = logging.getLogger("expertd.daemon")
+
+TICK_S, IDLE_TICK_S = 0.25, 1.0
+"""How often the system is asked, while there is something to give back and while there is not."""
+LEVELS: dict[Level, Literal["normal", "warning", "critical"]] = {
+    Level.NORMAL: "normal",
+    Level.WARNING: "warning",
+    Level.CRITICAL: "critical",
+}
+
+
+class MemoryWatch:
+    """Owned by the daemon's loop; ``tick`` is called every TICK_S or IDLE_TICK_S."""
+
+    def __init__(self, budget: int, source: Source) -> None:
+        self.governor = Governor(budget)
+        self._source = source
+        self._told = Level.NORMAL
+
+    @property
+    def pressure(self) -> Pressure:
+        """What sessions are told."""
+        return Pressure(level=LEVELS[self.governor.level], figure=self.governor.figure)
+
+    @property
+    def journal(self) -> list[JournalEntry]:
+        """What the governor changed, with the time of day."""
+        began = time.time() - time.monotonic()
+        return [
+            JournalEntry(
+                at=round(began + change.at, 3),
+                pressure=change.level.word,
+                why=change.why,
+                before_bytes=change.before,
+                after_bytes=change.after,
+            )
+            for change in self.governor.journal
+        ]
+
+    def tick(self, used: int, floor: int) -> tuple[Change | None, Pressure | None]:
+        """``used`` bytes are in use, ``floor`` are needed: how the limit changes, and what sessions are to be told."""
+        reading = self._source.read()
+        governor = self.governor
+        quiet = reading.level is Level.NORMAL and governor.limit == governor.budget
+        room = 0 if quiet else this_machine().available  # nobody asks for it while nothing can change
+        change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, room)
+        self._note(change)
+        if reading.level is self._told:
+            return change, None
+        self._told = reading.level
+        log.info("memory pressure is %s: %s", reading.level.word, reading.figure)
+        return change, self.pressure
+
+    def set_budget(self, budget: int, why: str) -> Change | None:
+        """Somebody wants another budget."""
+        change = self.governor.set_budget(time.monotonic(), budget, why)
+        self._note(change)
+        return change
+
+    def _note(self, change: Change | None) -> None:
+        if change is not None:
+            before, after = show_size(change.before), show_size(change.after)
+            log.info("the limit goes from %s to %s: %s", before, after, change.why)

@@ -1,0 +1,148 @@
+"""A running daemon under memory pressure that a script plays: what it gives back, says and refuses."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+
+import expertd
+from expertd.protocol.connection import Connection
+from expertd.protocol.errors import ModelInUse, ModelNotLoaded
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.messages import BudgetSet, SetBudget, Unload, Unloaded
+from expertd.protocol.paths import Home
+from expertd.worker.manifest import load_lazily
+from tests.conftest import wait_for
+from tools.factory import write_checkpoint
+from tools.stage import ask_status, budget_for, running_daemon
+
+PROMPT = list(range(3, 20))
+SLOTS = 48
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("pressure") / "model", "qwen3_moe", hidden=128, expert_width=256)
+
+
+@pytest.fixture(scope="module")
+def manifest(model_path: Path) -> Manifest:
+    return load_lazily(model_path).manifest
+
+
+def said(model: Any, tokens: int) -> list[int]:
+    """The tokens that ``model`` says."""
+    return [int(token) for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=tokens)]
+
+
+def plain(model_path: Path, tokens: int) -> list[int]:
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(model_path)
+    return said(model, tokens)
+
+
+def test_what_is_given_back_at_critical_is_gone_and_tokens_stay_right(
+    home: Home, model_path: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text("0 normal\n")
+    budget = budget_for(manifest, SLOTS)
+    expected = plain(model_path, 60)
+    with running_daemon(home, budget, "--simulate-pressure", str(script)):
+        model, _ = expertd.load(model_path)
+        assert said(model, 60) == expected
+        before = ask_status(home)
+        assert (before.pressure, before.limit_bytes, before.journal) == ("normal", budget, [])
+        script.write_text("0 critical played by a test\n")
+        wait_for(lambda: ask_status(home).pressure == "critical")
+        assert said(model, 60) == expected
+        wait_for(lambda: ask_status(home).used_bytes == ask_status(home).limit_bytes)
+        after = ask_status(home)
+        assert after.limit_bytes < before.used_bytes / 4
+        assert after.budget_bytes == budget
+        (entry,) = after.journal
+        assert (entry.pressure, entry.before_bytes, entry.after_bytes) == ("critical", budget, after.limit_bytes)
+        assert "played by a test" in entry.why
+        assert abs(entry.at - time.time()) < 600
+        assert said(model, 60) == expected
+
+
+def test_at_a_warning_it_gives_back_a_step_and_copies_what_stays(
+    home: Home, model_path: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text("0 normal\n")
+    budget = budget_for(manifest, SLOTS)
+    expected = plain(model_path, 60)
+    with running_daemon(home, budget, "--simulate-pressure", str(script)):
+        model, _ = expertd.load(model_path)
+        said(model, 60)
+        script.write_text("0 warning played by a test\n")
+        wait_for(lambda: ask_status(home).journal)
+        script.write_text("0 normal\n")
+        wait_for(lambda: ask_status(home).pressure == "normal")
+        assert said(model, 60) == expected
+        wait_for(lambda: ask_status(home).used_bytes <= ask_status(home).limit_bytes)
+        status = ask_status(home)
+        assert budget / 2 < status.limit_bytes < budget
+        assert status.models[0].blocks_copied > 0
+
+
+def test_at_critical_a_model_can_be_loaded_with_the_least_that_it_needs(
+    home: Home, model_path: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text("0 critical played by a test\n")
+    with running_daemon(home, budget_for(manifest, SLOTS), "--simulate-pressure", str(script)):
+        wait_for(lambda: ask_status(home).limit_bytes == 0)
+        model, _ = expertd.load(model_path)
+        assert said(model, 20) == plain(model_path, 20)
+        wait_for(lambda: ask_status(home).limit_bytes > 0)
+        status = ask_status(home)
+        assert status.used_bytes == status.limit_bytes < budget_for(manifest, SLOTS) / 4
+        assert status.models[0].slots == manifest.layers[0].top_k
+
+
+def test_a_model_that_nobody_uses_can_be_unloaded_and_one_in_use_not(
+    home: Home, model_path: Path, manifest: Manifest
+) -> None:
+    with running_daemon(home, budget_for(manifest, SLOTS)), Connection(home.daemon_socket, "test") as connection:
+        with pytest.raises(ModelNotLoaded, match="what it holds: none"):
+            connection.ask(Unload(model="model"), Unloaded)
+        model, _ = expertd.load(model_path)
+        said(model, 4)
+        with pytest.raises(ModelInUse, match="is used by process"):
+            connection.ask(Unload(model="model"), Unloaded)
+        expertd.unload(model)
+        wait_for(lambda: not ask_status(home).models[0].sessions)
+        held = ask_status(home).used_bytes
+        assert held > 0
+        answer = connection.ask(Unload(model=str(model_path.resolve())), Unloaded)
+        assert answer.bytes == held
+        wait_for(lambda: ask_status(home).used_bytes == 0)
+        assert ask_status(home).models == []
+
+
+def test_a_model_that_nobody_uses_goes_after_its_time(home: Home, model_path: Path, manifest: Manifest) -> None:
+    with running_daemon(home, budget_for(manifest, SLOTS), "--keep-alive", "0.5"):
+        model, _ = expertd.load(model_path)
+        mx.eval(model.parameters())
+        expertd.unload(model)
+        wait_for(lambda: ask_status(home).models == [])
+
+
+def test_a_budget_of_nothing_named_is_what_the_machine_can_spare(home: Home) -> None:
+    with running_daemon(home, "auto"), Connection(home.daemon_socket, "test") as connection:
+        found = ask_status(home).budget_bytes
+        assert found >= 256_000_000
+        connection.ask(SetBudget(budget=300_000_000), BudgetSet)
+        assert ask_status(home).budget_bytes == ask_status(home).limit_bytes == 300_000_000
+        answer = connection.ask(SetBudget(budget=None), BudgetSet)
+        assert answer.before == 300_000_000
+        assert answer.budget == ask_status(home).budget_bytes >= 256_000_000
