@@ -20,7 +20,7 @@ from expertd.protocol.errors import MemoryPressure
 from expertd.protocol.sizes import show_size
 from expertd.worker.experts import CachedExperts
 
-__all__ = ["CacheMemory", "Growth", "LayerCache", "available_bytes", "cache_bytes", "measure"]
+__all__ = ["CacheMemory", "Growth", "LayerCache", "available_bytes", "cache_bytes", "caches_of", "measure"]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,15 @@ def measure(model: Any) -> list[LayerCache]:
     with _without_experts(model):
         forward(model, mx.array([[0]]), cache=caches)
     return [_layer(cache) for cache in _leaves(caches)]
+
+
+def caches_of(model: Any) -> list[LayerCache]:
+    """``measure``; a model whose caches cannot be measured is taken to need nothing, so nothing is refused."""
+    try:
+        return measure(model)
+    except Exception as error:  # a model's code may do anything, and it may still generate
+        log.warning("what the model's caches need could not be measured (%r): no prompt is too long for it", error)
+        return []
 
 
 class _Shape(CachedExperts):
@@ -124,12 +133,8 @@ class CacheMemory:
 
     @classmethod
     def of(cls, model: Any) -> CacheMemory:
-        """That of ``model``.  One whose caches cannot be measured is taken to need nothing, so nothing is refused."""
-        try:
-            return cls(measure(model))
-        except Exception as error:  # a model's code may do anything, and it may still generate
-            log.warning("what the model's caches need could not be measured (%r): no prompt is too long for it", error)
-            return cls([])
+        """That of ``model``."""
+        return cls(caches_of(model))
 
     def fits(self, prompt_tokens: int, max_tokens: int | None, running: Sequence[Growth]) -> bool:
         """Whether a request's cache fits beside what the ``running`` ones may still grow to; if not now, it may later.

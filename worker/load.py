@@ -16,12 +16,14 @@ from mlx_lm.utils import load_tokenizer
 from expertd.protocol.checkpoint import check_unchanged
 from expertd.protocol.errors import AliasFailed, CheckpointError, ExpertdError, ReadFailed, SessionClosed
 from expertd.protocol.manifest import Manifest
+from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.worker import attach
 from expertd.worker.alias import CopiedSlabs, SharedSlabs, Slabs, self_test
 from expertd.worker.experts import CachedExperts, Events
 from expertd.worker.manifest import LazyModel, load_lazily, replace_module
+from expertd.worker.room import check_room
 
 log = logging.getLogger("expertd.worker")
 
@@ -69,8 +71,10 @@ def load(
     tokenizer = load_tokenizer(folder, tokenizer_config or {}, eos_token_ids=loaded.config.get("eos_token_id"))
     mode = _mode(alias)
     connection, started = connect_or_start(home, "worker", budget=budget, announce=_announce)
-    connection.close()
     try:
+        with connection:
+            if not lazy:
+                check_room(loaded, connection.ask(AskStatus(), Status).used_bytes)
         def start() -> None:
             connect_or_start(home, "worker", budget=budget, announce=_announce)[0].close()
 
