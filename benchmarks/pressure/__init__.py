@@ -200,13 +200,14 @@ def _figures(cgroup: Cgroup, watch: Watch, streams: list[Stream], marks: dict[st
     critical = next((entry.at - wall for entry in down if entry.pressure == "critical"), None)
     give_back = error = None
     if critical is not None:
-        due = before.shmem - down[-1].after_bytes
+        due = before.shmem - min(entry.after_bytes for entry in down)
         meanwhile = [sample for sample in watch.samples if down[0].at - wall <= sample.at <= gone]
         error = round(abs(before.shmem - min(sample.shmem for sample in meanwhile) - due) / due, 3)
         given = (sample.at for sample in meanwhile if sample.shmem <= before.shmem - 0.95 * due)
         give_back = next((round(max(0.0, at - critical), 2) for at in given), None)
-    later = (sample for sample in watch.samples if sample.at > gone)
-    regrow = next((round(sample.at - gone, 1) for sample in later if sample.shmem >= 0.95 * before.shmem), None)
+    end_size = watch.samples[-1].shmem
+    small = [sample.at for sample in watch.samples if sample.at > gone and sample.shmem < 0.95 * end_size]
+    regrow = round(small[-1] - gone, 1) if small and final.limit_bytes == final.budget_bytes else None
     stalls = [stall for stream in streams for stall in stream.stalls]
     for entry in final.journal:
         print(f"  {entry.at - wall - marks['began']:6.1f} s  {entry.pressure:8}  "
@@ -221,6 +222,7 @@ def _figures(cgroup: Cgroup, watch: Watch, streams: list[Stream], marks: dict[st
         "failed": sum(len(stream.failed) for stream in streams),
         "give_back_s": give_back,
         "regrow_s": regrow,
+        "regrown_share": round(end_size / before.shmem, 3),
         "max_stall_s": round(max(gap for _, gap in stalls), 2),
         "shmem_error": error,
     }
