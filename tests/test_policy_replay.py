@@ -426,3 +426,13 @@ def test_the_passes_of_a_trace_are_the_events_of_the_other_replay(traffic: Traff
     assert {event.session for each in passes for event in each} == {3}
     flat = [[event.layer * traffic.experts + expert for expert in event.experts] for each in passes for event in each]
     assert flat == events_of(trace)
+
+
+def test_a_warm_start_counts_only_what_comes_after() -> None:
+    passes = [[Event(0, layer, [token % 3, 3 + token % 5]) for layer in range(2)] for token in range(60)]
+    pools = even_pools(2, 1, 12)
+    cold, warm = replay(passes, LRU(2, 8, 2), pools), replay(passes, LRU(2, 8, 2), pools, before=passes)
+    twice = replay(passes + passes, LRU(2, 8, 2), pools)
+    assert warm.hits + cold.hits == twice.hits
+    assert warm.hits + warm.misses == cold.hits + cold.misses
+    assert warm.misses < cold.misses

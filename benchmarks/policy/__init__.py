@@ -12,10 +12,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.policy.fit import fit_weights
 from benchmarks.policy.picture import draw
 from benchmarks.policy.simulator import Replay, even_pools, replay
-from benchmarks.policy.traffic import Pass, dealt, enlarged, in_turns, passes_of, select, together
+from benchmarks.policy.traffic import Pass, dealt, enlarged, in_turns, passes_of, select, together, without
 from expertd.clients.traces.replay import belady, events_of
 from expertd.daemon.policy import POLICIES, Forecast
 from expertd.protocol.traces import Trace, read_trace
@@ -27,6 +29,7 @@ WIDTHS = 5
 """So many widths are compared at most."""
 SHARED_FRACTION = 0.4
 BATCH_FRACTION = 0.3
+START_FRACTION, START_TOKENS = 0.3, 500
 METAL_ASSIGNMENTS = 4
 """Metal computes a prompt's experts by its fast kernel if there are so many (token, expert) pairs for each slot."""
 CHUNK = 512
@@ -42,6 +45,7 @@ Job = tuple[str, float, int]
 
 _trace: Trace
 _passes: list[Pass]
+_others: list[Pass]
 
 
 def run(
@@ -66,6 +70,7 @@ def run(
         hits = _hits(workers, figures)
         _gaps(hits, figures)
         _widths(workers, hits, figures)
+        _starts(workers, figures)
         _sharing(workers, figures)
         _batches(workers, figures)
     _decisions(figures)
@@ -76,9 +81,12 @@ def run(
 
 
 def _load(path: Path, sequences: str, tokens: int | None) -> None:
-    global _trace, _passes
-    _trace = select(read_trace(path), sequences, tokens)
+    global _trace, _passes, _others
+    whole = read_trace(path)
+    _trace = select(whole, sequences, tokens)
     _passes = passes_of(_trace)
+    has_others = not np.isin(whole.seq_id, _trace.seq_id).all()
+    _others = passes_of(without(whole, _trace.seq_id, tokens)) if has_others else []
 
 
 def _slots(fraction: float) -> int:
@@ -154,6 +162,24 @@ def _widths(workers: ProcessPoolExecutor, hits: dict[str, list[float]], figures:
             copied = f"({done.steps}, {done.copied / _slots(fraction):.1f})"
             line += f"{gap:>9.1f} {followed:>5.1f} {copied:>11} {_slots(fraction) // count:>6}"
         print(f"{width:>8}{line}", flush=True)
+
+
+def _starts(workers: ProcessPoolExecutor, figures: dict[str, Any]) -> None:
+    """The first tokens, from cold and after all other sequences."""
+    jobs = [(name, warm) for warm in (False, True) for name in POLICIES]
+    rates = iter(workers.map(_start_percent, jobs))
+    print(f"\nthe first {START_TOKENS} passes, {100 * START_FRACTION:.0f} % of the blocks, hits in %")
+    print(f"{'start':>8}" + "".join(f"{name:>10}" for name in POLICIES))
+    for word in ("cold", "warm"):
+        line = [next(rates) for _ in POLICIES]
+        figures |= {f"{name}_hits_{word}": round(rate, 2) for name, rate in zip(POLICIES, line, strict=True)}
+        print(f"{word:>8}" + "".join(f"{rate:>10.1f}" for rate in line), flush=True)
+
+
+def _start_percent(job: tuple[str, bool]) -> float:
+    name, warm = job
+    pools = even_pools(_trace.info.layers, 1, _slots(START_FRACTION))
+    return 100 * replay(_passes[:START_TOKENS], _policy(name), pools, before=_others if warm else ()).hit_rate
 
 
 def _sharing(workers: ProcessPoolExecutor, figures: dict[str, Any]) -> None:

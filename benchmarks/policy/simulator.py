@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from benchmarks.policy.traffic import Pass
 from expertd.daemon.core.quotas import Quotas, Size
@@ -61,9 +62,15 @@ def even_pools(layers: int, pools: int, slots: int) -> Pools:
 
 
 def replay(
-    passes: Iterable[Pass], policy: Policy, pools: Pools, *, timed: bool = False, experts: int | None = None
+    passes: Iterable[Pass],
+    policy: Policy,
+    pools: Pools,
+    *,
+    timed: bool = False,
+    experts: int | None = None,
+    before: Iterable[Pass] = (),
 ) -> Replay:
-    """Run ``passes`` through ``pools`` that begin empty.
+    """Run ``passes`` through ``pools`` that begin empty, or with what the passes ``before`` left, which do not count.
 
     An event with more blocks than its pool has slots is computed by groups, resident blocks first, as workers do it.
     If the number of ``experts`` in a layer is given, pools give each other slots as in the daemon.
@@ -72,7 +79,10 @@ def replay(
     held: list[set[Block]] = [set() for _ in pools]
     out = Replay([LayerCounts() for _ in pool_of], slots=[slots for _, slots in pools])
     quotas = Quotas(len(pool_of)) if experts and len(pools) > 1 else None
-    for each in passes:
+    for each in chain(before, [None], passes):
+        if each is None:
+            out.layers, out.seconds = [LayerCounts() for _ in pool_of], []
+            continue
         for session, layer, chosen in each:
             number = pool_of[layer]
             members, resident = pools[number][0], held[number]

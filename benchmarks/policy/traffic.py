@@ -35,6 +35,11 @@ def select(trace: Trace, sequences: str, tokens: int | None = None) -> Trace:
     return _part(trace, kept)
 
 
+def without(trace: Trace, sequences: NDArray[Any], tokens: int | None = None) -> Trace:
+    """The first ``tokens`` tokens of all other sequences; there must be some."""
+    return _part(trace, np.flatnonzero(~np.isin(trace.seq_id, sequences))[:tokens])
+
+
 def _part(trace: Trace, kept: NDArray[Any]) -> Trace:
     arrays = {name: getattr(trace, name) for name in ARRAYS}
     return dataclasses.replace(
