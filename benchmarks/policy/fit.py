@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.policy.traffic import passes_of
 from expertd.daemon.policy import Forecast
-from expertd.daemon.policy.forecast import CONSTANT, WEIGHTS
+from expertd.daemon.policy.forecast import CONSTANT, FOLLOWS_WEIGHT, WEIGHTS
 from expertd.protocol.traces import Trace
 
 SAMPLED = 29
@@ -38,7 +38,7 @@ def fit_weights(trace: Trace) -> dict[str, Any]:
         "samples": len(targets),
         "weights": fitted,
         "constant": constant,
-        "weights_in_use": list(WEIGHTS),
+        "weights_in_use": [*WEIGHTS, -FOLLOWS_WEIGHT],
         "constant_in_use": CONSTANT,
     }
 
