@@ -56,7 +56,7 @@ class MemoryWatch:
         reading = self._source.read()
         governor = self.governor
         quiet = reading.level is Level.NORMAL and governor.limit == governor.budget
-        room = 0 if quiet else this_machine().available  # nobody asks for it while nothing can change
+        room = 0 if quiet else _room()  # nobody asks for it while nothing can change
         change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, room)
         self._note(change)
         if reading.level is self._told:
@@ -75,3 +75,11 @@ class MemoryWatch:
         if change is not None:
             before, after = show_size(change.before), show_size(change.after)
             log.info("the limit goes from %s to %s: %s", before, after, change.why)
+
+
+def _room() -> int:
+    try:
+        return this_machine().available
+    except OSError as error:  # no descriptor is left to read it with
+        log.warning("what memory is available cannot be read: %s", error)
+        return 0

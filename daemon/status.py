@@ -24,7 +24,7 @@ def daemon_status(
         pid=os.getpid(),
         version=package_version(),
         uptime_s=round(uptime_s, 3),
-        rss_bytes=psutil.Process().memory_info().rss,
+        rss_bytes=_rss(),
     )
     return Status(
         protocol=PROTOCOL,
@@ -40,6 +40,13 @@ def daemon_status(
         frames_dropped=frames_dropped,
         models=[model_status(model) for model in core.models.values()],
     )
+
+
+def _rss() -> int:
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except (OSError, psutil.Error):  # no descriptor is left to read it with: that is no reason to end
+        return 0
 
 
 def model_status(model: Model) -> ModelStatus:
