@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from benchmarks.policy.footprint import arrays_of, bytes_of_arrays, things_of
 from expertd.daemon.policy import LRU, POLICIES, Block, Forecast, Policy, PolicyFactory
 
 every_policy = pytest.mark.parametrize("factory", POLICIES.values(), ids=POLICIES)
@@ -361,6 +360,28 @@ def test_layers_that_never_run_do_no_harm(factory: PolicyFactory) -> None:
 
 
 @every_policy
+def test_sessions_come_fall_silent_return_and_end_whenever_they_like(factory: PolicyFactory) -> None:
+    """Up to twelve at a time, each in layers of its own choice: long histories, which ``histories`` does not make."""
+    for seed in range(12):
+        chance = random.Random(seed)
+        model = Model(chance.choice((1, 2, 6)), 8, 2)
+        play = Play(factory, model)
+        play.do(Toggle(tuple(chance.sample(model.blocks, len(model.blocks) // 2))))
+        busy: list[int] = []
+        for number in range(1500):
+            if number % 40 == 0:
+                busy = chance.sample(range(12), chance.choice((1, 2, 3, 12)))
+            session = chance.choice(busy)
+            play.do(Observe(session, chance.randrange(model.layers), (tuple(chance.sample(range(8), 2)),)))
+            if number % 25 == 0:
+                play.do(Ask(tuple(range(model.layers)), 3, frozenset(), evict=True))
+                play.do(Toggle(tuple(chance.sample(model.blocks, 3))))
+            if chance.random() < 0.005:
+                play.do(Ended(session))
+        assert_numbers(play.policy)
+
+
+@every_policy
 def test_what_was_known_of_sessions_that_ended_is_dropped(factory: PolicyFactory) -> None:
     policy = factory(6, 8, 2)
     chance = random.Random(1)
@@ -394,32 +415,8 @@ def test_a_large_model_takes_less_than_five_megabytes(factory: PolicyFactory) ->
             for layer in range(layers):
                 policy.observe(session, layer, chance.sample(range(experts), top_k))
     policy.victims(tuple(range(layers)), 100, anything)
-    assert sum(array.nbytes for array in arrays_of(policy)) < 5_000_000
+    assert bytes_of_arrays(policy) < 5_000_000
     assert size_of(policy) < 6_000_000
-
-
-def things_of(root: object) -> Iterator[object]:
-    """Everything that ``root`` holds, each once; of views that on which they look."""
-    seen: set[int] = set()
-    todo: list[object] = [root]
-    while todo:
-        thing = todo.pop()
-        if isinstance(thing, np.ndarray) and isinstance(thing.base, np.ndarray):
-            thing = thing.base
-        if id(thing) in seen or isinstance(thing, type):
-            continue
-        seen.add(id(thing))
-        yield thing
-        if isinstance(thing, dict):
-            todo += [*thing.keys(), *thing.values()]
-        elif isinstance(thing, (list, tuple, set, frozenset)):
-            todo += thing
-        elif hasattr(thing, "__dict__"):
-            todo.append(vars(thing))
-
-
-def arrays_of(root: object) -> list[NDArray[Any]]:
-    return [thing for thing in things_of(root) if isinstance(thing, np.ndarray)]
 
 
 def assert_numbers(policy: Policy) -> None:

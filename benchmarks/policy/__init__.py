@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.policy.fit import fit_weights
+from benchmarks.policy.footprint import bytes_of_arrays
 from benchmarks.policy.picture import draw
 from benchmarks.policy.simulator import Replay, even_pools, replay
 from benchmarks.policy.traffic import Pass, dealt, enlarged, in_turns, passes_of, select, together, without
@@ -232,12 +233,12 @@ def _decisions(figures: dict[str, Any]) -> None:
     shortest = [min(times) for times in zip(*rounds, strict=True)]
     figures["decision_us"] = round(1e6 * statistics.median(shortest), 2)
     figures["decision_us_mean"] = round(1e6 * statistics.fmean(shortest), 2)
-    figures["policy_bytes"] = policy.size
+    figures["policy_bytes"] = bytes_of_arrays(policy)
     of_rounds = ", ".join(f"{1e6 * statistics.median(times):.1f}" for times in rounds)
     print(
         f"\n{layers} layers x {experts} experts, {top_k} a token, 30 % cached, {100 * done.hit_rate:.0f} % hits: "
         f"{figures['decision_us']} us an event (mean {figures['decision_us_mean']}; medians of the rounds: "
-        f"{of_rounds}), {policy.size / 1e6:.1f} MB"
+        f"{of_rounds}), {figures['policy_bytes'] / 1e6:.1f} MB"
     )
 
 

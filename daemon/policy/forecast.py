@@ -100,22 +100,15 @@ class Forecast:
         chances = np.vstack((self._rates.last(layer), self._chances / self._follows.width))
         return np.vstack((np.log(chances), np.ones(self._experts, np.float32)))
 
-    @property
-    def size(self) -> int:
-        """Bytes of all arrays."""
-        parts = [self, self._rates, self._follows, *self._layers]
-        own = [array for part in parts for array in vars(part).values()]
-        arrays = {id(array): array for array in own if isinstance(array, np.ndarray) and array.base is None}
-        return sum(array.nbytes for array in arrays.values())
-
     def observe(self, session: int, layer: int, experts: Sequence[int]) -> None:
         if not experts:
             return
+        self._events += 1
         source = self._sessions.get(session)
         if source is None:
             source = self._sessions[session] = _Session(len(self._layers), self._top_k)
+            source.seen = self._events
             self._count_generating()
-        self._events += 1
         if not self._events & 255:
             self._count_generating()
             self._find_idle_layers()
@@ -207,8 +200,9 @@ class Forecast:
 
     def _mix(self, source: _Session, layer: int, chances: NDArray[np.float32]) -> None:
         """Whoever runs next in this layer may be another session: what is forecast for that counts as well."""
-        source.chances[layer] = chances.copy()
-        of_each = [other.chances[layer] for other in self._generating if layer in other.chances]
+        source.chances[layer] = own = chances.copy()
+        others = [other for other in self._generating if other is not source]  # it may have been silent for long
+        of_each = [own, *(other.chances[layer] for other in others if layer in other.chances)]
         np.add.reduce(of_each, out=chances)
         chances /= np.float32(len(of_each))
 
