@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 
 from expertd.daemon.machine import default_budget, this_machine
-from expertd.daemon.policy import DEFAULT_POLICY, POLICIES
+from expertd.daemon.policy import POLICIES
 from expertd.daemon.pressure import system_source
 from expertd.daemon.pressure.scripted import ScriptedSource
 from expertd.daemon.server import Server
+from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
-from expertd.protocol.sizes import parse_size
 
-AUTO = "auto"
 OPEN_FILES = 65_536
 """Open files that a daemon asks for: it needs a few for each session, segment and checkpoint file."""
 
@@ -42,24 +41,28 @@ def raise_file_limit() -> int:
 def run(
     budget: str | None,
     idle_exit_s: float | None,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
     *,
     keep_alive_s: float | None = None,
     simulate_pressure: Path | None = None,
 ) -> None:
     """Run a daemon in the current home until it is told to end.
 
+    What is None is as the environment or the home's config file says, else as is the default (``protocol.config``).
+
     Args:
-        budget: a size, or ``auto`` (as None): what the machine can spare.
-        idle_exit_s: end after so long without a session; None: never.
+        budget: a size, or ``auto``: what the machine can spare, which is the default.
+        idle_exit_s: end after so long without a session; by default never.
         policy: one of ``POLICIES``.
-        keep_alive_s: give a model back when nobody has used it for so long; None: when memory is needed.
+        keep_alive_s: give a model back when nobody has used it for so long; by default when memory is needed.
         simulate_pressure: a script of memory pressure (``daemon.pressure.scripted``), in the place of the system's.
 
     Raises:
         ExpertdError: it cannot start; nothing is left behind.
     """
-    size = default_budget(this_machine()).size if budget in (None, AUTO) else parse_size(budget)
+    home = Home.current()
+    config = read_config(home, budget=budget, idle_exit=idle_exit_s, policy=policy, keep_alive=keep_alive_s)
+    size = config.budget.value or default_budget(this_machine()).size
     pressure = system_source() if simulate_pressure is None else ScriptedSource(simulate_pressure)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
@@ -67,8 +70,8 @@ def run(
 
     async def serve() -> None:
         await Server(
-            Home.current(), size, POLICIES[policy],
-            idle_exit_s=idle_exit_s, keep_alive_s=keep_alive_s, pressure=pressure,
+            home, size, POLICIES[config.policy.value],
+            idle_exit_s=config.idle_exit.value, keep_alive_s=config.keep_alive.value, pressure=pressure,
         ).run()  # fmt: skip
 
     asyncio.run(serve())
@@ -79,7 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m expertd.daemon", description=__doc__)
     parser.add_argument("--budget", help="memory for expert weights, for example 512MB, 2GiB or bytes, or auto")
     parser.add_argument("--idle-exit", type=float, help="end after so many seconds without a session")
-    parser.add_argument("--policy", choices=POLICIES, default=DEFAULT_POLICY, help="which blocks to evict")
+    parser.add_argument("--policy", choices=POLICIES, help="which blocks to evict")
     parser.add_argument("--keep-alive", type=float, help="give a model back after so many seconds without a session")
     parser.add_argument("--simulate-pressure", type=Path, help="a script of memory pressure: lines 'SECONDS LEVEL'")
     arguments = parser.parse_args()

@@ -12,6 +12,7 @@
     |   `-- FileChanged               file_changed
     |-- BudgetTooSmall                budget_too_small
     |-- SizeInvalid                   size_invalid
+    |-- ConfigInvalid                 config_invalid
     |-- SegmentFailed                 segment_failed
     |-- HomeError                     home_invalid
     |   `-- HomeTooLong               home_too_long
@@ -144,6 +145,13 @@ class SizeInvalid(ExpertdError):
     code = "size_invalid"
     exit_status = 2
     http_status = 400
+
+
+class ConfigInvalid(ExpertdError):
+    """A daemon's settings cannot be used: ``config.toml``, a variable of the environment, or a flag."""
+
+    code = "config_invalid"
+    exit_status = 2
 
 
 class SegmentFailed(ExpertdError):

@@ -42,6 +42,11 @@ class Home:
         return self.root / "log"
 
     @property
+    def config(self) -> Path:
+        """The user's settings for daemons (``protocol.config``); it need not exist."""
+        return self.root / "config.toml"
+
+    @property
     def daemon_socket(self) -> Path:
         return self.run / "daemon.sock"
 

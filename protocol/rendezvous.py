@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import psutil
 
 from expertd.protocol import PROTOCOL
+from expertd.protocol.config import read_config
 from expertd.protocol.connection import Connection, ask_any_version
 from expertd.protocol.errors import (
     DaemonAlreadyRunning,
@@ -29,7 +30,7 @@ from expertd.protocol.messages import Stop, Stopping
 from expertd.protocol.paths import Home
 
 IDLE_EXIT_S = 900
-"""An on-demand daemon ends by itself after so many seconds without a session."""
+"""An on-demand daemon ends by itself after so many seconds without a session, if its user has set nothing else."""
 
 _POLL_S = 0.02
 
@@ -68,6 +69,7 @@ def connect_or_start(
         start_s: longest wait for a daemon that starts, whoever starts it, and for one that ends before.
     Raises:
         HomeError: the home cannot be used.
+        ConfigInvalid: a daemon has to be started, and its settings cannot be used.
         ProtocolMismatch: a daemon of another version has sessions, or does not understand that it should end; or
             expertd was upgraded under this process, so that what it starts is of another version.
         DaemonStartFailed: the daemon ended or did not answer in time; the message quotes its last words.
@@ -82,6 +84,7 @@ def connect_or_start(
 def _start(
     home: Home, role: str, budget: str | None, announce: Callable[[str], None] | None, start_s: float
 ) -> tuple[Connection, bool]:
+    idle_exit_s = read_config(home, default_idle_exit_s=IDLE_EXIT_S).idle_exit.value
     process: subprocess.Popen[bytes] | None = None
     refusal: ProtocolMismatch | None = None
     replacing = False
@@ -110,14 +113,14 @@ def _start(
                     break
                 # While an old daemon is on its way out, a new one could only fail.
                 if ours and (process is None or process.returncode is not None) and lock_holder(home) is None:
-                    process = _spawn(home, budget)
+                    process = _spawn(home, budget, idle_exit_s)
             else:
                 started = process is not None and connection.daemon.pid == process.pid
                 if announce is not None and started:
                     instead = " in place of one of another version" if replacing else ""
                     announce(
-                        f"started a daemon (process {connection.daemon.pid}){instead}; it ends after "
-                        f"{IDLE_EXIT_S // 60} idle minutes, or with: expertd daemon stop"
+                        f"started a daemon (process {connection.daemon.pid}){instead}; it ends "
+                        f"{_after(idle_exit_s)}with: expertd daemon stop"
                     )
                 return connection, started
             time.sleep(_POLL_S)
@@ -158,8 +161,18 @@ def _turns(home: Home) -> Iterator[Callable[[], bool]]:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough if somebody forked meanwhile
 
 
-def _spawn(home: Home, budget: str | None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "expertd.daemon", "--idle-exit", str(IDLE_EXIT_S)]
+def _after(idle_exit_s: float | None) -> str:
+    if idle_exit_s is None:
+        return ""
+    minutes, seconds = divmod(idle_exit_s, 60)
+    length = f"{idle_exit_s:.12g} idle seconds" if seconds or minutes < 2 else f"{minutes:.12g} idle minutes"
+    return f"after {length}, or "
+
+
+def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "expertd.daemon"]  # it reads the other settings itself
+    if idle_exit_s is not None:
+        command += ["--idle-exit", str(idle_exit_s)]
     if budget is not None:
         command += ["--budget", budget]
     environment = {**os.environ, "EXPERTD_HOME": str(home.root)}

@@ -6,6 +6,9 @@ import re
 
 from expertd.protocol.errors import SizeInvalid
 
+AUTO = "auto"
+"""The budget that is what the machine can spare."""
+
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter] = _UNITS[_letter + "b"] = 1000**_power
@@ -26,6 +29,20 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise SizeInvalid(f"'{text}' is no size to work with; write for example 512MB, 2GiB or a number of bytes")
     return size
+
+
+def parse_budget(text: str) -> int | None:
+    """Bytes of a budget as ``parse_size`` reads them; None for ``auto``: what the machine can spare.
+
+    Raises:
+        SizeInvalid: neither.
+    """
+    if text.strip().lower() == AUTO:
+        return None
+    try:
+        return parse_size(text)
+    except SizeInvalid as error:
+        raise SizeInvalid(f"{error.message}, or {AUTO} for what the machine can spare") from None
 
 
 def show_size(size_bytes: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from expertd.protocol.errors import SizeInvalid
 from expertd.protocol.paths import Home
 from tests.conftest import StartDaemon
 from tools.factory import write_checkpoint
@@ -208,7 +209,35 @@ def test_a_second_daemon_in_one_home_is_refused(home: Home, start_daemon: StartD
 
 @pytest.mark.parametrize("size", ["much", "-1", "0", "12 parsecs"])
 def test_a_size_that_is_none_is_refused(size: str, home: Home) -> None:
-    assert_one_sentence(expertd("daemon", "run", "--budget", size), "size_invalid", 2, size)
+    assert_one_sentence(expertd("daemon", "run", "--budget", size), "size_invalid", 2, size, "or auto")
+
+
+TAKE_A_BUDGET = (
+    *COMMANDS,
+    ["trace", "record", "MODEL", "--prompts", "PROMPTS", "-o", "OUT.npz"],
+    ["worker", "MODEL", "--gateway", "ipc:///nowhere"],
+)
+
+
+@pytest.mark.parametrize("command", TAKE_A_BUDGET, ids=[command[0] for command in TAKE_A_BUDGET])
+def test_a_wrong_budget_is_told_before_anything_is_looked_at(command: list[str], home: Home) -> None:
+    done = expertd(*command, "--budget", "much")  # none of the files exists
+    assert_one_sentence(done, "size_invalid", 2, "'much'", "or auto")
+    assert not home.daemon_log.exists()
+
+
+def test_load_refuses_a_wrong_budget_before_it_looks_at_the_model(home: Home, tmp_path: Path) -> None:
+    from expertd import load
+
+    with pytest.raises(SizeInvalid, match="or auto"):
+        load(tmp_path / "nothing", budget="much")
+
+
+def test_the_budget_may_be_auto(good: Path, home: Home) -> None:
+    done = expertd("generate", str(good), "hello", "--max-tokens", "1", "--budget", "auto")
+    assert done.returncode == 0, done.stderr
+    assert expertd("budget", "auto").returncode == 0
+    assert expertd("daemon", "stop").returncode == 0
 
 
 def test_without_a_daemon_status_and_stop_say_how_to_start_one(home: Home) -> None:

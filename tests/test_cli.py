@@ -11,10 +11,10 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
-from expertd.clients.cli.daemon import POLICY_NAMES
 from expertd.clients.cli.status import table
 from expertd.daemon.policy import DEFAULT_POLICY, POLICIES
 from expertd.protocol import PROTOCOL
+from expertd.protocol.config import POLICY_NAMES
 from expertd.protocol.connection import package_version
 from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
@@ -224,7 +224,7 @@ def test_daemon_run_serves_until_it_is_stopped(home: Home) -> None:
 
 def test_every_command_explains_itself() -> None:
     listed = expertd("--help").stdout
-    for command in ("serve", "generate", "status", "budget", "daemon", "verify", "worker"):
+    for command in ("serve", "generate", "status", "budget", "config", "daemon", "verify", "worker"):
         assert f"\n  {command} " in listed
         done = expertd(command, "--help")
         assert done.returncode == 0

@@ -27,7 +27,7 @@ from expertd.protocol.layout import (
 from expertd.protocol.manifest import Part
 from expertd.protocol.paths import SOCKET_PATH_BYTES, Home
 from expertd.protocol.segments import Segment, create, map_readonly, segment_name
-from expertd.protocol.sizes import parse_size, show_size
+from expertd.protocol.sizes import parse_budget, parse_size, show_size
 
 # -- homes -------------------------------------------------------------------------------------------------------------
 
@@ -154,6 +154,17 @@ def test_a_size_is_read(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(SizeInvalid, match="write for example 512MB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "size"), [*SIZES.items(), ("auto", None), ("AUTO", None), (" auto ", None)])
+def test_a_budget_is_a_size_or_auto(text: str, size: int | None) -> None:
+    assert parse_budget(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "much", "automatic", "auto 1GB"])
+def test_what_is_no_budget_is_refused_and_auto_is_named_as_a_choice(text: str) -> None:
+    with pytest.raises(SizeInvalid, match="512MB, 2GiB or a number of bytes, or auto for what the machine can spare"):
+        parse_budget(text)
 
 
 SHOWN = {

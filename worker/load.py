@@ -19,6 +19,7 @@ from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
+from expertd.protocol.sizes import parse_budget
 from expertd.worker import attach
 from expertd.worker.alias import CopiedSlabs, SharedSlabs, Slabs, self_test
 from expertd.worker.experts import CachedExperts, Events
@@ -53,7 +54,7 @@ def load(
         tokenizer_config, model_config, lazy, return_config, trust_remote_code: as in ``mlx_lm.load``.
         adapter_path, revision: stand here for the order of the arguments; neither is supported yet.
         home: whose daemon to use, by default that of EXPERTD_HOME.
-        budget: for a daemon that has to be started, for example ``"8GiB"``.
+        budget: for a daemon that has to be started, for example ``"8GiB"`` or ``"auto"``.
         alias: ``"shm"`` computes out of the shared pages, ``"copy"`` out of a copy, ``"auto"`` tries the first.
     Returns:
         ``(model, tokenizer)``, and the config where asked for.
@@ -63,6 +64,8 @@ def load(
     if adapter_path is not None or revision is not None:
         what = "adapters" if adapter_path is not None else "revisions of the hub"
         raise CheckpointError(f"expertd.load does not support {what} yet; give a folder that has them merged in")
+    if budget is not None:
+        parse_budget(budget)  # now, not when the model has been looked through
     _sweep()
     folder = Path(path_or_hf_repo).expanduser().resolve()
     home = home or Home.current()

@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "Generate text from a prompt.",
     "status": "Show what the daemon holds and how well it does.",
     "budget": "Show or change the memory that experts may take.",
+    "config": "Show the settings that daemons start with.",
     "unload": "Give a model's memory back.",
     "doctor": "Explain the default budget and memory pressure.",
     "trace": "Record which experts routers choose, and look at it.",

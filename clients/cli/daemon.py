@@ -6,12 +6,10 @@ from pathlib import Path
 
 import click
 
+from expertd.clients.cli.parameters import budget_option
+from expertd.protocol.config import POLICY_NAMES
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
-from expertd.protocol.sizes import parse_size
-
-POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
-"""Of ``expertd.daemon.policy.POLICIES``; the first is the default, the others are there to be compared with."""
 
 
 @click.group()
@@ -20,18 +18,14 @@ def daemon() -> None:
 
 
 @daemon.command()
+@budget_option
 @click.option(
-    "--budget",
-    metavar="SIZE",
-    help="Memory for expert weights: 512MB, 2GiB, bytes; auto: what the machine can spare.  [default: auto]",
+    "--idle-exit", type=float, metavar="SECONDS", help="End after so long without a session.  [default: never]"
 )
-@click.option("--idle-exit", type=float, metavar="SECONDS", help="End after so long without a session.")
 @click.option(
     "--policy",
     type=click.Choice(POLICY_NAMES),
-    default=POLICY_NAMES[0],
-    show_default=True,
-    help="How to choose the blocks that go.",
+    help=f"How to choose the blocks that go.  [default: {POLICY_NAMES[0]}]",
 )
 @click.option(
     "--keep-alive",
@@ -46,13 +40,15 @@ def daemon() -> None:
     help="Memory pressure from a script, lines of 'SECONDS normal|warning|critical', not the system's.",
 )
 def run(
-    budget: str | None, idle_exit: float | None, policy: str, keep_alive: float | None, simulate_pressure: Path | None
-) -> None:
-    """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'."""
+    budget: str | None, idle_exit: float | None, policy: str | None, keep_alive: float | None,
+    simulate_pressure: Path | None,
+) -> None:  # fmt: skip
+    """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'.
+
+    Defaults may be changed by variables (EXPERTD_BUDGET and so on) and by config.toml: see 'expertd config show'.
+    """
     from expertd.daemon.__main__ import run as run_daemon
 
-    if budget not in (None, "auto"):
-        parse_size(budget)
     run_daemon(budget, idle_exit, policy, keep_alive_s=keep_alive, simulate_pressure=simulate_pressure)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from expertd.clients.cli.parameters import budget_option
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -14,7 +16,7 @@ import click
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
-@click.option("--budget", metavar="SIZE", help="Memory for expert weights, if a daemon has to be started.")
+@budget_option
 def generate(model: Path, prompt: str, max_tokens: int, temperature: float, raw: bool, budget: str | None) -> None:
     """Generate text from PROMPT with the checkpoint in the folder MODEL ('-' reads the prompt from standard input)."""
     from mlx_lm.generate import stream_generate

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import click
 
+from expertd.clients.cli.parameters import budget_option
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
-from expertd.protocol.sizes import parse_size
 
 
 @click.command()
 @click.argument("model")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any free port.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--budget", metavar="SIZE", help="Memory for a daemon that has to be started, as 8GB.")
+@budget_option
 def serve(model: str, port: int, host: str, budget: str | None) -> None:
     """Serve the checkpoint in the folder MODEL over an OpenAI API."""
     from expertd.clients.gateway import lifetime
@@ -37,8 +37,6 @@ def serve(model: str, port: int, host: str, budget: str | None) -> None:
     )
     path = Path(model).expanduser()
     weight_files(path)
-    if budget is not None:
-        parse_size(budget)
     home = Home.current()
     home.prepare()
     # The port comes first: whoever cannot listen should not have started anything.

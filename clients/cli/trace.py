@@ -10,6 +10,7 @@ from typing import Any
 import click
 import msgspec
 
+from expertd.clients.cli.parameters import budget_option
 from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, TraceStopped
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
@@ -39,7 +40,7 @@ def trace() -> None:
 @click.option("--parallel", default=1, show_default=True, type=click.IntRange(1, 32), help="Answers at a time.")
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without the model's chat template.")
 @click.option("--scores/--no-scores", default=True, show_default=True, help="Keep the router's scores, too.")
-@click.option("--budget", metavar="SIZE", help="Memory for expert weights, if a daemon has to be started.")
+@budget_option
 def record(
     model: Path, prompts: Path, output: Path, max_tokens: int, temperature: float, seed: int, parallel: int, raw: bool,
     scores: bool, budget: str | None,

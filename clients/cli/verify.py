@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import psutil
 
+from expertd.clients.cli.parameters import budget_option
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.sizes import show_size
 
@@ -18,7 +19,7 @@ PROMPT_LENGTHS = (1, 7, 300)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Greedy tokens to compare.")
 @click.option("--by-layer", is_flag=True, help="Compare layer by layer even if two models fit in memory.")
-@click.option("--budget", metavar="SIZE", help="Memory for expert weights, if a daemon has to be started.")
+@budget_option
 def verify(model: Path, tokens: int, by_layer: bool, budget: str | None) -> None:
     """Compare the logits and greedy tokens of a worker with those of plain mlx-lm.
 

@@ -1,0 +1,346 @@
+"""Settings of daemons: which source wins, what is refused and how, and that daemons are started with them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertd.protocol.config import KEYS, Source, merge, read_config, variable
+from expertd.protocol.errors import ConfigInvalid, DaemonNotRunning, SizeInvalid
+from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import connect_or_start, stop_daemon
+from tests.conftest import wait_for
+from tools.stage import ask_status
+
+PATH = Path("/home/me/.expertd/config.toml")
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in KEYS:
+        monkeypatch.delenv(variable(key), raising=False)
+
+
+@pytest.fixture
+def own_home(home: Home) -> Iterator[Home]:
+    """A home whose daemon is stopped afterwards."""
+    yield home
+    try:
+        stop_daemon(home, "test")
+    except DaemonNotRunning:
+        return
+
+
+def expertd(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "expertd.clients.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+# -- which source wins -------------------------------------------------------------------------------------------------
+
+
+def merged(key: str, flag: object = None, variable_is: str | None = None, file: object = None, **options: Any) -> Any:
+    environment = {} if variable_is is None else {variable(key): variable_is}
+    found = merge({key: flag}, environment, {} if file is None else {key: file}, PATH, **options)
+    return astuple(getattr(found, key))
+
+
+FLAG, ENVIRONMENT, FILE, DEFAULT = Source
+
+
+@pytest.mark.parametrize(
+    ("key", "flag", "variable_is", "file", "expected"),
+    [
+        ("budget", "1GB", "2GB", "3GB", (10**9, FLAG)),
+        ("budget", None, "2GB", "3GB", (2 * 10**9, ENVIRONMENT)),
+        ("budget", None, None, "3GB", (3 * 10**9, FILE)),
+        ("budget", None, None, 4096, (4096, FILE)),
+        ("budget", None, "4096", None, (4096, ENVIRONMENT)),
+        ("budget", None, None, None, (None, DEFAULT)),
+        ("budget", "auto", "2GB", "3GB", (None, FLAG)),
+        ("budget", None, "auto", "3GB", (None, ENVIRONMENT)),
+        ("budget", None, None, "auto", (None, FILE)),
+        ("budget", None, "", "3GB", (3 * 10**9, FILE)),
+        ("keep_alive", 1.0, "2", 3, (1.0, FLAG)),
+        ("keep_alive", 0.0, "2", 3, (0.0, FLAG)),
+        ("keep_alive", None, "2.5", 3, (2.5, ENVIRONMENT)),
+        ("keep_alive", None, None, 3, (3, FILE)),
+        ("keep_alive", None, None, 0.5, (0.5, FILE)),
+        ("keep_alive", None, None, None, (None, DEFAULT)),
+        ("idle_exit", 1.0, "2", 3, (1.0, FLAG)),
+        ("idle_exit", None, "2", 3, (2.0, ENVIRONMENT)),
+        ("idle_exit", None, None, 3, (3, FILE)),
+        ("idle_exit", None, None, 0, (0, FILE)),
+        ("idle_exit", float("inf"), None, 3, (None, FLAG)),
+        ("idle_exit", None, "inf", 3, (None, ENVIRONMENT)),
+        ("idle_exit", None, None, float("inf"), (None, FILE)),
+        ("idle_exit", None, None, None, (None, DEFAULT)),
+        ("policy", "lru", "lfu", "lcp", ("lru", FLAG)),
+        ("policy", None, "lfu", "lcp", ("lfu", ENVIRONMENT)),
+        ("policy", None, None, "lcp", ("lcp", FILE)),
+        ("policy", None, None, None, ("forecast", DEFAULT)),
+    ],
+)
+def test_a_flag_wins_over_a_variable_and_that_over_the_file(
+    key: str, flag: object, variable_is: str | None, file: object, expected: tuple[object, Source]
+) -> None:
+    assert merged(key, flag, variable_is, file) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable_is", "file", "expected"),
+    [
+        (None, None, None, (900, DEFAULT)),
+        (None, None, 60, (60, FILE)),
+        (None, None, float("inf"), (None, FILE)),
+        (None, "30", 60, (30.0, ENVIRONMENT)),
+        (5.0, "30", 60, (5.0, FLAG)),
+    ],
+)
+def test_what_a_user_has_set_wins_over_the_idle_exit_of_a_start_on_demand(
+    flag: float | None, variable_is: str | None, file: object, expected: tuple[object, Source]
+) -> None:
+    assert merged("idle_exit", flag, variable_is, file, default_idle_exit_s=900) == expected
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+IN_FILE = f" in {PATH}: "
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ({"bugdet": "1GB"}, f"'bugdet' in {PATH} is not a setting; did you mean 'budget'? There are: budget, "),
+        ({"idle-exit": 1}, "did you mean 'idle_exit'? "),
+        ({"Policy": "lru"}, "did you mean 'policy'? "),
+        ({"daemon": {"budget": 1}}, "'daemon' in"),
+        ({"zzz": 1}, f"'zzz' in {PATH} is not a setting; there are: budget, keep_alive, idle_exit, policy"),
+        ({"budget": "much"}, f"budget{IN_FILE}'much' is not a size; write for example 512MB"),
+        ({"budget": 0}, f"budget{IN_FILE}'0' is no size"),
+        ({"budget": -1}, f"budget{IN_FILE}'-1' is not a size"),
+        ({"budget": 1.5}, f'budget{IN_FILE}1.5 is not a size; write text as "8GiB" or "auto", or a whole number'),
+        ({"budget": True}, f"budget{IN_FILE}True is not a size"),
+        ({"budget": ["1GB"]}, f"budget{IN_FILE}['1GB'] is not a size"),
+        ({"keep_alive": "60"}, f"keep_alive{IN_FILE}'60' is not a number of seconds; write 0 or more, or inf"),
+        ({"keep_alive": False}, f"keep_alive{IN_FILE}False is not"),
+        ({"keep_alive": -1}, f"keep_alive{IN_FILE}-1 is not"),
+        ({"idle_exit": float("nan")}, f"idle_exit{IN_FILE}nan is not"),
+        ({"policy": "lruu"}, f"policy{IN_FILE}'lruu' is not a policy; did you mean 'lru'? There are: forecast, "),
+        ({"policy": 3}, f"policy{IN_FILE}3 is not a policy; there are: forecast, "),
+    ],
+)
+def test_a_mistake_in_the_file_is_told_with_its_key_and_the_way_out(file: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        merge({}, {}, file, PATH)
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"EXPERTD_BUDGET": "much"}, "EXPERTD_BUDGET: 'much' is not a size; write for example 512MB"),
+        ({"EXPERTD_KEEP_ALIVE": "long"}, "EXPERTD_KEEP_ALIVE: 'long' is not a number of seconds"),
+        ({"EXPERTD_IDLE_EXIT": "-1"}, "EXPERTD_IDLE_EXIT: -1.0 is not a number of seconds"),
+        ({"EXPERTD_POLICY": "LRU"}, "EXPERTD_POLICY: 'LRU' is not a policy; did you mean 'lru'?"),
+    ],
+)
+def test_a_mistake_in_a_variable_is_told_with_its_name(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        merge({}, environment, {}, PATH)
+    assert caught.value.message.startswith(words)
+
+
+def test_a_mistake_is_told_even_where_something_else_wins() -> None:
+    with pytest.raises(ConfigInvalid, match="'much'"):
+        merge({"budget": "1GB"}, {"EXPERTD_BUDGET": "2GB"}, {"budget": "much"}, PATH)
+
+
+def test_a_wrong_flag_is_told_by_its_name_and_a_wrong_size_as_anywhere_else() -> None:
+    with pytest.raises(ConfigInvalid, match=r"^--idle-exit: -1 is not"):
+        merge({"idle_exit": -1}, {}, {}, PATH)
+    with pytest.raises(SizeInvalid, match=r"^'much' is not"):
+        merge({"budget": "much"}, {}, {}, PATH)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_file_all_is_as_by_default(home: Home) -> None:
+    found = read_config(home)
+    assert {getattr(found, key).source for key in KEYS} == {Source.DEFAULT}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"budget = 8GiB\n", "is not TOML (Expected newline"),
+        (b"budget = auto\n", "is not TOML (Invalid value"),
+        (b"budget\n", "at line 1"),
+        (b'budget = "1GB"\nbudget = "2GB"\n', "is not TOML (Cannot overwrite a value"),
+        (b"policy = '\xff'\n", "is not TOML ('utf-8' codec"),
+        (b"budget = " + b"9" * 5000, "is not TOML (Exceeds the limit"),
+    ],
+)
+def test_what_is_no_toml_is_told_with_the_place_and_the_way_out(text: bytes, why: str, home: Home) -> None:
+    home.config.write_bytes(text)
+    with pytest.raises(ConfigInvalid) as caught:
+        read_config(home)
+    assert caught.value.message.startswith(f"{home.config} ")
+    assert why in caught.value.message
+    assert caught.value.message.endswith('(text needs quotes, as in budget = "8GiB"), or remove it')
+
+
+def test_a_file_that_cannot_be_read_is_told(home: Home) -> None:
+    home.config.mkdir()
+    with pytest.raises(ConfigInvalid, match=r"config\.toml cannot be read \(Is a directory\)"):
+        read_config(home)
+
+
+# -- daemons -----------------------------------------------------------------------------------------------------------
+
+RUN = """
+import sys
+import expertd.daemon.__main__ as daemon
+
+class Server:
+    def __init__(self, home, size, policy, *, idle_exit_s, keep_alive_s, pressure):
+        print(size, policy.__name__, idle_exit_s, keep_alive_s)
+
+    async def run(self):
+        pass
+
+daemon.Server = Server
+sys.exit(daemon.main())
+"""
+"""``python -m expertd.daemon`` with a server that only says what it was made with."""
+
+SETTINGS = 'budget = "1MiB"\nkeep_alive = 60\nidle_exit = 30\npolicy = "lru"\n'
+
+
+def made_with(*flags: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", RUN, *flags], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+
+
+def test_each_setting_reaches_the_daemon(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.config.write_text(SETTINGS)
+    assert made_with() == "1048576 LRU 30 60\n"
+    monkeypatch.setenv("EXPERTD_POLICY", "lfu")
+    monkeypatch.setenv("EXPERTD_IDLE_EXIT", "inf")
+    assert made_with("--keep-alive", "5") == "1048576 LFU None 5.0\n"
+    assert made_with("--budget", "2MiB", "--policy", "ewma", "--idle-exit", "7") == "2097152 EWMA 7.0 60\n"
+
+
+def test_daemon_run_takes_the_file_and_ends_when_it_says(home: Home) -> None:
+    home.config.write_text('budget = "1MiB"\nidle_exit = 0.5\n')
+    assert expertd("daemon", "run").returncode == 0
+
+
+def test_a_daemon_that_is_started_on_demand_takes_the_file(own_home: Home) -> None:
+    own_home.config.write_text('budget = "1MiB"\nidle_exit = 3600\n')
+    said: list[str] = []
+    connection, started = connect_or_start(own_home, "test", announce=said.append)
+    connection.close()
+    assert started
+    assert ask_status(own_home).budget_bytes == 1 << 20
+    assert said == [
+        f"started a daemon (process {connection.daemon.pid}); it ends after 60 idle minutes, "
+        "or with: expertd daemon stop"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("idle_exit", "when"),
+    [("90", "after 90 idle seconds, or with: "), ("inf", "with: "), ("", "after 15 idle minutes, or with: ")],
+)
+def test_a_start_on_demand_announces_when_the_daemon_ends(
+    own_home: Home, monkeypatch: pytest.MonkeyPatch, idle_exit: str, when: str
+) -> None:
+    monkeypatch.setenv("EXPERTD_IDLE_EXIT", idle_exit)
+    said: list[str] = []
+    connect_or_start(own_home, "test", budget="1MiB", announce=said.append)[0].close()
+    assert f"; it ends {when}" in said[0]
+
+
+def test_a_daemon_that_is_started_on_demand_ends_when_the_file_says(own_home: Home) -> None:
+    own_home.config.write_text("idle_exit = 0\n")
+    connect_or_start(own_home, "test", budget="1MiB")[0].close()
+    wait_for(lambda: not own_home.daemon_socket.exists())
+
+
+def test_what_starts_a_daemon_on_demand_gets_the_mistake_and_starts_none(home: Home) -> None:
+    home.config.write_text('bugdet = "1MiB"\n')
+    with pytest.raises(ConfigInvalid, match="did you mean 'budget'"):
+        connect_or_start(home, "test")
+    assert not home.daemon_log.exists()
+
+
+def test_a_daemon_that_runs_is_used_whatever_the_file_says(own_home: Home) -> None:
+    connect_or_start(own_home, "test", budget="1MiB")[0].close()
+    own_home.config.write_text("nonsense")
+    connection, started = connect_or_start(own_home, "test")
+    connection.close()
+    assert not started
+
+
+@pytest.mark.parametrize("command", ["daemon run", "config show", "config show --json", "generate", "serve"])
+def test_a_command_tells_a_mistake_in_one_sentence(command: str, home: Home, checkpoints: dict[str, Path]) -> None:
+    home.config.write_text("keep_alive = 'long'\n")
+    more = {"generate": [str(checkpoints["stacked"]), "hello"], "serve": [str(checkpoints["stacked"]), "--port", "0"]}
+    done = expertd(*command.split(), *more.get(command, []))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"expertd: keep_alive in {home.config}: 'long' is not a number of seconds; "
+        "write 0 or more, or inf for no limit [config_invalid]\n"
+    )
+
+
+# -- expertd config show -----------------------------------------------------------------------------------------------
+
+
+def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.config.write_text('budget = "2GiB"\nidle_exit = 60\n')
+    monkeypatch.setenv("EXPERTD_IDLE_EXIT", "120")
+    assert expertd("config", "show").stdout.splitlines() == [
+        f"file        {home.config}",
+        f"budget      2.1 GB  ({home.config})",
+        "keep_alive  until memory is needed  (default)",
+        "idle_exit   120 s  (EXPERTD_IDLE_EXIT)",
+        "policy      forecast  (default)",
+    ]
+    assert json.loads(expertd("config", "show", "--json").stdout) == {
+        "file": str(home.config),
+        "settings": {
+            "budget": {"value": 2 << 30, "source": "file"},
+            "keep_alive": {"value": None, "source": "default"},
+            "idle_exit": {"value": 120, "source": "environment"},
+            "policy": {"value": "forecast", "source": "default"},
+        },
+    }
+
+
+def test_config_show_says_that_there_is_no_file_and_creates_nothing(home: Home) -> None:
+    assert expertd("config", "show").stdout.splitlines() == [
+        f"file        {home.config}, which is not there",
+        "budget      auto: what the machine can spare  (default)",
+        "keep_alive  until memory is needed  (default)",
+        "idle_exit   never; a daemon that is started on demand: 900 s  (default)",
+        "policy      forecast  (default)",
+    ]
+    assert not home.config.exists()
+
+
+def test_a_live_change_of_the_budget_is_not_written_down(own_home: Home) -> None:
+    own_home.config.write_text(SETTINGS)
+    connect_or_start(own_home, "test")[0].close()
+    assert expertd("budget", "3MB").returncode == 0
+    assert own_home.config.read_text() == SETTINGS
