@@ -376,7 +376,8 @@ class Server:
     def _check_limits(self, key: str) -> None:
         if len(self._peers) + self._attaching > SESSION_LIMIT:
             raise LimitReached(f"{SESSION_LIMIT} sessions are open, which is the limit; close some, or try again later")
-        if key not in self._core.keys and len(self._core.keys | self._indexing.keys()) >= MODEL_LIMIT:
+        loaded = self._core.models.keys()
+        if key not in loaded and len(loaded | self._indexing.keys()) >= MODEL_LIMIT:
             raise LimitReached(f"{MODEL_LIMIT} models are loaded, which is the limit; close some, or try again later")
 
     async def _index(self, manifest: Manifest) -> BlockIndex:
@@ -456,7 +457,7 @@ class Server:
                     self._spawn(self._create_pool(what))
                 case instructions.UnlinkPool(segment):
                     self._pools.pop(segment).close()
-        for key in self._files.keys() - self._core.keys:
+        for key in self._files.keys() - self._core.models.keys():
             self._files.pop(key).close()
 
     def _when_filled(self, segment: int, slot: int) -> Callable[[int, ExpertdError | None], None]:
@@ -564,7 +565,7 @@ class Server:
         """Let the limit follow the machine's pressure, and tell sessions of it."""
         while True:
             await asyncio.sleep(memory_watch.TICK_S if self._core.used else memory_watch.IDLE_TICK_S)
-            change, news = self._memory.tick(self._core.used, self._core.smallest_budget)
+            change, news = self._memory.tick(self._core.used, self._core.floor)
             self._limit(change)
             if news is not None:
                 for session in self._peers:

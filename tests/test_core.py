@@ -208,19 +208,6 @@ def test_a_budget_too_small_names_the_smallest_that_works(mode: AliasMode, shape
     assert daemon.core.used <= needed
 
 
-def test_a_budget_that_others_have_taken_names_what_both_need() -> None:
-    daemon = Daemon(8)
-    daemon.attach(1, manifest("a"))
-    (refusal,) = daemon.ask(2, manifest("b"))
-    assert isinstance(refusal, Refuse)
-    daemon = Daemon(budget=named_budget(refusal.error))
-    daemon.attach(1, manifest("a"))
-    daemon.attach(2, manifest("b"))
-    daemon = Daemon(budget=named_budget(refusal.error) - 1)
-    daemon.attach(1, manifest("a"))
-    assert of(Refuse, daemon.ask(2, manifest("b")))
-
-
 def test_an_idle_model_is_dropped_for_a_newcomer() -> None:
     daemon = Daemon(8)
     old = daemon.attach(1, manifest("a")).pools[0].segment
@@ -253,31 +240,36 @@ def test_an_idle_model_stays_when_there_is_room_beside_it() -> None:
     assert not of(CreatePool, daemon.ask(3, manifest("a")))
 
 
-def test_a_newcomer_waits_for_the_last_reads_of_an_idle_model() -> None:
-    """Its memory cannot go while a read fills it, and "the budget is too small" would be no help."""
+def test_a_newcomer_gets_the_memory_of_an_idle_model_after_its_last_reads() -> None:
+    """It cannot go while a read fills it; the newcomer begins with what one event needs."""
     daemon = Daemon(8)
     daemon.attach(1, manifest("a"))
     assert daemon.reads
     daemon.feed(Ended(1))
     out = daemon.ask(2, manifest("b"))
     assert not of(UnlinkPool, out)
-    assert not of(Refuse, out)
-    (create,) = of(CreatePool, daemon.finish())
+    (create,) = of(CreatePool, out)
+    assert create.layout.size == smallest(manifest("b"))
     assert [grant.session for grant in of(Grant, daemon.feed(PoolCreated(create.segment)))] == [2]
+    out = daemon.finish()
+    assert len(of(UnlinkPool, out)) == 1
+    (larger,) = of(CreatePool, out)
+    assert larger.layout.slots == 8
 
 
-def test_a_model_in_use_is_not_dropped_for_a_newcomer() -> None:
+@pytest.mark.parametrize("created", [False, True])
+def test_a_model_in_use_is_not_dropped_for_a_newcomer_but_makes_room(created: bool) -> None:
     daemon = Daemon(8)
-    daemon.attach(1, manifest("a"))
-    daemon.finish()
+    first = of(CreatePool, daemon.ask(1, manifest("a")))
+    if created:
+        daemon.feed(PoolCreated(first[0].segment))
+        daemon.finish()
     out = daemon.ask(2, manifest("b"))
-    assert [type(instruction) for instruction in out] == [Refuse]
-
-
-def test_a_model_whose_pools_are_being_created_is_not_dropped_for_a_newcomer() -> None:
-    daemon = Daemon(8)
-    daemon.ask(1, manifest("a"))
-    assert [type(instruction) for instruction in daemon.ask(2, manifest("b"))] == [Refuse]
+    if not created:
+        assert [type(instruction) for instruction in out] == [CreatePool]
+        out += daemon.feed(PoolCreated(first[0].segment))
+    assert [create.generation for create in of(CreatePool, out)] == [1, 2]
+    assert not of(UnlinkPool, out)
 
 
 def test_a_session_in_copy_mode_is_charged_a_copy_of_the_pools() -> None:
@@ -311,12 +303,10 @@ def test_a_session_in_copy_mode_without_room_is_refused_and_told_what_works() ->
 
 def test_a_copy_is_charged_while_its_session_is_still_opening() -> None:
     daemon = Daemon(budget=12 * PAGE)
-    (create,) = of(CreatePool, daemon.ask(1, manifest("a"), "copy"))
-    other = of(CreatePool, daemon.ask(2, manifest("b")))
-    daemon.feed(PoolCreated(create.segment))
-    for created in other:
-        daemon.feed(PoolCreated(created.segment))
-    assert daemon.core.used <= daemon.core.budget
+    daemon.ask(1, manifest("a"), "copy")
+    assert 10 * PAGE <= daemon.core.used <= 12 * PAGE
+    (other,) = of(CreatePool, daemon.ask(2, manifest("b")))
+    assert other.layout.size == smallest(manifest("b")), "what the copy takes is not there for others"
 
 
 def test_two_copies_that_are_opening_at_once_both_count() -> None:

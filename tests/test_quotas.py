@@ -1,9 +1,9 @@
-"""Pools of one model that give each other memory (``daemon.core.quotas``), and the core that carries it out."""
+"""Pools that give each other memory (``daemon.core.quotas``), and the core that carries it out."""
 
 from __future__ import annotations
 
 import random
-from collections import deque
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,16 +12,24 @@ from hypothesis import strategies as st
 
 from benchmarks.policy.simulator import even_pools, replay
 from benchmarks.policy.traffic import Event
-from expertd.daemon.core import Core, events, instructions, quotas
+from expertd.daemon.core import events, quotas
 from expertd.daemon.core.plan import largest, plan_pools, smallest
-from expertd.daemon.core.quotas import COPYING, STEP, WINDOW, Quotas, Size
-from expertd.daemon.policy import EWMA, Forecast, PolicyFactory
+from expertd.daemon.core.quotas import COPYING, STEP, WINDOW, Quotas, Size, step
+from expertd.daemon.policy import EWMA, Forecast
 from expertd.daemon.status import model_status
 from expertd.protocol.layout import PAGE
 from expertd.protocol.manifest import Layer, Manifest, Part
+from tests.core_runner import Runner, model_of
 
 LAYERS = 4
-SIZE = Size(100, 10, 200)
+
+
+def step_of(quota: Quotas) -> tuple[int, int, int] | None:
+    """The step between two pools of 100 bytes, which is made if it is due."""
+    decided = step({number: Size(100, 10, 200, quota.saved(number)) for number in range(2)})
+    if decided is not None:
+        quota.begin_again()
+    return decided
 
 
 def fill(quota: Quotas, windows: int, **chances: float) -> None:
@@ -40,14 +48,14 @@ def test_time_to_ask_comes_once_a_window() -> None:
 
 def test_memory_goes_where_what_is_evicted_is_likely_to_be_used_and_only_when_that_has_paid_for_the_copies() -> None:
     quota = Quotas(LAYERS)
-    step = int(STEP * 100)
-    saved_in_a_window = step * 0.01 * WINDOW * LAYERS
+    size = int(STEP * 100)
+    saved_in_a_window = size * 0.01 * WINDOW * LAYERS
     windows = int(COPYING * 200 / saved_in_a_window)
     fill(quota, windows, a=0.0, b=0.01)
-    assert quota.step({0: SIZE, 1: SIZE}) is None
+    assert step_of(quota) is None
     fill(quota, 1, a=0.0, b=0.01)
-    assert quota.step({0: SIZE, 1: SIZE}) == (0, 1, step)
-    assert quota.step({0: SIZE, 1: SIZE}) is None, "what paid for one step pays for another"
+    assert step_of(quota) == (0, 1, size)
+    assert step_of(quota) is None, "what paid for one step pays for another"
 
 
 def test_nothing_moves_between_pools_that_need_about_the_same_however_long_it_lasts() -> None:
@@ -55,13 +63,13 @@ def test_nothing_moves_between_pools_that_need_about_the_same_however_long_it_la
     chance = random.Random(0)
     for _ in range(5000):
         fill(quota, 1, a=chance.uniform(0.001, 0.01), b=chance.uniform(0.001, 0.01))
-        assert quota.step({0: SIZE, 1: SIZE}) is None
+        assert step_of(quota) is None
 
 
 def test_a_policy_that_estimates_nothing_moves_nothing() -> None:
     quota = Quotas(LAYERS)
     fill(quota, 10_000, a=0.0, b=0.0)
-    assert quota.step({0: SIZE, 1: SIZE}) is None
+    assert step_of(quota) is None
 
 
 @settings(deadline=None, derandomize=True)
@@ -80,14 +88,15 @@ def test_a_step_leaves_everybody_within_bounds_and_takes_from_another(sizes: lis
         for number, chance in enumerate(needs):
             quota.evicted(number, chance)
         quota.ran(WINDOW * LAYERS)
-    decided = quota.step(dict(enumerate(sizes)))
+    sizes = [replace(size, saved=quota.saved(number)) for number, size in enumerate(sizes)]
+    decided = step(dict(enumerate(sizes)))
     if decided is None:
         return
-    giver, taker, step = decided
-    assert giver != taker and step > 0
+    giver, taker, size = decided
+    assert giver != taker and size > 0
     assert needs[taker] > needs[giver]
-    assert sizes[giver].now - step >= sizes[giver].fewest
-    assert sizes[taker].now + step <= sizes[taker].most
+    assert sizes[giver].now - size >= sizes[giver].fewest
+    assert sizes[taker].now + size <= sizes[taker].most
 
 
 # -- in the simulator --------------------------------------------------------------------------------------------------
@@ -120,99 +129,54 @@ def test_no_step_is_made_by_policies_without_estimates() -> None:
 # -- in the core -------------------------------------------------------------------------------------------------------
 
 
-def model(pages: tuple[int, ...], experts: int = 128) -> Manifest:
-    """A layer for each of ``pages``: the size of its blocks."""
-    layers = tuple(
-        Layer(f"layers.{n}", experts, 4, (Part("up_proj.weight", "U8", (size * PAGE,), ("tensor",), (0,)),))
-        for n, size in enumerate(pages)
-    )
-    return Manifest("/m", "family", (), layers)
-
-
-class Runner:
-    """A core whose files, memory and one session do at once what they are asked to."""
-
-    def __init__(self, manifest: Manifest, budget: int, policy: PolicyFactory = Forecast) -> None:
-        self.core = Core(budget, policy)
-        self.sequence = self.answers = 0
-        self.most_used = 0
-        self.feed(events.Attach(1, 100, "shm", manifest))
-        self.model = self.core.models[manifest.key]
-
-    def feed(self, event: events.Event) -> None:
-        todo = deque([event])
-        while todo:
-            for out in self.core.handle(todo.popleft()):
-                match out:
-                    case instructions.CreatePool(segment):
-                        todo.append(events.PoolCreated(segment))
-                    case instructions.StartRead(_, segment, slot):
-                        todo.append(events.ReadDone(segment, slot, PAGE))
-                    case instructions.StartCopy(_, _, segment, slot):
-                        todo.append(events.ReadDone(segment, slot, 0))
-                    case instructions.AskAck(session, version):
-                        todo.append(events.Ack(session, version, self.sequence))
-                    case instructions.Move(session, info):
-                        left = [pool for pool in self.model.old if pool.layers == tuple(info.layers)]
-                        todo.extend(events.Released(session, pool.segment) for pool in left)
-                    case instructions.Answer():
-                        self.answers += 1
-            self.most_used = max(self.most_used, self.core.used)
-
-    def use(self, layer: int, experts: list[int]) -> None:
-        """An event, again if the pool has moved meanwhile."""
-        before = self.answers
-        while self.answers == before:
-            self.sequence += 1
-            segment = self.model.pool_of_layer[layer].segment
-            self.feed(events.Fetch(1, self.sequence, segment, layer, tuple(experts)))
-
-
 def test_the_core_carries_steps_out_within_the_budget_and_counts_the_copies() -> None:
     """Blocks of two shapes; the layer with the larger ones needs room, the other does not."""
-    manifest = model((1, 2, 1, 2))
+    manifest = model_of((1, 2, 1, 2))
     budget = int(0.4 * largest(manifest))
-    runner = Runner(manifest, budget)
-    before = {pool.layers: pool.layout.slots for pool in runner.model.pools}
+    runner = Runner(budget)
+    model = runner.attach(1, manifest)
+    before = {pool.layers: pool.layout.slots for pool in model.pools}
     assert set(before) == {(0, 2), (1, 3)}
     chance = random.Random(5)
     for _ in range(1500):
         for layer in range(4):
-            runner.use(layer, chance.sample(range(100), 4) if layer in (1, 3) else [0, 1, 2, 3])
-    after = {pool.layers: pool.layout.slots for pool in runner.model.pools}
+            runner.use(1, layer, chance.sample(range(100), 4) if layer in (1, 3) else [0, 1, 2, 3])
+    after = {pool.layers: pool.layout.slots for pool in model.pools}
     assert after[1, 3] > 1.05 * before[1, 3]
     assert after[0, 2] < before[0, 2]
     assert runner.core.used <= budget
-    assert not runner.model.old
-    largest_move = max(pool.layout.size for pool in runner.model.pools)
+    assert not model.old
+    largest_move = max(pool.layout.size for pool in model.pools)
     assert runner.most_used <= budget + largest_move, "both pools had a second generation at the same time"
-    assert runner.model.moves >= 2 and runner.model.moves % 2 == 0
-    assert runner.model.copied > 0
-    status = model_status(runner.model)
-    assert (status.moves, status.blocks_copied) == (runner.model.moves, runner.model.copied)
+    assert model.moves >= 2 and model.moves % 2 == 0
+    assert model.copied > 0
+    status = model_status(model)
+    assert (status.moves, status.blocks_copied) == (model.moves, model.copied)
 
 
 def test_the_core_moves_nothing_for_a_policy_without_estimates() -> None:
-    manifest = model((1, 2))
-    runner = Runner(manifest, int(0.4 * largest(manifest)), EWMA)
+    manifest = model_of((1, 2))
+    runner = Runner(int(0.4 * largest(manifest)), EWMA)
+    model = runner.attach(1, manifest)
     for number in range(2000):
-        runner.use(number % 2, [number % 7, 7 + number % 100] if number % 2 else [0, 1])
-    assert runner.model.moves == 0
+        runner.use(1, number % 2, [number % 7, 7 + number % 100] if number % 2 else [0, 1])
+    assert model.moves == 0
 
 
 def test_a_budget_that_changes_in_the_middle_of_a_step_leaves_no_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quotas, "COPYING", 0.0)
-    manifest = model((1, 2))
-    runner = Runner(manifest, int(0.4 * largest(manifest)))
+    manifest = model_of((1, 2))
+    runner = Runner(int(0.4 * largest(manifest)))
+    model = runner.attach(1, manifest)
     chance = random.Random(5)
     for _ in range(300):
         for layer in range(2):
-            runner.use(layer, chance.sample(range(100), 4) if layer else [0, 1, 2, 3])
-    assert runner.model.moves > 0
-    for pool in runner.model.pools:
+            runner.use(1, layer, chance.sample(range(100), 4) if layer else [0, 1, 2, 3])
+    assert model.moves > 0
+    for pool in model.pools:
         pool.quota = pool.layout.size
     runner.feed(events.BudgetChanged(smallest(manifest)))
-    assert [pool.quota for pool in runner.model.pools] == [None, None]
+    assert [pool.quota for pool in model.pools] == [None, None]
     assert runner.core.used <= smallest(manifest)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from benchmarks.policy.traffic import Pass
-from expertd.daemon.core.quotas import Quotas, Size
+from expertd.daemon.core.quotas import Quotas, Size, step
 from expertd.daemon.core.state import LayerCounts
 from expertd.daemon.policy import Block, Policy
 
@@ -121,9 +121,10 @@ def replay(
 
 def _step(quotas: Quotas, policy: Policy, pools: Pools, held: list[set[Block]], most: list[int], out: Replay) -> None:
     """Let a pool give slots to another, if it is time: both go on with copies of what they keep."""
-    decided = quotas.step({n: Size(slots, 1, most[n]) for n, slots in enumerate(out.slots)})
+    decided = step({n: Size(slots, 1, most[n], quotas.saved(n)) for n, slots in enumerate(out.slots)})
     if decided is None:
         return
+    quotas.begin_again()
     giver, taker, slots = decided
     out.slots[giver] -= slots
     out.slots[taker] += slots

@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Iterable
 
 from expertd.daemon.core import events, fetches, instructions, memory, slots
-from expertd.daemon.core.plan import largest, plan_pools, resized, smallest
+from expertd.daemon.core.plan import beginning, largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
@@ -29,7 +29,7 @@ from expertd.protocol.sizes import show_size
 LEARNED_FORWARDS = 32
 """Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
 long, and what others miss must not wait for it."""
-GROWTH = 5 / 4
+GROWTH = 9 / 8
 """A pool moves to a larger generation if that is at least so much larger, or holds all: moving costs copies."""
 
 
@@ -53,7 +53,6 @@ class Core:
         self._segments = itertools.count(first_segment)
         self._events = 0
         self._memory_changed = False
-        self._postponed: list[events.Attach] = []
         self._out: list[instructions.Instruction] = []
 
     @property
@@ -64,13 +63,12 @@ class Core:
     @property
     def smallest_budget(self) -> int:
         """Bytes that the models in use need at least: one event of one session each."""
-        used = [model for model in self.models.values() if model.sessions or model.opening]
-        return sum(memory.fewest(model, pool) * (1 + model.copies) for model in used for pool in model.pools)
+        return memory.smallest(self.models.values())
 
     @property
-    def keys(self) -> set[str]:
-        """Keys of the models that exist or that somebody waits to open: their files are needed."""
-        return self.models.keys() | {attach.manifest.key for attach in self._postponed}
+    def floor(self) -> int:
+        """Bytes for one event of each session: what they keep under the worst pressure."""
+        return memory.floor(self.models.values())
 
     @property
     def owing(self) -> list[int]:
@@ -115,8 +113,7 @@ class Core:
                     self._heard(self.sessions[session])
             case events.BudgetChanged(size, drop, most):
                 self.budget, self.most = size, size if most is None else most
-                for pool in (pool for model in self.models.values() for pool in model.pools):
-                    pool.quota = None
+                memory.forget_quotas(self.models.values())
                 self._divide_memory(drop)
             case events.Unwanted(key):
                 if key in self.models:
@@ -127,9 +124,6 @@ class Core:
                 self._read_failed(event)
             case events.Ended(session):
                 self._ended(session)
-        postponed, self._postponed = self._postponed, []
-        for attach in postponed:
-            self._attach(attach)
         if self._memory_changed:
             self._memory_changed = False
             self._divide_memory()
@@ -146,9 +140,6 @@ class Core:
             except ExpertdError as error:
                 self._out.append(instructions.Refuse(event.session, error, None))
                 return
-            if model is None:
-                self._postponed.append(event)
-                return
         elif event.mode == "copy" and model.size > self.budget - self.used:
             refusal = BudgetTooSmall(
                 f"a session in copy mode needs {show_size(model.size)} of its own beside the shared pools, and "
@@ -162,18 +153,19 @@ class Core:
         if model.ready:
             self._open_sessions(model)
 
-    def _new_model(self, event: events.Attach) -> Model | None:
-        """A model for ``event``, or None if that has to wait until the last reads of unused models have ended."""
+    def _new_model(self, event: events.Attach) -> Model:
+        """A model for ``event``, with the memory that is free; where that is too little, others make room meanwhile.
+
+        It begins with what one event needs at least, even if pools in use or the last reads of unused models still
+        take the whole budget: it is short, and nobody has to wait.
+        """
         manifest = event.manifest
         copies = 2 if event.mode == "copy" else 1
         wanted = largest(manifest) * copies
         needed = smallest(manifest) * copies
-        idle = sum(model.size + model.extra for model in self._idle())
-        if needed > self.most - self.used + idle:
-            if needed <= self.most - self.used + memory.coming_back(self.models.values()):
-                return None
-            held = self.used - idle
-            others = f", and models in use hold {show_size(held)} of it" if held else ""
+        held = self.smallest_budget
+        if needed > self.most - held:
+            others = f", and models in use need at least {held} bytes ({show_size(held)}) of it" if held else ""
             raise BudgetTooSmall(
                 f"the budget of {show_size(self.most)} is too small for {manifest.folder}: one event of one session "
                 f"needs at least {needed} bytes ({show_size(needed)}){others}; start the daemon with "
@@ -183,14 +175,19 @@ class Core:
             if self.budget - self.used >= wanted:
                 break
             self._drop(model)
-        plans = plan_pools(manifest, max(needed, self.budget - self.used) // copies)
-        pools = [self._new_pool(1, plan.layers, plan.layout) for plan in plans]
+        should_have = max(needed, memory.make_room(self.budget, self.models.values(), wanted))
+        plans = plan_pools(manifest, should_have // copies)
+        pools = []
+        for plan, layout in beginning(manifest, plans, (self.budget - self.used) // copies):
+            pools.append(self._new_pool(1, plan.layers, layout))
+            pools[-1].quota = plan.layout.size if layout.slots < plan.layout.slots else None
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
         layers = manifest.layers
         experts, top_k = max(layer.experts for layer in layers), max(layer.top_k for layer in layers)
         policy = self._policy(len(layers), experts, top_k)
         model = Model(manifest.key, manifest, pools, pool_of_layer, policy)
         self.models[model.key] = model
+        self._memory_changed = True
         for pool in pools:
             self._pools[pool.segment] = (model, pool)
         return model
@@ -252,7 +249,6 @@ class Core:
             slots.fill(model, pool, self._out)
 
     def _ended(self, number: int) -> None:
-        self._postponed = [attach for attach in self._postponed if attach.session != number]
         for model in self.models.values():
             model.opening = [attach for attach in model.opening if attach.session != number]
         session = self.sessions.pop(number, None)
@@ -384,9 +380,8 @@ class Core:
 
     def _ran(self, model: Model, events: int) -> None:
         """So many events have run: now and then it is seen whether pools should give each other memory."""
-        if len(model.pools) > 1 and model.quotas.ran(events) and not model.extra:
-            memory.step(model)
-            self._memory_changed = True
+        if model.quotas.ran(events):
+            self._memory_changed |= memory.step(self.models.values())
 
     def _release(self, session: Session) -> None:
         if session.leased_pool is not None:
@@ -469,6 +464,7 @@ class Core:
         model.old.append(old)
         model.moves += 1
         old.next, old.superseded = None, True
+        new.quota = old.quota if old.outdated else None
         slots.forget_wishes(model, old)
         stay = slots.hand_over(model, old, new)
         new.carried.update(stay)
@@ -547,6 +543,8 @@ class Core:
             if drop and pool.carried:
                 slots.forget_wishes(model, pool)
                 self._sweep(model)
+        if not memory.under_way(self.models.values()) and memory.forget_quotas(self.models.values()):
+            self._divide_memory(drop)  # nobody will give what they wait for: all that is free is to be had
 
     def _resize(self, model: Model, pool: Pool, size: int) -> None:
         """Begin another generation of ``pool`` if ``size`` bytes differ enough from what it has."""

@@ -50,6 +50,13 @@ def resized(manifest: Manifest, pool_layers: Sequence[int], size: int) -> PoolLa
     return _layout(layers, pool_layers, max(_floor(layers, pool_layers), min(slots, most)))
 
 
+def floor_of(manifest: Manifest, pool_layers: Sequence[int], sessions: int) -> int:
+    """Bytes of a pool of these layers that has slots for one event of each of so many sessions, or for every block."""
+    layers = manifest.layers
+    most = resized(manifest, pool_layers, largest(manifest)).slots
+    return _layout(layers, pool_layers, min(most, max(1, sessions) * _floor(layers, pool_layers))).size
+
+
 def largest_of(manifest: Manifest, pool_layers: Sequence[int]) -> int:
     """Bytes of a pool of these layers that holds as much as a pool can."""
     return resized(manifest, pool_layers, largest(manifest)).size
@@ -119,6 +126,14 @@ def plan_pools(manifest: Manifest, size: int) -> list[PoolPlan]:
             wants.append((fewest, min(share * len(run) // len(group), most_of_run), most_of_run))
     sizes = divide(size, _shallow_first(runs, wants, len(layers)))
     return [PoolPlan(run, resized(manifest, run, size)) for run, size in zip(runs, sizes, strict=True)]
+
+
+def beginning(manifest: Manifest, plans: Sequence[PoolPlan], size: int) -> list[tuple[PoolPlan, PoolLayout]]:
+    """The layout that each pool of ``plans`` begins with if no more than ``size`` bytes can be had for all of them."""
+    fewest = [resized(manifest, plan.layers, 0).size for plan in plans]
+    wants = [(least, plan.layout.size, plan.layout.size) for plan, least in zip(plans, fewest, strict=True)]
+    shares = divide(size, wants)
+    return [(plan, resized(manifest, plan.layers, share)) for plan, share in zip(plans, shares, strict=True)]
 
 
 def _shallow_first(

@@ -75,8 +75,7 @@ def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out) -> N
         return
     model.version += 1
     for block in victims:
-        if len(model.pools) > 1:
-            model.quotas.evicted(pool.name, model.policy.chance(block))
+        model.quotas.evicted(pool.name, model.policy.chance(block))
         number = pool.where.pop(block)
         slot = pool.slots[number]
         slot.move(SlotState.RETIRED)
