@@ -14,7 +14,7 @@ from expertd.daemon.pressure.linux import cgroup_room
 from expertd.protocol.sizes import show_size
 
 SHARE = 2
-"""At most one part in so many of the memory: the dense weights, the apps and the page cache need the rest."""
+"""At most one part in so many of the memory: the base weights, the apps and the page cache need the rest."""
 SYSTEM_SHARE = 10
 SYSTEM_LEAST = 2_000_000_000
 """What is left to the system: one part in ``SYSTEM_SHARE`` of the memory, and at least this many bytes."""
@@ -59,7 +59,7 @@ def default_budget(machine: Machine) -> Budget:
         f"reserve for the system: {show_size(system)} (the larger of {show_size(SYSTEM_LEAST)} and 10 %)",
         f"reserve for the page cache: {show_size(page_cache)} (1/8; without it a bigger cache is slower, mlx-lm#1438)",
         f"what remains: {show_size(left)}",
-        f"dense weights and apps: at least half stays theirs, so at most {show_size(half)} for experts",
+        f"base weights and apps: at least half stays theirs, so at most {show_size(half)} for experts",
     ]
     size = min(half, left)
     if size < FLOOR:

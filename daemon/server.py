@@ -27,6 +27,7 @@ from expertd.daemon import memory_watch
 from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.core.governor import Change
 from expertd.daemon.core.state import Model
+from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.lifelines import Lifelines
 from expertd.daemon.liveness import TICK_S, Liveness
@@ -39,6 +40,7 @@ from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import OpenFiles, Read, Reader
 from expertd.daemon.status import daemon_status
 from expertd.daemon.tracing import Tracing
+from expertd.daemon.waits import Place, Waits
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -110,14 +112,14 @@ class Server:
         # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
         self._core = Core(budget, policy, first_segment=secrets.randbits(48))
         self._memory = MemoryWatch(budget, pressure or system_source())
-        self._idle_exit_s, self._keep_alive_s = idle_exit_s, keep_alive_s
-        self._used_at: dict[str, float] = {}  # when each model was seen in use last
+        self._idleness = Idleness(time.monotonic(), exit_s=idle_exit_s, keep_alive_s=keep_alive_s)
         self._reader = Reader(read=read)
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended)
         self._pools: dict[int, SharedPool] = {}
         self._files: dict[str, OpenFiles] = {}
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
+        self._waits = Waits()
         self._tracing = Tracing(taken=trace_exists)
         self._peers: dict[int, _Peer] = {}
         self._events: deque[events.Event] = deque()
@@ -126,7 +128,6 @@ class Server:
         self._creating = asyncio.Lock()
         self._ending = asyncio.Event()
         self._began = time.monotonic()
-        self._busy_at = time.monotonic()
         self._frames_dropped = 0
         self._drops_told = (0.0, 0)  # when the log last said how many
         self._attaching = 0  # sessions whose headers are being read
@@ -230,6 +231,7 @@ class Server:
             case messages.Fetch(session=session, sequence=sequence, segment=segment, layer=layer):
                 if self._check_sender(identity, session, sequence):
                     experts, routing = tuple(message.experts), tuple(unpack(message.routing))
+                    self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
                     self._feed(events.Fetch(session, sequence, segment, layer, experts, routing))
             case messages.Ack(session=session):
                 if self._check_sender(identity, session):
@@ -313,12 +315,6 @@ class Server:
         raise ModelNotLoaded(f"the daemon holds nothing of {name[:200]!r}; what it holds: {loaded}")
 
     def _start_trace(self, identity: bytes, folder: Path) -> None:
-        if not folder.is_absolute() or "\0" in str(folder):
-            raise MessageInvalid(f"traces go into a folder by its absolute path, and {str(folder)[:200]!r} is none")
-        if self._tracing.folder is not None:
-            raise DaemonBusy(f"traces are being recorded in {self._tracing.folder}; end that with 'expertd trace stop'")
-        if self._tracing.waiting:
-            raise DaemonBusy("traces that were stopped are still being written; try again when 'trace stop' is done")
         self._tracing.start(folder)
         for model in self._core.models.values():
             for session in model.sessions:
@@ -401,6 +397,7 @@ class Server:
         peer = self._peers.pop(session, None)
         if peer is not None:
             self._tracing.gone(session)
+            self._waits.ended(session)
             self._lifelines.close_line(peer.token)
             self._feed(events.Ended(session))
 
@@ -425,6 +422,7 @@ class Server:
         for what in todo:
             match what:
                 case instructions.Answer(session, sequence, version, slots):
+                    self._waits.answered(session, time.monotonic())
                     self._to_data(
                         session,
                         messages.Resident(session=session, sequence=sequence, version=version, slots=list(slots)),
@@ -434,7 +432,9 @@ class Server:
                 case instructions.StartRead():
                     rows = self._pools[what.segment].rows(what.slot)
                     files = self._files[what.model]
-                    done = self._when_filled(what.segment, what.slot)
+                    place = Place(what.segment, what.layer, what.expert)
+                    self._waits.read_began(place, time.monotonic())
+                    done = self._when_filled(what.segment, what.slot, place)
                     self._reader.read(files, what.layer, what.expert, rows, done, demand=what.demand)
                 case instructions.StartCopy(source, source_slot, segment, slot):
                     sources, rows = self._pools[source].rows(source_slot), self._pools[segment].rows(slot)
@@ -452,6 +452,7 @@ class Server:
                     self._to_control(session, messages.Error.of(error))
                     self._end(session)
                 case instructions.Refuse(session, error, sequence):
+                    self._waits.answered(session, time.monotonic())
                     self._to_data(session, messages.Error.of(error, sequence))
                 case instructions.CreatePool():
                     self._spawn(self._create_pool(what))
@@ -460,7 +461,11 @@ class Server:
         for key in self._files.keys() - self._core.models.keys():
             self._files.pop(key).close()
 
-    def _when_filled(self, segment: int, slot: int) -> Callable[[int, ExpertdError | None], None]:
+    def _when_filled(
+        self, segment: int, slot: int, read: Place | None = None
+    ) -> Callable[[int, ExpertdError | None], None]:
+        """What the reader calls, on a thread of its own, when the slot is filled; ``read``: with what, if from disk."""
+
         def done(size: int, error: ExpertdError | None) -> None:
             event: events.Event
             if error is None:
@@ -470,9 +475,14 @@ class Server:
                 event = events.ReadFailed(segment, slot, error)
             # The loop may be closed already when the daemon ends; then nobody waits for this read.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._feed, event)
+                self._loop.call_soon_threadsafe(self._filled, event, read, time.monotonic())
 
         return done
+
+    def _filled(self, event: events.Event, read: Place | None, at: float) -> None:
+        if read is not None:
+            self._waits.read_ended(read, at)
+        self._feed(event)
 
     def _grant(self, grant: instructions.Grant) -> None:
         pools = [self._hand_over(grant.session, info) for info in grant.pools]
@@ -547,8 +557,9 @@ class Server:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def _status(self) -> messages.Status:
-        uptime_s, folder = time.monotonic() - self._began, str(self._tracing.folder or "")
-        return daemon_status(self._home, self._core, self._memory, uptime_s, folder, self._frames_dropped)
+        now, folder = time.monotonic(), str(self._tracing.folder or "")
+        waited, uptime_s = self._waits.all(now), now - self._began
+        return daemon_status(self._home, self._core, self._memory, waited, uptime_s, folder, self._frames_dropped)
 
     async def _watch_sessions(self) -> None:
         """Ping those of whom something is expected; tell the core of those who have gone silent."""
@@ -571,23 +582,13 @@ class Server:
                 for session in self._peers:
                     self._to_control(session, news)
 
-    def _forget_unused(self) -> None:
-        """Give back models that nobody has used for the time that they are kept."""
-        now = time.monotonic()
-        models = self._core.models.values()
-        self._used_at = {
-            model.key: now if model.sessions or model.opening else self._used_at.get(model.key, now) for model in models
-        }
-        for key, used_at in self._used_at.items():
-            if self._keep_alive_s is not None and now - used_at > self._keep_alive_s:
-                self._feed(events.Unwanted(key))
-
     async def _watch_idle(self) -> None:
+        """Give back models that nobody has used for the time that they are kept; end when nobody was here for long."""
         while True:
             await asyncio.sleep(1.0)
-            self._forget_unused()
-            if self._peers or self._attaching:
-                self._busy_at = time.monotonic()
-            elif self._idle_exit_s is not None and time.monotonic() - self._busy_at > self._idle_exit_s:
-                log.info("nobody was attached for %.0f s", self._idle_exit_s)
+            models = {model.key: bool(model.sessions or model.opening) for model in self._core.models.values()}
+            for key in self._idleness.unused(time.monotonic(), models):
+                self._feed(events.Unwanted(key))
+            if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching)):
+                log.info("nobody was attached for a long time")
                 self._ending.set()

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import psutil
 
 from expertd.daemon.core import Core
-from expertd.daemon.core.state import Model
+from expertd.daemon.core.state import Model, Session
 from expertd.daemon.memory_watch import MemoryWatch
+from expertd.daemon.waits import Waited
 from expertd.protocol import PROTOCOL
 from expertd.protocol.connection import package_version
 from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
 
+NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
+
 
 def daemon_status(
-    home: Home, core: Core, memory: MemoryWatch, uptime_s: float, tracing: str, frames_dropped: int
+    home: Home,
+    core: Core,
+    memory: MemoryWatch,
+    waited: Mapping[int, Waited],
+    uptime_s: float,
+    tracing: str,
+    frames_dropped: int,
 ) -> Status:
-    """All there is to show of this process, which is the daemon of ``home``."""
+    """All there is to show of this process, which is the daemon of ``home``; ``waited`` by sessions."""
     daemon = DaemonStatus(
         pid=os.getpid(),
         version=package_version(),
@@ -38,7 +49,7 @@ def daemon_status(
         journal=memory.journal,
         tracing=tracing,
         frames_dropped=frames_dropped,
-        models=[model_status(model) for model in core.models.values()],
+        models=[model_status(model, waited) for model in core.models.values()],
     )
 
 
@@ -49,7 +60,7 @@ def _rss() -> int:
         return 0
 
 
-def model_status(model: Model) -> ModelStatus:
+def model_status(model: Model, waited: Mapping[int, Waited] = NOBODY_WAITED) -> ModelStatus:
     """One model's figures.  ``experts`` and ``block_bytes`` are the largest of its layers where they differ."""
     layers = model.manifest.layers
     return ModelStatus(
@@ -69,20 +80,25 @@ def model_status(model: Model) -> ModelStatus:
         evictions=model.evictions,
         pool_bytes=model.size + model.extra,
         sessions=[
-            SessionStatus(
-                id=session.number,
-                pid=session.pid,
-                mode=session.mode,
-                waiting=session.waiting is not None,
-                fetches=session.fetches,
-                left_behind=session.silent,
-                held_bytes=model.held_by(session.number),
-            )
-            for session in model.sessions.values()
+            _session(model, session, waited.get(session.number, Waited())) for session in model.sessions.values()
         ],
         layers=_layers(model),
         moves=model.moves,
         blocks_copied=model.copied,
+    )
+
+
+def _session(model: Model, session: Session, waited: Waited) -> SessionStatus:
+    return SessionStatus(
+        id=session.number,
+        pid=session.pid,
+        mode=session.mode,
+        waiting=session.waiting is not None,
+        fetches=session.fetches,
+        left_behind=session.silent,
+        held_bytes=model.held_by(session.number),
+        waited_s=round(waited.all_s, 6),
+        read_wait_s=round(waited.read_s, 6),
     )
 
 

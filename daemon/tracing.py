@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from expertd.protocol.errors import DaemonBusy, MessageInvalid
 from expertd.protocol.messages import Record, Recorded, TraceStopped
 
 
@@ -25,7 +26,18 @@ class Tracing:
         self._used: set[str] = set()
 
     def start(self, folder: Path) -> None:
-        """From now on sessions are traced into ``folder``."""
+        """From now on sessions are traced into ``folder``.
+
+        Raises:
+            MessageInvalid: it is no folder by its absolute path.
+            DaemonBusy: sessions are traced already, or have not finished what they were told to end.
+        """
+        if not folder.is_absolute() or "\0" in str(folder):
+            raise MessageInvalid(f"traces go into a folder by its absolute path, and {str(folder)[:200]!r} is none")
+        if self.folder is not None:
+            raise DaemonBusy(f"traces are being recorded in {self.folder}; end that with 'expertd trace stop'")
+        if self.waiting:
+            raise DaemonBusy("traces that were stopped are still being written; try again when 'trace stop' is done")
         self.folder = folder
         self._ended = []
 

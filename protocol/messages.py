@@ -224,7 +224,11 @@ class AskStatus(Message):
 
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One session, as ``expertd status --json`` prints it."""
+    """One session, as ``expertd status --json`` prints it.
+
+    ``waited_s`` and ``read_wait_s`` may be left out, as by daemons of this version of the protocol that do not measure
+    them.
+    """
 
     id: int
     pid: int
@@ -233,6 +237,8 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     fetches: int
     left_behind: bool
     held_bytes: int
+    waited_s: float = 0.0
+    read_wait_s: float = 0.0
 
 
 class LayerStatus(msgspec.Struct, frozen=True, kw_only=True):

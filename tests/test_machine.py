@@ -43,7 +43,7 @@ def test_the_reasons_are_lines_with_sizes() -> None:
         "reserve for the system: 2.0 GB (the larger of 2.0 GB and 10 %)",
         "reserve for the page cache: 2.0 GB (1/8; without it a bigger cache is slower, mlx-lm#1438)",
         "what remains: 6.0 GB",
-        "dense weights and apps: at least half stays theirs, so at most 8.0 GB for experts",
+        "base weights and apps: at least half stays theirs, so at most 8.0 GB for experts",
         "budget: 6.0 GB, what remains of the available memory",
     ]
 

@@ -412,6 +412,27 @@ def test_files_that_vanish_are_normal_and_named(machine: Machine) -> None:
     assert source.read().level is CRITICAL
 
 
+def test_cgroups_are_not_forgotten_while_nobody_can_read_which_they_are(in_v2: Machine) -> None:
+    in_v2.v2("/apps/expertd", 2 * GB, GB)
+    source = in_v2.source()
+    in_v2.v2("/apps/expertd", 2 * GB, GB, oom_kill=1)
+    in_v2.remove("/proc/self/cgroup")
+    killed = "the out-of-memory killer came to the cgroup less than 5 s ago"
+    assert source.read().figure == killed
+    in_v2.membership("0::/apps/expertd\n", V2_MOUNTS)
+    assert source.read().figure == killed
+
+
+def test_a_move_while_nobody_can_read_where_cgroups_are_mounted_is_noticed_later(in_v2: Machine) -> None:
+    in_v2.v2("/apps/expertd", 2 * GB, 1950 * MB)
+    source = in_v2.source()
+    in_v2.write("/proc/self/cgroup", "0::/apps\n")
+    in_v2.remove("/proc/self/mountinfo")
+    assert source.read().level is CRITICAL
+    in_v2.membership("0::/apps\n", V2_MOUNTS)
+    assert source.read().level is NORMAL
+
+
 def test_a_system_without_any_of_the_files_reports_nothing(tmp_path: Path) -> None:
     source = LinuxSource(tmp_path / "nothing")
     assert source.read() == Reading(NORMAL, "this system reports no memory pressure")

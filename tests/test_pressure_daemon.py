@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,51 +49,63 @@ def plain(model_path: Path, tokens: int) -> list[int]:
     return said(model, tokens)
 
 
-def test_what_is_given_back_at_critical_is_gone_and_tokens_stay_right(
-    home: Home, model_path: Path, manifest: Manifest, tmp_path: Path
-) -> None:
-    script = tmp_path / "script"
+@dataclass
+class Scripted:
+    """A daemon whose machine is as a script says, with a model loaded from it in this process."""
+
+    script: Path
+    budget: int
+    model: Any
+
+    def say(self, level: str) -> None:
+        """From now on the machine is at ``level``."""
+        self.script.write_text(f"0 {level} played by a test\n")
+
+
+@pytest.fixture
+def scripted(home: Home, model_path: Path, manifest: Manifest, tmp_path: Path) -> Iterator[Scripted]:
+    """One that is at ease so far, with room for SLOTS blocks."""
+    script, budget = tmp_path / "script", budget_for(manifest, SLOTS)
     script.write_text("0 normal\n")
-    budget = budget_for(manifest, SLOTS)
-    expected = plain(model_path, 60)
     with running_daemon(home, budget, "--simulate-pressure", str(script)):
         model, _ = expertd.load(model_path)
-        assert said(model, 60) == expected
-        before = ask_status(home)
-        assert (before.pressure, before.limit_bytes, before.journal) == ("normal", budget, [])
-        script.write_text("0 critical played by a test\n")
-        wait_for(lambda: ask_status(home).pressure == "critical")
-        assert said(model, 60) == expected
-        wait_for(lambda: ask_status(home).used_bytes == ask_status(home).limit_bytes)
-        after = ask_status(home)
-        assert after.limit_bytes < before.used_bytes / 4
-        assert after.budget_bytes == budget
-        (entry,) = after.journal
-        assert (entry.pressure, entry.before_bytes, entry.after_bytes) == ("critical", budget, after.limit_bytes)
-        assert "played by a test" in entry.why
-        assert abs(entry.at - time.time()) < 600
-        assert said(model, 60) == expected
+        yield Scripted(script, budget, model)
+
+
+def test_what_is_given_back_at_critical_is_gone_and_tokens_stay_right(
+    home: Home, model_path: Path, scripted: Scripted
+) -> None:
+    expected = plain(model_path, 60)
+    assert said(scripted.model, 60) == expected
+    before = ask_status(home)
+    assert (before.pressure, before.limit_bytes, before.journal) == ("normal", scripted.budget, [])
+    scripted.say("critical")
+    wait_for(lambda: ask_status(home).pressure == "critical")
+    assert said(scripted.model, 60) == expected
+    wait_for(lambda: ask_status(home).used_bytes == ask_status(home).limit_bytes)
+    after = ask_status(home)
+    assert after.limit_bytes < before.used_bytes / 4
+    assert after.budget_bytes == scripted.budget
+    (entry,) = after.journal
+    assert (entry.pressure, entry.before_bytes, entry.after_bytes) == ("critical", scripted.budget, after.limit_bytes)
+    assert "played by a test" in entry.why
+    assert abs(entry.at - time.time()) < 600
+    assert said(scripted.model, 60) == expected
 
 
 def test_at_a_warning_it_gives_back_a_step_and_copies_what_stays(
-    home: Home, model_path: Path, manifest: Manifest, tmp_path: Path
+    home: Home, model_path: Path, scripted: Scripted
 ) -> None:
-    script = tmp_path / "script"
-    script.write_text("0 normal\n")
-    budget = budget_for(manifest, SLOTS)
-    expected = plain(model_path, 60)
-    with running_daemon(home, budget, "--simulate-pressure", str(script)):
-        model, _ = expertd.load(model_path)
-        said(model, 60)
-        script.write_text("0 warning played by a test\n")
-        wait_for(lambda: ask_status(home).journal)
-        script.write_text("0 normal\n")
-        wait_for(lambda: ask_status(home).pressure == "normal")
-        assert said(model, 60) == expected
-        wait_for(lambda: ask_status(home).used_bytes <= ask_status(home).limit_bytes)
-        status = ask_status(home)
-        assert budget / 2 < status.limit_bytes < budget
-        assert status.models[0].blocks_copied > 0
+    said(scripted.model, 60)
+    scripted.say("warning")
+    wait_for(lambda: bool(ask_status(home).journal))
+    scripted.say("normal")
+    wait_for(lambda: ask_status(home).pressure == "normal")
+    assert said(scripted.model, 60) == plain(model_path, 60)
+    wait_for(lambda: ask_status(home).used_bytes <= ask_status(home).limit_bytes)
+    status = ask_status(home)
+    assert scripted.budget / 2 < status.limit_bytes < scripted.budget
+    assert status.models[0].blocks_copied > 0
 
 
 def test_at_critical_a_model_can_be_loaded_with_the_least_that_it_needs(

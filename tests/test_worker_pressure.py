@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def loaded(checkpoints: dict[str, Path]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def hears(gauge: Gauge, level: str) -> Callable[[], bool]:
+    """Whether ``gauge`` was told ``level`` last."""
+    return lambda: gauge.newest.level == level
+
+
 class Clear:
     """Counts how often buffers are given back, and from which threads."""
 
@@ -101,7 +106,7 @@ def test_a_session_hears_of_every_change(
     assert gauge.newest == NORMAL
     for level in ("warning", "critical", "normal"):
         script.say(level)
-        wait_for(lambda level=level: gauge.newest.level == level)  # type: ignore[misc]
+        wait_for(hears(gauge, level))
         assert gauge.newest.figure == "a test says so"
     expertd.unload(model)
     assert [level for level, _ in heard] == ["warning", "critical", "normal"]

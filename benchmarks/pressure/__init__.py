@@ -1,8 +1,9 @@
 """A good neighbour: what the daemon gives back when another program eats the memory, while four clients stream.
 
 Daemon, gateway and worker run in a memory cgroup with a hard limit, together with a program that takes 500 MB a second
-until little is left.  Everything is seen from outside: the cgroup's shared memory, the kernel's kills, the clients.
-Needs Linux and root.
+until little is left.  Everything is seen from outside: the cgroup's shared memory, the kernel's kills, the clients;
+only how long reads took is what the daemon says.  Before that, the governor alone goes through simulated hours of
+noise.  Needs Linux and root.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks.pressure.cgroup import Cgroup, limited
+from benchmarks.pressure.noise import HOURS, QUICK_HOURS, noise_figures
 from benchmarks.pressure.picture import draw
+from benchmarks.pressure.stalls import stall_s
 from benchmarks.pressure.streams import Stream
-from expertd.protocol.messages import Status
+from benchmarks.pressure.watch import Watch
 from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
 from tools.factory import write_checkpoint
-from tools.stage import ask_status, budget_for, end, launch_daemon, temporary_home
+from tools.stage import budget_for, end, launch_daemon, temporary_home
 
 MODEL = {"hidden": 256, "layers": 4, "n_experts": 128, "top_k": 4, "expert_width": 1024, "vocab": 2048}
 LIMIT = 1_600_000_000
@@ -37,49 +38,23 @@ SHARE = 0.9
 """Of the blocks that the budget holds."""
 HOLD_S, QUICK_HOLD_S = 20.0, 5.0
 """So long the eater keeps what it has."""
+WARM_ANSWERS, WARM_S, LOOK_S = 2, 120.0, 0.1
+"""So many answers every client must have had before the eater comes, within so many seconds; looked at so often."""
+CRITICAL_S = 30.0
+"""Within so long of the eater's coming the daemon must have seen it."""
 REGROW_S = 90.0
-SAMPLE_S = 0.05
+"""After so long without the eater nobody waits for the limit any more."""
+AFTER_S = 10.0
+"""When the limit is back, pools still move, and tokens become quick again: the figures and the picture show that."""
 TOKENS = 48
 QUESTIONS = ("What is a cache?", "Write a function.", "Tell me of the sea.", "Count to ten.")
-IDLE_S = 20.0
-
-
-@dataclass
-class Sample:
-    """One look from outside."""
-
-    at: float
-    shmem: int
-    left: int
-    status: Status
-
-
-@dataclass
-class Watch:
-    """Looks every SAMPLE_S at what the cgroup uses and the daemon says."""
-
-    home: Home
-    cgroup: Cgroup
-    samples: list[Sample] = field(default_factory=list)
-
-    def run(self, ending: threading.Event) -> None:
-        """Until ``ending`` is set."""
-        while not ending.wait(SAMPLE_S):
-            self.samples.append(Sample(time.monotonic(), self.cgroup.shmem, self.cgroup.left, ask_status(self.home)))
-
-    def wait(self, condition: Callable[[Sample], bool], seconds: float) -> float | None:
-        """When a sample fulfils ``condition``; None if none does in so many seconds."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.samples and condition(self.samples[-1]):
-                return self.samples[-1].at
-            time.sleep(SAMPLE_S / 2)
-        return None
+SETTLE_S, IDLE_S = 2.0, 20.0
+"""A daemon that has just started is left alone for a moment, then it is watched for so long how it idles."""
 
 
 def run(quick: bool = False, picture: Path | None = None) -> dict[str, Any]:
-    """``oom_kills``, ``wrong_tokens``, ``give_back_s``, ``regrow_s``, ``max_stall_s``, ``shmem_error`` and so on."""
-    figures = _idle()
+    """``oom_kills``, ``wrong_tokens``, ``give_back_s``, ``regrow_s``, ``max_stall_s``, ``turns_per_minute_max``, ..."""
+    figures = noise_figures(QUICK_HOURS if quick else HOURS) | _idle()
     with (
         tempfile.TemporaryDirectory(prefix="expertd-model-") as folder,
         temporary_home() as home,
@@ -105,7 +80,7 @@ def _idle() -> dict[str, Any]:
         daemon = launch_daemon(home, "auto")
         try:
             process = psutil.Process(daemon.pid)
-            time.sleep(2.0)
+            time.sleep(SETTLE_S)
             before, began = process.cpu_times(), time.monotonic()
             time.sleep(IDLE_S)
             after = process.cpu_times()
@@ -139,7 +114,8 @@ def _under_pressure(
             Stream(address, model.name, question, text, TOKENS) for question, text in zip(QUESTIONS, texts, strict=True)
         ]
         watch = Watch(home, cgroup)
-        threads = [threading.Thread(target=each.run, args=(ending,)) for each in (watch, *streams)]
+        runs = [watch.run, *(stream.run for stream in streams)]
+        threads = [threading.Thread(target=run, args=(ending,)) for run in runs]
         for thread in threads:
             thread.start()
         marks = _eat(cgroup, watch, streams, hold_s)
@@ -168,24 +144,30 @@ def _address(gateway: subprocess.Popen[str]) -> tuple[str, int]:
 def _eat(cgroup: Cgroup, watch: Watch, streams: list[Stream], hold_s: float) -> dict[str, float]:
     """Let the eater come and go; returns when what happened."""
     marks = {"began": time.monotonic()}
-    while any(stream.answers < 2 for stream in streams):
-        time.sleep(0.1)
+    while any(stream.answers < WARM_ANSWERS for stream in streams):
+        if time.monotonic() > marks["began"] + WARM_S:
+            failed = {failure for stream in streams for failure in stream.failed}
+            raise SystemExit(
+                f"after {WARM_S:g} s the clients have had {[stream.answers for stream in streams]} answers; "
+                f"what failed: {', '.join(failed) or 'nothing'}"
+            )
+        time.sleep(LOOK_S)
     marks["before"] = watch.samples[-1].at
     print(f"  {watch.samples[-1].shmem / 1e6:.0f} MB shared; the eater comes", flush=True)
     command = [sys.executable, "-m", "benchmarks.pressure.eater", str(cgroup.folder), str(cgroup.version), str(LEAVE)]
-    eater = subprocess.Popen(
+    with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=cgroup.join
-    )
-    marks["eater_came"] = time.monotonic()
-    critical = watch.wait(lambda sample: sample.status.pressure == "critical", 30.0)
-    if critical is not None:
-        marks["critical"] = critical
-    time.sleep(hold_s)
-    eater.communicate()
+    ) as eater:
+        marks["eater_came"] = time.monotonic()
+        critical = watch.wait(lambda sample: sample.status.pressure == "critical", CRITICAL_S)
+        if critical is not None:
+            marks["critical"] = critical
+        time.sleep(hold_s)
+        eater.communicate()
     marks["eater_gone"] = time.monotonic()
     print(f"  {watch.samples[-1].shmem / 1e6:.0f} MB shared; the eater has gone", flush=True)
     watch.wait(lambda sample: sample.status.limit_bytes == sample.status.budget_bytes, REGROW_S)
-    time.sleep(10.0)
+    time.sleep(AFTER_S)
     marks["ended"] = time.monotonic()
     print(f"  {watch.samples[-1].shmem / 1e6:.0f} MB shared at the end", flush=True)
     return marks
@@ -208,7 +190,6 @@ def _figures(cgroup: Cgroup, watch: Watch, streams: list[Stream], marks: dict[st
     end_size = watch.samples[-1].shmem
     small = [sample.at for sample in watch.samples if sample.at > gone and sample.shmem < 0.95 * end_size]
     regrow = round(small[-1] - gone, 1) if small and final.limit_bytes == final.budget_bytes else None
-    stalls = [stall for stream in streams for stall in stream.stalls]
     for entry in final.journal:
         print(f"  {entry.at - wall - marks['began']:6.1f} s  {entry.pressure:8}  "
               f"{entry.before_bytes / 1e6:.0f} -> {entry.after_bytes / 1e6:.0f} MB: {entry.why}")  # fmt: skip
@@ -223,6 +204,18 @@ def _figures(cgroup: Cgroup, watch: Watch, streams: list[Stream], marks: dict[st
         "give_back_s": give_back,
         "regrow_s": regrow,
         "regrown_share": round(end_size / before.shmem, 3),
-        "max_stall_s": round(max(gap for _, gap in stalls), 2),
         "shmem_error": error,
+        **_stalls(watch, streams, marks),
+    }
+
+
+def _stalls(watch: Watch, streams: list[Stream], marks: dict[str, float]) -> dict[str, float]:
+    """How long decode stopped at most, with reads and without."""
+    sessions = watch.reads
+    stalls = [(stall_s(gap, sessions), gap) for stream in streams for gap in stream.gaps]
+    longest, where = max(stalls)
+    print(f"  the longest stall: {longest:.2f} s of {where.seconds:.2f} s, at {where.ended - marks['began']:.1f} s")
+    return {
+        "max_gap_s": round(max(gap.seconds for _, gap in stalls), 2),
+        "max_stall_s": round(longest, 2),
     }

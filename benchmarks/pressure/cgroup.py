@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path("/sys/fs/cgroup")
+REMOVE_S, RETRY_S = 10.0, 0.1
+"""So long, and so often, it is tried to remove a cgroup: processes that were killed leave it a moment later."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,12 @@ class Cgroup:
 
 @contextmanager
 def limited(limit: int) -> Iterator[Cgroup]:
-    """A cgroup that may use ``limit`` bytes; its processes must have ended at the end."""
+    """A cgroup that may use ``limit`` bytes; its processes must have ended at the end.
+
+    Raises:
+        SystemExit: it cannot be made here.
+        RuntimeError: it cannot be removed, because there are processes in it.
+    """
     version = 1 if (ROOT / "memory" / "memory.limit_in_bytes").exists() else 2
     parent = ROOT / "memory" if version == 1 else ROOT
     folder = parent / f"expertd-benchmark-{os.getpid()}"
@@ -65,12 +74,33 @@ def limited(limit: int) -> Iterator[Cgroup]:
         (folder / ("memory.limit_in_bytes" if version == 1 else "memory.max")).write_text(str(limit))
         yield Cgroup(folder, version)
     finally:
-        for _ in range(100):
-            try:
-                folder.rmdir()
-                break
-            except OSError:
-                time.sleep(0.1)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a cgroup.
+
+    Raises:
+        RuntimeError: there are processes in it, and they stay.
+    """
+    deadline = time.monotonic() + REMOVE_S
+    while True:
+        try:
+            folder.rmdir()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                there = _inside(folder)
+                raise RuntimeError(f"{folder} cannot be removed ({error.strerror}); in it: {there}") from error
+            time.sleep(RETRY_S)
+
+
+def _inside(folder: Path) -> str:
+    names = []
+    for pid in map(int, (folder / "cgroup.procs").read_text().split()):
+        with suppress(psutil.Error):
+            names.append(f"process {pid} ({' '.join(psutil.Process(pid).cmdline())})")
+    return ", ".join(names) or "no process"
 
 
 def _counts(path: Path) -> dict[str, int]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from benchmarks.pressure.streams import Stream
-
-if TYPE_CHECKING:
-    from benchmarks.pressure import Sample
+from benchmarks.pressure.watch import Sample
 
 COLOURS = {"warning": "tab:orange", "critical": "tab:red"}
 BIN_S = 1.0

@@ -8,14 +8,22 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from benchmarks.pressure.stalls import Gap
+
+RETRY_S = 0.5
+"""After a refusal: the gateway asks for longer, but whoever comes early finds out when it lets requests in again."""
+ANSWER_S = 300.0
+"""A gateway that says nothing for so long counts as failed."""
+
 
 @dataclass
 class Stream:
     """One client: asks the same question again and again until it is told to end.
 
     Attributes:
-        came: when each piece of text came (``time.monotonic``); gaps between answers are not between pieces.
-        stalls: the time between two pieces of one answer, with when it ended.
+        came: when each piece of text came (``time.monotonic``).
+        gaps: between two pieces of one answer: decode only, because neither the prompt, nor the wait for a place, nor
+            the model's load comes after a first piece.
         refused: requests that were answered with 503.
     """
 
@@ -25,7 +33,7 @@ class Stream:
     expected: str
     tokens: int
     came: list[float] = field(default_factory=list)
-    stalls: list[tuple[float, float]] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
     answers: int = 0
     wrong: int = 0
     refused: int = 0
@@ -37,7 +45,7 @@ class Stream:
             self._ask()
 
     def _ask(self) -> None:
-        connection = http.client.HTTPConnection(*self.address, timeout=300)
+        connection = http.client.HTTPConnection(*self.address, timeout=ANSWER_S)
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": self.question}],
@@ -51,16 +59,16 @@ class Stream:
             if response.status == 503:
                 self.refused += 1
                 response.read()
-                time.sleep(0.5)
+                time.sleep(RETRY_S)
                 return
             if response.status != 200:
                 self.failed.append(f"{response.status} {response.read()[:200]!r}")
-                time.sleep(0.5)
+                time.sleep(RETRY_S)
                 return
             self._listen(response)
         except OSError as error:
             self.failed.append(repr(error))
-            time.sleep(0.5)
+            time.sleep(RETRY_S)
         finally:
             connection.close()
 
@@ -74,11 +82,11 @@ class Stream:
                 self.failed.append(str(chunk["error"])[:200])
                 return
             piece = chunk["choices"][0]["delta"].get("content") if chunk["choices"] else None
-            if piece is None:
+            if not piece:  # the first chunk of an answer tells the role only
                 continue
             now = time.monotonic()
             if last is not None:
-                self.stalls.append((now, now - last))
+                self.gaps.append(Gap(last, now))
             last = now
             self.came.append(now)
             text += piece

@@ -5,6 +5,9 @@
 Warning: give back a step, and another one for as long as it lasts.  Critical: fall to the floor at once.  Normal for a
 while: grow again by steps.  What it learns from growing too early is to wait longer, so it cannot swing with a
 pressure that comes and goes.
+
+When pressure comes is not its choice, and giving back never waits.  What waits is growing, until a minute after it last
+began to give back what had grown.  So in any minute it begins to grow once at most, and to give back once at most.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ WARNED_S = 0.5
 """A warning that is over sooner is none."""
 STEP_S = 2.0
 """Between two steps down: what was given back must have had time to show."""
-GROW_S = 3.0
+GROW_S = 2.0
 """Between two steps up."""
-QUIET_S = 15.0
+TURN_S = 60.0
+"""When the limit has grown and then falls, it grows again no sooner than so long after that."""
+QUIET_S = 30.0
 """Before the first step up it must have been quiet for so long; twice as long after each relapse."""
 MOST_QUIET_S = 480.0
 RELAPSE_S = 120.0
@@ -64,6 +69,7 @@ class Governor:
         self._warned_at: float | None = None  # since when there is a warning, or worse
         self._pressed_at = float("-inf")  # when there was one last
         self._shrunk_at = self._grown_at = float("-inf")
+        self._turned_at = float("-inf")  # when it began to shrink last after it had grown
         self._quiet_s = QUIET_S
 
     def set_budget(self, now: float, budget: int, why: str) -> Change | None:
@@ -107,6 +113,8 @@ class Governor:
         else:
             return None
         if after < self.limit:
+            if self._grown_at > self._shrunk_at:
+                self._turned_at = now
             self._shrunk_at = now
         return self._change(now, after, self.figure, drop)
 
@@ -114,7 +122,9 @@ class Governor:
         quiet = now - self._pressed_at
         if quiet >= CALM_S:
             self._quiet_s = QUIET_S
-        if self.limit >= self.budget or quiet < self._quiet_s or now - self._grown_at < GROW_S:
+        if self.limit >= self.budget or quiet < self._quiet_s:
+            return None
+        if now - self._grown_at < GROW_S or now - self._turned_at < TURN_S:
             return None
         after = min(self.budget, self.limit + max(1, self.budget // STEPS))
         if room < min(used + after - self.limit, after):

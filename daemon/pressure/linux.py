@@ -320,10 +320,13 @@ class Cgroup:
 
 def memory_cgroups(root: Path = Path("/")) -> list[Cgroup]:
     """This process's memory cgroups, its own first, then those above.  ``root`` holds proc and the mounts."""
+    return _cgroups(root, _text(root / "proc/self/cgroup") or "", _text(root / "proc/self/mountinfo") or "")
+
+
+def _cgroups(root: Path, cgroup: str, mountinfo: str) -> list[Cgroup]:
     base = str(root).rstrip("/")
-    cgroup, mountinfo = _text(root / "proc/self/cgroup"), _text(root / "proc/self/mountinfo")
     found: list[Cgroup] = []
-    for version, folders in memory_folders(cgroup or "", mountinfo or "", lambda folder: Path(base + folder).is_dir()):
+    for version, folders in memory_folders(cgroup, mountinfo, lambda folder: Path(base + folder).is_dir()):
         for folder in folders:
             if version == 2 and not Path(base + folder, "memory.current").exists():
                 continue  # the root cgroup, or the memory controller is not switched on (both may be bound by v1)
@@ -367,9 +370,11 @@ class LinuxSource:
             found += [] if finding is None else [finding]
             seen.add("/proc/pressure/memory")
         membership = self._proc("self/cgroup")
-        if membership != self._membership:
-            self._membership = membership
-            self._cgroups = memory_cgroups(self._root)
+        if membership is not None and membership != self._membership:
+            mountinfo = self._proc("self/mountinfo")
+            if mountinfo is not None:  # else no descriptor is left: those that are known stay until there is one
+                self._membership = membership
+                self._cgroups = _cgroups(self._root, membership, mountinfo)
         for cgroup in self._cgroups:
             found += cgroup.findings(now)
         lost = sorted(self._known - seen)
