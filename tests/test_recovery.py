@@ -167,23 +167,29 @@ def test_a_checkpoint_that_changed_meanwhile_is_refused_until_it_is_back(
         assert generate(model, 40) == expected[:40]
 
 
-@pytest.mark.parametrize("size", [0, None])
-def test_dense_weights_of_a_file_that_changes_while_it_is_loaded_are_refused(
-    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, size: int | None
+@pytest.mark.parametrize("damage", ["empty", "touched", "touched while it is read"])
+def test_base_weights_of_a_file_that_changes_while_it_is_loaded_are_refused(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     """MLX reads them itself, long after the headers were checked."""
     path = write_checkpoint(tmp_path / "model", "qwen3_moe", **SIZES)
-    weights, attach_model = path / "model.safetensors", load._attach
+    weights, attach_model, check = path / "model.safetensors", load._attach, load.check_unchanged
 
     def attach_and_damage(*arguments: Any) -> Any:
         model = attach_model(*arguments)
-        if size is None:
+        if damage == "empty":
+            os.truncate(weights, 0)
+        elif damage == "touched":
             os.utime(weights, ns=(1, 1))
-        else:
-            os.truncate(weights, size)
         return model
 
+    def check_and_damage(*arguments: Any) -> None:
+        check(*arguments)
+        os.utime(weights, ns=(1, 1))
+
     monkeypatch.setattr(load, "_attach", attach_and_damage)
+    if damage == "touched while it is read":
+        monkeypatch.setattr(load, "check_unchanged", check_and_damage)
     with pytest.raises(FileChanged):
         expertd.load(path)
     wait_for(lambda: not home.daemon_socket.exists() or not any(m.sessions for m in ask_status(home).models))

@@ -130,16 +130,24 @@ def events_of(model: Any) -> Events:
 def _read_base(model: Any, manifest: Manifest) -> None:
     """Read the weights that are not experts'; MLX does that itself, so whether the files held still is asked after.
 
+    And before: after reads that failed MLX may tell of another one later, in whatever is evaluated then, or even wait
+    for ever (seen once in hundreds of times with MLX 0.32), so it had better not begin.
+
     Raises:
         ReadFailed: a file could not be read.
         FileChanged: a file is not the one whose header was read.
     """
+
+    def check() -> None:
+        for mark in manifest.files:
+            check_unchanged(Path(manifest.folder) / mark.name, mark)
+
     try:
+        check()
         try:
             mx.eval(model.parameters())
         finally:
-            for mark in manifest.files:
-                check_unchanged(Path(manifest.folder) / mark.name, mark)
+            check()
     except RuntimeError as error:
         unload(model)
         raise ReadFailed(f"the weights in {manifest.folder} could not be read ({error}); try again") from error
