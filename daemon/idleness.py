@@ -6,10 +6,14 @@ from collections.abc import Mapping
 
 
 class Idleness:
-    """Asked about once a second; times are in seconds, None means for ever."""
+    """Asked about once a second; times are in seconds, None means for ever.
+
+    Attributes:
+        exit_s: after so long without anybody it is over.
+    """
 
     def __init__(self, now: float, *, exit_s: float | None, keep_alive_s: float | None) -> None:
-        self._exit_s, self._keep_alive_s = exit_s, keep_alive_s
+        self.exit_s, self._keep_alive_s = exit_s, keep_alive_s
         self._busy_at = now
         self._used_at: dict[str, float] = {}  # when each model was seen in use last
 
@@ -24,4 +28,4 @@ class Idleness:
         """Whether nobody was there for so long that the daemon should end."""
         if busy:
             self._busy_at = now
-        return self._exit_s is not None and now - self._busy_at > self._exit_s
+        return self.exit_s is not None and now - self._busy_at > self.exit_s

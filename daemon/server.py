@@ -590,5 +590,5 @@ class Server:
             for key in self._idleness.unused(time.monotonic(), models):
                 self._feed(events.Unwanted(key))
             if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching)):
-                log.info("nobody was attached for a long time")
+                log.info("nobody was attached for %.0f s", self._idleness.exit_s)
                 self._ending.set()
