@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from expertd.daemon.pressure.linux import cgroup_room
+from expertd.protocol.cgroups import cgroup_room
 from expertd.protocol.sizes import show_size
 
 SHARE = 2

@@ -1,5 +1,7 @@
 """What processes agree on: messages, errors, shared-memory layout, checkpoints' fingerprints, paths.
 
+Also what several of them need alike: sizes as people write them, how much memory a container leaves.
+
 ``PROTOCOL.md`` beside this file is the specification; ``tests/test_protocol_document.py`` holds it to the code.  This
 package imports neither mlx nor anything else of expertd.
 """

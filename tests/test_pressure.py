@@ -17,100 +17,20 @@ from expertd.daemon.pressure.linux import (
     SWAP_S,
     LinuxSource,
     Meminfo,
-    Room,
     Stalls,
-    cgroup_room,
     judge_machine,
     judge_room,
     judge_stalls,
-    memory_folders,
-    parse_counts,
-    parse_limit,
     parse_meminfo,
     parse_stalls,
 )
 from expertd.daemon.pressure.macos import PRESSURE, MacSource, macos_source, sysctl_int
 from expertd.daemon.pressure.scripted import ScriptedSource, parse_script
+from expertd.protocol.cgroups import Room
 from expertd.protocol.errors import DaemonStartFailed, ExpertdError
+from tests.fake_machine import GB, KIB, MB, V1_MOUNTS, V1_UNLIMITED, V2_MOUNTS, Clock, Machine
 
-MB = 1_000_000
-GB = 1000 * MB
-KIB = 1024
-V1_UNLIMITED = 9223372036854771712
 NORMAL, WARNING, CRITICAL = Level.NORMAL, Level.WARNING, Level.CRITICAL
-
-V1_MOUNTS = """\
-31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
-32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu
-35 31 0:32 / /sys/fs/cgroup/memory rw,relatime shared:12 - cgroup cgroup rw,memory
-41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
-"""
-V2_MOUNTS = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot\n"
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Machine:
-    """A folder with the files of /proc and of cgroups that a kernel would show."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.clock = Clock()
-        self.memory(16 * GB, 15 * GB)
-
-    def write(self, path: str, text: str | int) -> None:
-        file = self.root / path.lstrip("/")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{text}\n" if isinstance(text, int) else text)
-
-    def remove(self, path: str) -> None:
-        (self.root / path.lstrip("/")).unlink()
-
-    def memory(self, total: int, available: int, swap: int = 0, swap_free: int = 0) -> None:
-        sizes = {"MemTotal": total, "MemFree": 1, "MemAvailable": available, "SwapTotal": swap, "SwapFree": swap_free}
-        self.write("/proc/meminfo", "".join(f"{name}:  {size // KIB:>10} kB\n" for name, size in sizes.items()))
-
-    def stalls(self, some: float, full: float, path: str = "/proc/pressure/memory") -> None:
-        lines = (("some", some), ("full", full))
-        self.write(path, "".join(f"{kind} avg10={x:.2f} avg60=0.00 avg300=0.00 total=5\n" for kind, x in lines))
-
-    def membership(self, cgroup: str, mounts: str) -> None:
-        self.write("/proc/self/cgroup", cgroup)
-        self.write("/proc/self/mountinfo", mounts)
-
-    def v1(self, folder: str, limit: int, used: int, cache: int = 0, failcnt: int = 0, kills: int = 0) -> None:
-        """``cache`` is droppable; it is part of ``used``."""
-        folder = f"/sys/fs/cgroup/memory{folder}"
-        self.write(f"{folder}/memory.limit_in_bytes", limit)
-        self.write(f"{folder}/memory.usage_in_bytes", used)
-        stat = f"cache 7\nshmem 6\ntotal_shmem {300 * MB}\ninactive_file 5\nactive_file 4\n"
-        stat += f"total_inactive_file {cache // 2}\ntotal_active_file {cache - cache // 2}\n"
-        self.write(f"{folder}/memory.stat", stat)
-        self.write(f"{folder}/memory.failcnt", failcnt)
-        self.write(f"{folder}/memory.oom_control", f"oom_kill_disable 0\nunder_oom 0\noom_kill {kills}\n")
-
-    def v2(
-        self, folder: str, limit: int | str, used: int, cache: int = 0, throttle: int | str = "max", **events: int
-    ) -> None:
-        """``cache`` is droppable; it is part of ``used``."""
-        folder = f"/sys/fs/cgroup{folder}"
-        self.write(f"{folder}/memory.max", f"{limit}\n")
-        self.write(f"{folder}/memory.high", f"{throttle}\n")
-        self.write(f"{folder}/memory.current", used)
-        self.write(f"{folder}/memory.stat", f"anon 9\nshmem {300 * MB}\ninactive_file {cache}\nactive_file 0\n")
-        counts = {"low": 0, "high": 0, "max": 0, "oom": 0, "oom_kill": 0} | events
-        self.write(f"{folder}/memory.events.local", "".join(f"{name} {count}\n" for name, count in counts.items()))
-
-    def source(self) -> LinuxSource:
-        return LinuxSource(self.root, self.clock)
 
 
 @pytest.fixture
@@ -120,21 +40,12 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def in_v1(machine: Machine) -> Machine:
-    """Processes in the v1 cgroup /apps/expertd; nothing is limited yet."""
-    machine.membership("5:cpu:/\n4:memory:/apps/expertd\n0::/\n", V1_MOUNTS)
-    for folder in ("", "/apps", "/apps/expertd"):
-        machine.v1(folder, V1_UNLIMITED, GB)
-    (machine.root / "sys/fs/cgroup/unified").mkdir()
-    return machine
+    return machine.in_v1()
 
 
 @pytest.fixture
 def in_v2(machine: Machine) -> Machine:
-    """Processes in the v2 cgroup /apps/expertd; nothing is limited yet."""
-    machine.membership("0::/apps/expertd\n", V2_MOUNTS)
-    for folder in ("/apps", "/apps/expertd"):
-        machine.v2(folder, "max", GB)
-    return machine
+    return machine.in_v2()
 
 
 def test_levels_are_ordered_and_have_words() -> None:
@@ -208,18 +119,6 @@ def test_the_real_sysctl_answers_or_raises_os_error() -> None:
             sysctl_int(PRESSURE)
 
 
-def test_counts_are_read_and_other_lines_skipped() -> None:
-    assert parse_counts("max 3\noom_kill 0\n\nnonsense\nhalf x\na b c\n") == {"max": 3, "oom_kill": 0}
-
-
-@pytest.mark.parametrize(
-    ("text", "limit"),
-    [("2000000000\n", 2 * GB), (f"{V1_UNLIMITED}\n", None), ("max\n", None), ("", None), ("-1\n", None), ("0\n", 0)],
-)
-def test_limits(text: str, limit: int | None) -> None:
-    assert parse_limit(text) == limit
-
-
 def test_meminfo_is_in_kib_and_swap_may_be_missing() -> None:
     text = "MemTotal:  1000 kB\nMemFree:  1 kB\nMemAvailable:   400 kB\n"
     assert parse_meminfo(text) == Meminfo(1000 * KIB, 400 * KIB, 0)
@@ -237,39 +136,6 @@ def test_stalls() -> None:
     assert parse_stalls(some + "full avg10=0.50 avg60=0.00 avg300=0.00 total=1\n") == Stalls(3.1, 0.5)
     assert parse_stalls(some) == Stalls(3.1, 0.0)
     assert parse_stalls("") is None
-
-
-V2_ELSEWHERE = "30 23 0:26 / /mnt/c\\040g rw - cgroup2 cgroup2 rw\n"
-CONTAINER = "35 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "mounts", "present", "found"),
-    [
-        ("0::/a/b\n", V2_MOUNTS, "/sys/fs/cgroup/a/b", [(2, ["/a/b", "/a", ""])]),
-        ("0::/\n", V2_MOUNTS, "/sys/fs/cgroup", [(2, [""])]),
-        ("0::/not/shown\n", V2_MOUNTS, "/sys/fs/cgroup", [(2, [""])]),
-        ("0::/../outside\n", V2_MOUNTS, "/sys/fs/cgroup", [(2, [""])]),
-        ("4:memory:/docker/abc/x\n", CONTAINER, "/sys/fs/cgroup/memory/x", [(1, ["/memory/x", "/memory"])]),
-        ("4:memory:/docker/abcd\n", CONTAINER, "/sys/fs/cgroup/memory", [(1, ["/memory"])]),
-        ("4:cpu,memory:/a\n3:cpuset:/b\n", V1_MOUNTS, "/sys/fs/cgroup/memory/a", [(1, ["/memory/a", "/memory"])]),
-        ("3:cpuset:/b\n", V1_MOUNTS, "/sys/fs/cgroup/memory", []),
-        ("0::/a\n", "", "/sys/fs/cgroup", []),
-        ("", V2_MOUNTS, "/sys/fs/cgroup", []),
-        ("nonsense\n", "nonsense - x\n", "/sys/fs/cgroup", []),
-    ],
-)
-def test_the_folders_of_a_cgroup(cgroup: str, mounts: str, present: str, found: list[tuple[int, list[str]]]) -> None:
-    wanted = [(version, [f"/sys/fs/cgroup{folder}" for folder in folders]) for version, folders in found]
-    assert memory_folders(cgroup, mounts, lambda folder: (present + "/").startswith(folder + "/")) == wanted
-
-
-def test_a_mount_point_with_a_space_and_one_of_two_mounts() -> None:
-    def exists(folder: str) -> bool:
-        return folder in ("/mnt/c g", "/mnt/c g/a", "/sys/fs/cgroup")
-
-    assert memory_folders("0::/a\n", V2_ELSEWHERE, exists) == [(2, ["/mnt/c g/a", "/mnt/c g"])]
-    assert memory_folders("0::/a\n", V2_MOUNTS + V2_ELSEWHERE, exists) == [(2, ["/mnt/c g/a", "/mnt/c g"])]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +302,6 @@ def test_a_move_while_nobody_can_read_where_cgroups_are_mounted_is_noticed_later
 def test_a_system_without_any_of_the_files_reports_nothing(tmp_path: Path) -> None:
     source = LinuxSource(tmp_path / "nothing")
     assert source.read() == Reading(NORMAL, "this system reports no memory pressure")
-    assert cgroup_room(tmp_path / "nothing") is None
 
 
 def test_files_of_nonsense_do_no_harm(in_v2: Machine) -> None:
@@ -449,12 +314,10 @@ def test_files_of_nonsense_do_no_harm(in_v2: Machine) -> None:
 
 
 def test_unlimited_cgroups_say_nothing(in_v1: Machine) -> None:
-    assert cgroup_room(in_v1.root) is None
     assert "machine's" in in_v1.source().read().figure
 
 
 def test_unlimited_cgroups_of_v2_say_nothing(in_v2: Machine) -> None:
-    assert cgroup_room(in_v2.root) is None
     assert "machine's" in in_v2.source().read().figure
 
 
@@ -469,7 +332,6 @@ def test_a_cgroup_s_own_limit(version: str, request: pytest.FixtureRequest) -> N
     assert source.read() == Reading(CRITICAL, "the cgroup has 50.0 MB left of its limit of 2.0 GB")
     limit("/apps/expertd", 2 * GB, 1950 * MB, 1500 * MB)
     assert source.read() == Reading(NORMAL, "the cgroup has 1.6 GB left of its limit of 2.0 GB")
-    assert cgroup_room(machine.root) == Room(2 * GB, 1550 * MB)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -481,7 +343,6 @@ def test_a_parent_s_limit_counts_too_with_all_that_it_holds(version: str, reques
     assert machine.source().read() == Reading(
         WARNING, "the cgroup /apps has 300 MB left of its limit of 4.0 GB"
     )
-    assert cgroup_room(machine.root) == Room(2 * GB, 300 * MB)
 
 
 def test_v1_tells_of_a_limit_above_that_a_container_does_not_see(machine: Machine) -> None:
@@ -489,7 +350,6 @@ def test_v1_tells_of_a_limit_above_that_a_container_does_not_see(machine: Machin
     machine.v1("", V1_UNLIMITED, 950 * MB)
     stat = machine.root / "sys/fs/cgroup/memory/memory.stat"
     stat.write_text(f"hierarchical_memory_limit {GB}\ntotal_inactive_file 0\ntotal_active_file 0\n")
-    assert cgroup_room(machine.root) == Room(GB, 50 * MB)
     assert machine.source().read() == Reading(CRITICAL, "the cgroup has 50.0 MB left of its limit of 1.0 GB")
 
 
@@ -497,13 +357,6 @@ def test_a_container_s_cgroup_is_the_root_of_its_namespace(machine: Machine) -> 
     machine.membership("0::/\n", V2_MOUNTS)
     machine.v2("", GB, 900 * MB)
     assert machine.source().read() == Reading(WARNING, "the cgroup has 100 MB left of its limit of 1.0 GB")
-
-
-def test_of_max_and_high_the_lower_counts(in_v2: Machine) -> None:
-    in_v2.v2("/apps/expertd", 4 * GB, 500 * MB, throttle=GB)
-    assert cgroup_room(in_v2.root) == Room(GB, 500 * MB)
-    in_v2.v2("/apps/expertd", GB, 500 * MB, throttle=4 * GB)
-    assert cgroup_room(in_v2.root) == Room(GB, 500 * MB)
 
 
 def test_v1_s_failcnt_counts_only_if_little_is_left_without_cache(in_v1: Machine) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +18,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 import expertd
+from benchmarks.pressure.cgroup import limited
+from expertd.protocol.cgroups import cgroup_room
 from expertd.protocol.errors import MemoryPressure
 from expertd.protocol.messages import Delta, Finished, Generate, Pressure, Refused
 from expertd.protocol.paths import Home
@@ -24,6 +29,7 @@ from expertd.worker.load import events_of, session_of
 from expertd.worker.pressure import NORMAL, Buffers, Gauge
 from expertd.worker.wired import HEADROOM, WiredLimit
 from tests.conftest import StartDaemon, wait_for
+from tests.fake_machine import MB, Machine
 from tests.gateway_stage import stop_daemon
 from tools.factory import FAMILIES, write_checkpoint
 from tools.stage import end
@@ -410,3 +416,53 @@ def test_what_is_available() -> None:
     fake.active = 11_000
     assert available_bytes(fake) == 0
     assert available_bytes() > 0
+
+
+def test_in_a_container_what_is_available_is_what_its_limit_leaves(tmp_path: Path) -> None:
+    machine = Machine(tmp_path).in_v2()
+    machine.v2("/apps/expertd", 50 * MB, 30 * MB, cache=10 * MB)
+    fake = FakeMetal(active=0, recommended=1 << 60)
+    assert available_bytes(fake, tmp_path) == 30 * MB
+    fake.unused = 5 * MB
+    assert available_bytes(fake, tmp_path) == 35 * MB
+    caches = CacheMemory([LayerCache(0, 1000)], lambda: available_bytes(fake, tmp_path))
+    assert caches.fits(35_000, None, [])
+    with pytest.raises(MemoryPressure, match=r"only 35\.0 MB of memory are available"):
+        caches.fits(36_000, None, [])
+    machine.v2("/apps/expertd", 50 * MB, 60 * MB)
+    assert available_bytes(fake, tmp_path) == 0
+
+
+def test_without_a_descriptor_to_ask_with_no_request_is_refused() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        room, available = cgroup_room(), available_bytes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert room is None
+    assert available > 0
+
+
+IN_A_CGROUP = """
+from expertd.protocol.cgroups import cgroup_room
+from expertd.worker.kv_memory import available_bytes
+before = available_bytes()
+held = b"x" * 200_000_000
+print(cgroup_room().limit, before, available_bytes())
+"""
+
+
+def test_a_process_in_a_cgroup_sees_the_limit_and_what_it_has_taken_of_it() -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            cgroup = stack.enter_context(limited(1 << 30))
+        except (SystemExit, OSError) as error:  # no root, no Linux, or no memory controller to be had
+            pytest.skip(f"no memory cgroup with a limit can be made here: {error}")
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_CGROUP], preexec_fn=cgroup.join, capture_output=True, text=True, check=True
+        )
+    limit, before, after = map(int, done.stdout.split())
+    assert limit == 1 << 30
+    assert 200 * MB < before < limit
+    assert 180 * MB < before - after < 220 * MB

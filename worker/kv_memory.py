@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import psutil
 from mlx_lm.models.cache import make_prompt_cache
 
+from expertd.protocol.cgroups import cgroup_room
 from expertd.protocol.errors import MemoryPressure
 from expertd.protocol.sizes import show_size
 from expertd.worker.experts import CachedExperts
@@ -107,9 +110,17 @@ def _layer(cache: Any) -> LayerCache:
     return LayerCache(0, cache.nbytes // keys.shape[2], keys.shape[2], window)
 
 
-def available_bytes(mlx: Any = mx) -> int:
-    """What this process can still take, in bytes; MLX's own unused buffers are among it."""
-    room = int(psutil.virtual_memory().available) + int(mlx.get_cache_memory())
+def available_bytes(mlx: Any = mx, root: Path = Path("/")) -> int:
+    """What this process can still take, in bytes: the machine's rest, or its memory cgroup's if that is less.
+
+    MLX's own unused buffers are among it.  ``root`` is where /proc and the cgroups are (Linux; elsewhere it has none).
+    """
+    try:
+        room = int(psutil.virtual_memory().available)
+    except OSError:  # no descriptor is left to read it with: what nobody knows refuses no request
+        room = sys.maxsize
+    cgroup = cgroup_room(root)
+    room = (room if cgroup is None else min(room, cgroup.left)) + int(mlx.get_cache_memory())
     if mlx.metal.is_available():
         recommended = int(mlx.device_info()["max_recommended_working_set_size"])
         room = min(room, recommended - int(mlx.get_active_memory()))

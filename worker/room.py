@@ -1,4 +1,4 @@
-"""Whether a model fits into this machine's memory: asked before its weights are read."""
+"""Whether a model fits into the memory that this process may take: asked before its weights are read."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import click
-import psutil
 
 from expertd.clients.cli.parameters import budget_option
 from expertd.protocol.checkpoint import weight_files
@@ -31,6 +30,7 @@ def verify(model: Path, tokens: int, by_layer: bool, budget: str | None) -> None
     from mlx_lm.utils import load_model
 
     import expertd
+    from expertd.worker.kv_memory import available_bytes
     from expertd.worker.load import session_of
     from expertd.worker.verify import compare_layers, first_difference, greedy, tokens_difference
 
@@ -43,7 +43,7 @@ def verify(model: Path, tokens: int, by_layer: bool, budget: str | None) -> None
     )
     chance = np.random.default_rng(0)
     prompts = [chance.integers(0, tokenizer.vocab_size, (1, length)) for length in PROMPT_LENGTHS]
-    free = psutil.virtual_memory().available
+    free = available_bytes()
     if by_layer or size * 1.2 > free:
         click.echo(f"comparing layer by layer ({show_size(size)} of weights, {show_size(free)} of memory free)")
         differences = compare_layers(model, cached, prompts)
