@@ -93,6 +93,19 @@ def test_what_is_given_back_at_critical_is_gone_and_tokens_stay_right(
     assert said(scripted.model, 60) == expected
 
 
+@pytest.mark.parametrize("tokens", [0, 20])
+def test_a_worker_that_has_nothing_to_do_gives_back_too(
+    home: Home, model_path: Path, scripted: Scripted, tokens: int
+) -> None:
+    """Nobody asks it anything, before or after its first answer; but the daemon asks whether it lives."""
+    said(scripted.model, tokens)
+    scripted.say("critical")
+    wait_for(lambda: ask_status(home).pressure == "critical")
+    wait_for(lambda: ask_status(home).used_bytes == ask_status(home).limit_bytes)
+    assert ask_status(home).limit_bytes < scripted.budget / 4
+    assert said(scripted.model, 20) == plain(model_path, 20)
+
+
 def test_at_a_warning_it_gives_back_a_step_and_copies_what_stays(
     home: Home, model_path: Path, scripted: Scripted
 ) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -45,20 +46,16 @@ log = logging.getLogger("expertd.worker")
 
 RESEND_S = 5.0
 """An unanswered Fetch is sent again after so long: it is idempotent, and a ROUTER may drop an answer."""
-
 SILENCE_S = 60.0
 """A daemon that does not even answer pings for so long while a Fetch waits is given up for that forward."""
-
 RECOVERY_S = 30.0
 """How long a forward that misses waits for a daemon's return."""
-
 MOVE_S = 5.0
 """A session that was told that its pool moved and hears nothing of the new one for so long attaches anew."""
-
 FLUSH_FORWARDS = 100
 """The routing log is sent after so many forwards, or with the next Fetch or ack, or when idle."""
-
-IDLE_FLUSH_S = 1.0
+IDLE_S = 1.0
+"""Without a forward for so long it is idle."""
 _POLL_S = 0.25
 _RETRY_S = (0.05, 2.0)
 """Pauses between two attempts to attach again: while a forward waits for it, and while nobody does."""
@@ -110,6 +107,7 @@ class Session:
         self._forward = threading.Lock()
         self._unanswered: messages.Fetch | None = None
         self._settled = True
+        self._quiet = (0, time.monotonic())  # how many forwards there had been when one was seen last, and when
         self.owner = 0
         self.asked = self.acked = 0
         self.routing: list[tuple[int, Sequence[int]]] = []
@@ -379,7 +377,6 @@ class Session:
     # -- the control thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        forwards = 0
         pause_s = 0.0
         while self._closed is None and not self._abandoned:
             try:
@@ -389,7 +386,7 @@ class Session:
                     self._bell.wait(pause_s if not self._needed else min(pause_s, _RETRY_S[0]))
                     pause_s = self._attach_again(pause_s)
                 else:
-                    forwards = self._attend(self._active, forwards)
+                    self._attend(self._active)
                     pause_s = 0.0
             except (ExpertdError, OSError, zmq.ZMQError) as error:
                 if self._closed is None and not self._abandoned:
@@ -445,13 +442,13 @@ class Session:
         self.news += 1
         self._exchange.notify_all()
 
-    def _attend(self, link: Link, forwards: int) -> int:
-        """Wait for a second, or for something to happen, and see to it; returns how many forwards there have been."""
+    def _attend(self, link: Link) -> None:
+        """Wait for a second, or for something to happen, and see to it."""
         poller = zmq.Poller()
         poller.register(link.control.socket, zmq.POLLIN)
         poller.register(link.line.fileno(), zmq.POLLIN)
         poller.register(self._bell.fileno(), zmq.POLLIN)
-        ready = dict(poller.poll(round(IDLE_FLUSH_S * 1000)))
+        ready = dict(poller.poll(round(IDLE_S * 1000)))
         if self._bell.fileno() in ready:
             self._bell.answer()
         self._send_outbox(link)
@@ -459,11 +456,11 @@ class Session:
             self._listen(link)
         elif link.line.fileno() in ready and link.ended():
             raise DaemonLost(f"the daemon of {self._home.root} has ended; the model waits for its return")
-        if not ready:
-            if self._forwards == forwards:
-                self._when_idle()
-            return self._forwards
-        return forwards
+        now = time.monotonic()
+        if self._forwards != self._quiet[0]:
+            self._quiet = self._forwards, now
+        elif now - self._quiet[1] >= IDLE_S:  # whatever else is heard meanwhile: who keeps old pools is pinged
+            self._when_idle()
 
     def _listen(self, link: Link) -> None:
         match link.control.receive(0):
