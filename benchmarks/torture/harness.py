@@ -162,9 +162,8 @@ def _growth(cast: Cast, schedule: Schedule, seconds: float) -> dict[str, Any]:
     print(f"the last daemon, before and after {seconds:.0f} s of attacks: {before}; {after}")
     if before is None or after is None or before.pid != after.pid:
         return figures
-    # A session costs one lifeline here; its ZeroMQ connections are the same in number for each.
-    sessions = after.sessions - before.sessions
-    figures["leaked_descriptors"] = max(0, after.descriptors - before.descriptors - 3 * sessions)
+    more = after.descriptors - after.of_use - (before.descriptors - before.of_use)
+    figures["leaked_descriptors"] = max(0, more)
     figures["daemon_rss_growth_mb"] = round((after.anonymous - before.anonymous) / 1e6, 2)
     if figures["leaked_descriptors"]:
         print(f"descriptors of daemon {after.pid}: {leaks.descriptors_by_kind(after.pid)}")

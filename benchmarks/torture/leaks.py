@@ -20,15 +20,24 @@ SHM = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Held:
-    """What a daemon holds at one moment: open descriptors, anonymous bytes, sessions, segments."""
+    """What a daemon holds at one moment: open descriptors, anonymous bytes, sessions, models."""
 
     pid: int
     descriptors: int
     anonymous: int
     sessions: int
+    models: int
 
     def __str__(self) -> str:
-        return f"{self.descriptors} descriptors, {self.anonymous / 1e6:.1f} MB, {self.sessions} sessions"
+        return (
+            f"{self.descriptors} descriptors, {self.anonymous / 1e6:.1f} MB, {self.sessions} sessions, "
+            f"{self.models} models"
+        )
+
+    @property
+    def of_use(self) -> int:
+        """Descriptors of sessions (a lifeline, two connections) and of models (a file, and two of a pool)."""
+        return 3 * self.sessions + 3 * self.models
 
 
 def held_by(stage: Stage, pid: int) -> Held | None:
@@ -36,7 +45,7 @@ def held_by(stage: Stage, pid: int) -> Held | None:
     try:
         status = ask_status(stage.home)
         sessions = sum(len(model.sessions) for model in status.models)
-        return Held(pid, _steady_descriptors(pid), memory_of(pid).anonymous, sessions)
+        return Held(pid, _steady_descriptors(pid), memory_of(pid).anonymous, sessions, len(status.models))
     except (ExpertdError, psutil.Error, OSError):
         return None
 
