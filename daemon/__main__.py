@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import resource
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from expertd.daemon.policy import POLICIES
 from expertd.daemon.pressure import system_source
 from expertd.daemon.pressure.scripted import ScriptedSource
 from expertd.daemon.server import Server
+from expertd.daemon.simulated_ssd import SimulatedSsd, parse_ssd
 from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
@@ -45,6 +47,7 @@ def run(
     *,
     keep_alive_s: float | None = None,
     simulate_pressure: Path | None = None,
+    simulate_ssd: str | None = None,
 ) -> None:
     """Run a daemon in the current home until it is told to end.
 
@@ -56,6 +59,7 @@ def run(
         policy: one of ``POLICIES``.
         keep_alive_s: give a model back when nobody has used it for so long; by default when memory is needed.
         simulate_pressure: a script of memory pressure (``daemon.pressure.scripted``), in the place of the system's.
+        simulate_ssd: ``RATE[,LATENCY]`` of an SSD that reads are slowed down to (``daemon.simulated_ssd``).
 
     Raises:
         ExpertdError: it cannot start; nothing is left behind.
@@ -64,6 +68,7 @@ def run(
     config = read_config(home, budget=budget, idle_exit=idle_exit_s, policy=policy, keep_alive=keep_alive_s)
     size = config.budget.value or default_budget(this_machine()).size
     pressure = system_source() if simulate_pressure is None else ScriptedSource(simulate_pressure)
+    ssd = None if simulate_ssd is None else SimulatedSsd(parse_ssd(simulate_ssd))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
     raise_file_limit()
@@ -72,6 +77,7 @@ def run(
         await Server(
             home, size, POLICIES[config.policy.value],
             idle_exit_s=config.idle_exit.value, keep_alive_s=config.keep_alive.value, pressure=pressure,
+            read=ssd or os.preadv, simulated_ssd=str(ssd or ""),
         ).run()  # fmt: skip
 
     asyncio.run(serve())
@@ -85,11 +91,13 @@ def main() -> int:
     parser.add_argument("--policy", choices=POLICIES, help="which blocks to evict")
     parser.add_argument("--keep-alive", type=float, help="give a model back after so many seconds without a session")
     parser.add_argument("--simulate-pressure", type=Path, help="a script of memory pressure: lines 'SECONDS LEVEL'")
+    parser.add_argument("--simulate-ssd", help="slow reads down to an SSD of RATE[,LATENCY], for example 2GB,100us")
     arguments = parser.parse_args()
     try:
         run(
             arguments.budget, arguments.idle_exit, arguments.policy,
             keep_alive_s=arguments.keep_alive, simulate_pressure=arguments.simulate_pressure,
+            simulate_ssd=arguments.simulate_ssd,
         )  # fmt: skip
     except ExpertdError as error:
         print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)

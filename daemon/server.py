@@ -100,20 +100,22 @@ class Server:
         keep_alive_s: float | None = None,
         pressure: Source | None = None,
         read: Read = os.preadv,
+        simulated_ssd: str = "",
     ) -> None:
         """Not started yet.
 
         Args:
             keep_alive_s: models that nobody has used for so long are given back; None: when memory is needed.
             pressure: what tells how short of memory the machine is; None: the system.
-            read: reads the model's files; there for those who want to see it fail.
+            read: reads the model's files; there for those who want to see it fail, or to have it slower.
+            simulated_ssd: how slow, for the status.
         """
         self._home = home
         # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
         self._core = Core(budget, policy, first_segment=secrets.randbits(48))
         self._memory = MemoryWatch(budget, pressure or system_source())
         self._idleness = Idleness(time.monotonic(), exit_s=idle_exit_s, keep_alive_s=keep_alive_s)
-        self._reader = Reader(read=read)
+        self._reader, self._simulated_ssd = Reader(read=read), simulated_ssd
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended)
         self._pools: dict[int, SharedPool] = {}
         self._files: dict[str, OpenFiles] = {}
@@ -559,7 +561,8 @@ class Server:
     def _status(self) -> messages.Status:
         now, folder = time.monotonic(), str(self._tracing.folder or "")
         waited, uptime_s = self._waits.all(now), now - self._began
-        return daemon_status(self._home, self._core, self._memory, waited, uptime_s, folder, self._frames_dropped)
+        dropped, ssd = self._frames_dropped, self._simulated_ssd
+        return daemon_status(self._home, self._core, self._memory, waited, uptime_s, folder, dropped, ssd)
 
     async def _watch_sessions(self) -> None:
         """Ping those of whom something is expected; tell the core of those who have gone silent."""

@@ -29,6 +29,7 @@ def daemon_status(
     uptime_s: float,
     tracing: str,
     frames_dropped: int,
+    simulated_ssd: str,
 ) -> Status:
     """All there is to show of this process, which is the daemon of ``home``; ``waited`` by sessions."""
     daemon = DaemonStatus(
@@ -49,6 +50,7 @@ def daemon_status(
         journal=memory.journal,
         tracing=tracing,
         frames_dropped=frames_dropped,
+        simulated_ssd=simulated_ssd,
         models=[model_status(model, waited) for model in core.models.values()],
     )
 

@@ -307,7 +307,8 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
 class Status(Message):
     """Answer to AskStatus: the object that ``expertd status --json`` prints.
 
-    ``limit_bytes``: what pressure leaves of the budget now.
+    ``limit_bytes``: what pressure leaves of the budget now; ``simulated_ssd``: the SSD that reads are slowed down to,
+    "" if they are not.
     """
 
     protocol: int
@@ -322,6 +323,7 @@ class Status(Message):
     limit_bytes: int
     pressure_figure: str
     journal: list[JournalEntry]
+    simulated_ssd: str = ""
 
 
 class SetBudget(Message):

@@ -39,9 +39,14 @@ def daemon() -> None:
     metavar="FILE",
     help="Memory pressure from a script, lines of 'SECONDS normal|warning|critical', not the system's.",
 )
+@click.option(
+    "--simulate-ssd",
+    metavar="RATE[,LATENCY]",
+    help="Slow reads down to those of a slower SSD, for example 2GB,100us; 'expertd status' says so.",
+)
 def run(
     budget: str | None, idle_exit: float | None, policy: str | None, keep_alive: float | None,
-    simulate_pressure: Path | None,
+    simulate_pressure: Path | None, simulate_ssd: str | None,
 ) -> None:  # fmt: skip
     """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'.
 
@@ -49,7 +54,10 @@ def run(
     """
     from expertd.daemon.__main__ import run as run_daemon
 
-    run_daemon(budget, idle_exit, policy, keep_alive_s=keep_alive, simulate_pressure=simulate_pressure)
+    run_daemon(
+        budget, idle_exit, policy,
+        keep_alive_s=keep_alive, simulate_pressure=simulate_pressure, simulate_ssd=simulate_ssd,
+    )  # fmt: skip
 
 
 @daemon.command()

@@ -59,6 +59,8 @@ def table(found: Status, *, layers: bool = False, journal: bool = False) -> list
     if found.limit_bytes < found.budget_bytes:
         why = "growing again" if found.pressure == "normal" else found.pressure_figure
         lines.append(f"limit     {show_size(found.limit_bytes)} because of memory pressure: {why}")
+    if found.simulated_ssd:
+        lines.append(f"disk      slowed down to {found.simulated_ssd} (--simulate-ssd)")
     if journal:
         lines += _journal(found)
     if found.tracing:
