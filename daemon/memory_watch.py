@@ -16,6 +16,8 @@ log = logging.getLogger("expertd.daemon")
 
 TICK_S, IDLE_TICK_S = 0.25, 1.0
 """How often the system is asked, while there is something to give back and while there is not."""
+ASK_S = 2.0
+"""If the system gave no memory for a smaller pool, it is asked again so often."""
 LEVELS: dict[Level, Literal["normal", "warning", "critical"]] = {
     Level.NORMAL: "normal",
     Level.WARNING: "warning",
@@ -30,6 +32,7 @@ class MemoryWatch:
         self.governor = Governor(budget)
         self._source = source
         self._told = Level.NORMAL
+        self._asked_at = time.monotonic()  # when memory to move to was asked for last
 
     @property
     def pressure(self) -> Pressure:
@@ -64,6 +67,13 @@ class MemoryWatch:
         self._told = reading.level
         log.info("memory pressure is %s: %s", reading.level.word, reading.figure)
         return change, self.pressure
+
+    def asks_again(self, too_much: bool) -> bool:
+        """Whether it is time to ask for memory to move to again, if ``too_much`` is used: there was none, it seems."""
+        if not too_much or time.monotonic() - self._asked_at < ASK_S:
+            return False
+        self._asked_at = time.monotonic()
+        return True
 
     def set_budget(self, budget: int, why: str) -> Change | None:
         """Somebody wants another budget."""

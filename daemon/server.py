@@ -25,7 +25,6 @@ import zmq.asyncio
 
 from expertd.daemon import memory_watch
 from expertd.daemon.core import Core, events, instructions
-from expertd.daemon.core.governor import Change
 from expertd.daemon.core.state import Model
 from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
@@ -294,12 +293,9 @@ class Server:
                 f"the models in use need at least {needed} bytes ({show_size(needed)}); give that much, or end them"
             )
         log.info("the budget changes from %s to %s", show_size(before), show_size(budget))
-        self._limit(self._memory.set_budget(budget, "the budget was changed"))
+        self._memory.set_budget(budget, "the budget was changed")
+        self._feed(events.BudgetChanged(self._memory.governor.limit, most=budget))
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
-
-    def _limit(self, change: Change | None) -> None:
-        if change is not None:
-            self._feed(events.BudgetChanged(change.after, change.drop, self._memory.governor.budget))
 
     def _unload(self, identity: bytes, name: str) -> None:
         for model in self._core.models.values():
@@ -521,12 +517,12 @@ class Server:
 
     async def _create_pool(self, what: instructions.CreatePool) -> None:
         event: events.Event
-        async with self._creating:  # segments share one name while they are created
+        name = segment_name(self._home.root)
+        async with self._creating:  # segments share that name while they are created
             try:
-                pool = await asyncio.to_thread(
-                    create_pool, segment_name(self._home.root), what.layout, what.generation
-                )
+                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation)
             except ExpertdError as error:
+                log.warning("a pool could not be created: %s", error)
                 event = events.PoolFailed(what.segment, error)
             else:
                 self._pools[what.segment] = pool
@@ -580,7 +576,10 @@ class Server:
         while True:
             await asyncio.sleep(memory_watch.TICK_S if self._core.used else memory_watch.IDLE_TICK_S)
             change, news = self._memory.tick(self._core.used, self._core.floor)
-            self._limit(change)
+            if change is not None:
+                self._feed(events.BudgetChanged(change.after, change.drop, self._memory.governor.budget))
+            elif self._memory.asks_again(self._core.used > self._core.budget):
+                self._feed(events.MemoryWanted())
             if news is not None:
                 for session in self._peers:
                     self._to_control(session, news)

@@ -1,7 +1,8 @@
 """How long sessions waited for answers to their Fetches, and how much of that was waiting for reads.
 
-A Fetch waits for reads while at least one of its blocks is being read, whoever asked for that; while it waits for a
-slot, for another generation of its pool or for copies, it does not.  Pure: time is given, in seconds.
+A Fetch waits for reads while at least one of its blocks is being read or has its turn at the disk to come, whoever
+asked for that; while it waits for a slot or for another generation of its pool, or its blocks are copied, it does not.
+Pure: time is given, in seconds.
 """
 
 from __future__ import annotations

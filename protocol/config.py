@@ -21,6 +21,9 @@ from expertd.protocol.sizes import parse_budget
 POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
 """Of ``expertd.daemon.policy.POLICIES``; the first is the default, the others are there to be compared with."""
 
+FOREVER_S = 1e9
+"""More seconds are as good as no limit: thirty years."""
+
 T = TypeVar("T")
 
 
@@ -156,7 +159,7 @@ def _budget(value: object) -> int | None:
 
 def _seconds(value: object) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:  # nan is not
-        return None if value == float("inf") else value
+        return None if value > FOREVER_S else float(value)
     raise ConfigInvalid(f"{value!r} is not a number of seconds; write 0 or more, or inf for no limit")
 
 

@@ -9,6 +9,10 @@ from expertd.protocol.errors import SizeInvalid
 AUTO = "auto"
 """The budget that is what the machine can spare."""
 
+MOST = (1 << 63) - 1
+"""No size is larger: messages carry no larger number."""
+DIGITS = 40
+
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter] = _UNITS[_letter + "b"] = 1000**_power
@@ -25,7 +29,12 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get(match.group(2).lower()) if match else None
     if match is None or unit is None:
         raise SizeInvalid(f"'{text}' is not a size; write for example 512MB, 2GiB or a number of bytes")
-    size = int(float(match.group(1)) * unit) if "." in match.group(1) else int(match.group(1)) * unit
+    number = match.group(1)
+    if len(number) > DIGITS:
+        raise SizeInvalid(f"'{text[:DIGITS]}...' is more memory than there can be; write for example 512MB or 2GiB")
+    size = int(float(number) * unit) if "." in number else int(number) * unit
+    if size > MOST:
+        raise SizeInvalid(f"'{text}' is more memory than there can be; write for example 512MB or 2GiB")
     if size <= 0:
         raise SizeInvalid(f"'{text}' is no size to work with; write for example 512MB, 2GiB or a number of bytes")
     return size

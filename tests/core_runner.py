@@ -7,7 +7,7 @@ from collections import deque
 from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.core.state import Model
 from expertd.daemon.policy import Forecast, PolicyFactory
-from expertd.protocol.errors import ExpertdError
+from expertd.protocol.errors import ExpertdError, SegmentFailed
 from expertd.protocol.layout import PAGE
 from expertd.protocol.manifest import Layer, Manifest, Part
 
@@ -23,6 +23,7 @@ def model_of(pages: tuple[int, ...], experts: int = 128, name: str = "m") -> Man
 
 class Runner:
     """Attributes:
+    memory_left: bytes that the system can still give for segments.
     stopped: sessions that hear nothing: they neither ack nor leave older generations.
     most_used: bytes that the core used at most.
     """
@@ -33,6 +34,8 @@ class Runner:
         self.answered: set[int] = set()
         self.stopped: set[int] = set()
         self.most_used = 0
+        self.memory_left = 1 << 60
+        self._sizes: dict[int, int] = {}
 
     def attach(self, session: int, manifest: Manifest) -> Model:
         """Open a session; raises what it is refused with."""
@@ -46,8 +49,10 @@ class Runner:
         while todo:
             for out in self.core.handle(todo.popleft()):
                 match out:
-                    case instructions.CreatePool(segment):
-                        todo.append(events.PoolCreated(segment))
+                    case instructions.CreatePool(segment, _, layout):
+                        todo.append(self._create(segment, layout.size))
+                    case instructions.UnlinkPool(segment):
+                        self.memory_left += self._sizes.pop(segment)
                     case instructions.StartRead(_, segment, slot):
                         todo.append(events.ReadDone(segment, slot, PAGE))
                     case instructions.StartCopy(_, _, segment, slot):
@@ -63,6 +68,13 @@ class Runner:
             self.most_used = max(self.most_used, self.core.used)
         if refused is not None:
             raise refused
+
+    def _create(self, segment: int, size: int) -> events.Event:
+        if size > self.memory_left:
+            return events.PoolFailed(segment, SegmentFailed("no memory"))
+        self.memory_left -= size
+        self._sizes[segment] = size
+        return events.PoolCreated(segment)
 
     def releases(self, session: int) -> list[events.Event]:
         """What ``session`` says when it leaves all older generations that it has."""

@@ -455,6 +455,8 @@ class World:
         counted = [segment.layout.size for n, segment in self.segments.items() if n not in self.abandoned]
         assert sum(counted) == sum(model.size + model.extra for model in models)
         staying = [model for model in models if model.sessions or model.opening or not model.busy]
+        if any(model.sessions[number].silent for model in models for pool in model.pools for number in pool.holders):
+            return  # what a silent session has too stays as it is
         if self.creating() or self.no_memory or sum(m.size * (1 + m.copies) for m in staying) <= self.core.budget:
             return
         for model in staying:

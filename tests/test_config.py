@@ -81,6 +81,7 @@ FLAG, ENVIRONMENT, FILE, DEFAULT = Source
         ("idle_exit", float("inf"), None, 3, (None, FLAG)),
         ("idle_exit", None, "inf", 3, (None, ENVIRONMENT)),
         ("idle_exit", None, None, float("inf"), (None, FILE)),
+        ("idle_exit", None, None, 10**400, (None, FILE)),
         ("idle_exit", None, None, None, (None, DEFAULT)),
         ("policy", "lru", "lfu", "lcp", ("lru", FLAG)),
         ("policy", None, "lfu", "lcp", ("lfu", ENVIRONMENT)),

@@ -16,6 +16,7 @@ from expertd.daemon.core.events import (
     Ended,
     Fetch,
     Heard,
+    MemoryWanted,
     PoolCreated,
     PoolFailed,
     ReadDone,
@@ -111,18 +112,18 @@ def test_silence_of_a_session_that_owes_nothing_is_no_news() -> None:
     assert not daemon.core.sessions[1].silent
 
 
-def test_what_a_session_holds_that_is_stopped_while_it_is_idle_is_taken_from_the_others() -> None:
-    """It stands in nobody's way and owes no ack, but the memory is gone."""
+def test_a_pool_that_a_stopped_session_has_too_stays_as_it_is() -> None:
+    """It stands in nobody's way and owes no ack; a smaller pool would give nothing back of what it holds."""
     daemon = two_sessions(8)
     copied(daemon, created(daemon, budget(daemon, 7)))
     daemon.feed(Released(2, 1))
     assert (daemon.core.owing, daemon.core.holding) == ([], [1])
-    (create,) = of(CreatePool, daemon.feed(Silent(1)))
-    assert create.layout.slots == 2, "the floor: nine pages of seven are held"
-    created(daemon, [create])
-    assert daemon.core.holding == [2], "what is silent is not asked again"
-    daemon.feed(Heard(1))
-    assert sorted(daemon.core.holding) == [1, 2]
+    assert not of(CreatePool, daemon.feed(Silent(1)))
+    assert daemon.core.holding == [], "what is silent is not asked again"
+    assert not of(CreatePool, budget(daemon, 4))
+    (create,) = of(CreatePool, daemon.feed(Heard(1)))
+    assert create.layout.slots == 3
+    assert daemon.core.holding == [1]
 
 
 def test_a_session_that_answers_slowly_is_waited_for_even_if_another_is_silent() -> None:
@@ -239,11 +240,11 @@ def test_memory_that_a_model_is_being_opened_in_is_not_given_to_others() -> None
     a, b = manifest("a", experts=16), manifest("b")
     daemon = Daemon(16)
     daemon.attach(1, a)
-    daemon.core.budget = daemon.core.most = daemon.core.used + smallest(b)
+    daemon.core.budget = daemon.core.most = daemon.core.used + largest(b)
     daemon.ask(2, b)  # its segment is being created
     assert not of(CreatePool, daemon.feed(BudgetChanged(daemon.core.budget + PAGE)))
     (larger,) = of(CreatePool, daemon.feed(BudgetChanged(daemon.core.budget + 6 * PAGE)))
-    assert larger.layout.size + smallest(b) <= daemon.core.budget
+    assert larger.layout.size + largest(b) <= daemon.core.budget
 
 
 def test_a_budget_that_shrinks_while_a_model_is_opened_is_kept_when_it_is_open() -> None:
@@ -272,7 +273,12 @@ def test_a_budget_that_shrinks_while_a_pool_grows_is_kept_though_the_growth_fail
     out = daemon.feed(PoolFailed(create.segment, errors.SegmentFailed("no memory")))
     (smaller,) = of(CreatePool, out)
     assert smaller.layout.slots == 3
-    assert not of(CreatePool, daemon.feed(PoolFailed(smaller.segment, errors.SegmentFailed("no memory"))))
+    (half,) = of(CreatePool, daemon.feed(PoolFailed(smaller.segment, errors.SegmentFailed("no memory"))))
+    assert half.layout.slots == 2, "perhaps there is memory for less"
+    assert not of(CreatePool, daemon.feed(PoolFailed(half.segment, errors.SegmentFailed("no memory"))))
+    (again,) = of(CreatePool, daemon.feed(MemoryWanted()))
+    assert again.layout.slots == 3
+    assert not of(CreatePool, daemon.feed(MemoryWanted()))
 
 
 def test_a_model_that_was_still_read_for_is_dropped_when_the_budget_is_too_small_for_it() -> None:

@@ -68,7 +68,7 @@ def test_who_never_leaves_an_older_generation_keeps_that_and_no_more_from_the_ot
     runner.stopped.add(1)
     second = runner.attach(2, B)
     runner.feed(events.Silent(1))
-    assert hold(first, second) == [smallest(A), smallest(B)]
+    assert near(hold(first), BUDGET // 2) and second.size == smallest(B), "a smaller pool would give nothing back"
     runner.wake(1)
     assert sum(hold(first, second)) > BUDGET - 2 * NEAR
     assert runner.core.used <= BUDGET
@@ -121,6 +121,74 @@ def test_under_the_worst_pressure_there_is_an_event_for_each_session_or_at_least
     runner.feed(events.BudgetChanged(least, drop=True, most=BUDGET))
     assert hold(first, second) == [smallest(A), smallest(B)]
     assert runner.core.used == least
+
+
+def test_a_model_that_was_kept_warm_gets_its_share_when_it_is_used_again() -> None:
+    runner = Runner(BUDGET)
+    first, second = runner.attach(1, A), runner.attach(2, B)
+    runner.feed(events.Ended(2))
+    chance = random.Random(7)
+    busy(runner, 1, chance, tokens=6000)
+    assert first.size > 3 * second.size
+    assert runner.attach(3, B) is second
+    assert near(hold(first, second), BUDGET // 2)
+    third = runner.attach(4, C)
+    runner.feed(events.Ended(4))
+    runner.feed(events.BudgetChanged(2 * BUDGET))
+    assert runner.attach(5, C) is third
+    assert near(hold(first, second, third), 2 * BUDGET // 3)
+    assert runner.core.used <= 2 * BUDGET
+
+
+def test_a_budget_that_changes_while_a_newcomer_waits_leaves_it_its_share() -> None:
+    runner = Runner(BUDGET)
+    first = runner.attach(1, A)
+    runner.stopped.add(1)
+    second = runner.attach(2, B)
+    for pages in (95, 100, 85):
+        runner.feed(events.BudgetChanged(pages * PAGE))
+    runner.wake(1)
+    assert near(hold(first), BUDGET // 2)
+    assert near(hold(second), 85 * PAGE - BUDGET // 2), "all that there is of it"
+
+
+def test_other_models_steps_leave_a_newcomer_its_share() -> None:
+    runner = Runner(2 * BUDGET)
+    first, second = runner.attach(1, A), runner.attach(2, B)
+    runner.stopped.add(1)
+    third = runner.attach(3, C)
+    chance = random.Random(8)
+    for _ in range(300):
+        busy(runner, 2, chance)
+        busy(runner, 3, chance, experts=16)
+    runner.wake(1)
+    assert near(hold(first, second, third), 2 * BUDGET // 3)
+
+
+def test_models_with_blocks_of_very_different_size_exchange_memory_too() -> None:
+    large = model_of((6, 6), 32, "large")
+    runner = Runner(BUDGET)
+    first, second = runner.attach(1, A), runner.attach(2, large)
+    before = second.size
+    chance = random.Random(9)
+    busy(runner, 2, chance, tokens=6000, experts=32)
+    assert second.size > 1.3 * before
+    assert first.size >= smallest(A) and runner.core.used <= BUDGET
+
+
+def test_a_smaller_generation_for_which_there_is_no_memory_is_asked_for_again() -> None:
+    runner = Runner(BUDGET)
+    first = runner.attach(1, A)
+    runner.memory_left = 20 * PAGE
+    runner.feed(events.BudgetChanged(60 * PAGE))
+    assert near(hold(first), 60 * PAGE), "by way of a generation that fits into what is left"
+    runner.memory_left = 0
+    runner.feed(events.BudgetChanged(30 * PAGE))
+    assert near(hold(first), 60 * PAGE)
+    runner.memory_left = 100 * PAGE
+    runner.feed(events.MemoryWanted())
+    assert near(hold(first), 30 * PAGE)
+    assert runner.core.used <= 30 * PAGE
 
 
 def test_a_newcomer_that_goes_again_leaves_its_memory_to_the_first() -> None:

@@ -22,23 +22,23 @@ from expertd.daemon.core import events, fetches, instructions, memory, slots
 from expertd.daemon.core.plan import beginning, largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
 from expertd.daemon.policy import Forecast, PolicyFactory
-from expertd.protocol.errors import BudgetTooSmall, ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
+from expertd.protocol.errors import ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
 from expertd.protocol.layout import PoolLayout
-from expertd.protocol.sizes import show_size
 
 LEARNED_FORWARDS = 32
 """Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
 long, and what others miss must not wait for it."""
 GROWTH = 9 / 8
-"""A pool moves to a larger generation if that is at least so much larger, or holds all: moving costs copies."""
+"""A pool moves to a larger generation if that is so much larger, holds all, or is as promised: moving costs copies."""
 
 
 class Core:
     """Owned by one loop; not thread-safe.
 
     Attributes:
-        budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while a
-            pool moves, and by one event of one session for each pool that has to go on without a silent session.
+        budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while pools
+            move, by one event of one session for each pool of a model that comes meanwhile, or that has to go on
+            without a silent session, and by what silent sessions keep.
         most: bytes that the user allows; more than the budget under memory pressure.
         models: by key, in the order in which they came.
         sessions: by number, those that are open.
@@ -113,8 +113,11 @@ class Core:
                     self._heard(self.sessions[session])
             case events.BudgetChanged(size, drop, most):
                 self.budget, self.most = size, size if most is None else most
-                memory.forget_quotas(self.models.values())
+                if drop:
+                    memory.forget_quotas(self.models.values())
                 self._divide_memory(drop)
+            case events.MemoryWanted():
+                self._divide_memory()
             case events.Unwanted(key):
                 if key in self.models:
                     self.models[key].unwanted = self._memory_changed = True
@@ -141,13 +144,12 @@ class Core:
                 self._out.append(instructions.Refuse(event.session, error, None))
                 return
         elif event.mode == "copy" and model.size > self.budget - self.used:
-            refusal = BudgetTooSmall(
-                f"a session in copy mode needs {show_size(model.size)} of its own beside the shared pools, and "
-                f"{show_size(max(0, self.budget - self.used))} of the budget are free; "
-                f"start the daemon with --budget {self.used + model.size} or more"
-            )
+            refusal = memory.no_room_for_a_copy(self.budget, self.used, model)
             self._out.append(instructions.Refuse(event.session, refusal, None))
             return
+        elif not model.sessions and not model.opening:
+            self._drop_idle(largest(event.manifest) - model.size, model)
+            memory.welcome(self.budget, self.models.values(), model, event.mode == "copy")
         model.unwanted = False
         model.opening.append(event)
         if model.ready:
@@ -159,22 +161,11 @@ class Core:
         It begins with what one event needs at least, even if pools in use or the last reads of unused models still
         take the whole budget: it is short, and nobody has to wait.
         """
-        manifest = event.manifest
-        copies = 2 if event.mode == "copy" else 1
-        wanted = largest(manifest) * copies
-        needed = smallest(manifest) * copies
-        held = self.smallest_budget
-        if needed > self.most - held:
-            others = f", and models in use need at least {held} bytes ({show_size(held)}) of it" if held else ""
-            raise BudgetTooSmall(
-                f"the budget of {show_size(self.most)} is too small for {manifest.folder}: one event of one session "
-                f"needs at least {needed} bytes ({show_size(needed)}){others}; start the daemon with "
-                f"--budget {held + needed} or more"
-            )
-        for model in self._idle():
-            if self.budget - self.used >= wanted:
-                break
-            self._drop(model)
+        manifest, copies = event.manifest, 2 if event.mode == "copy" else 1
+        wanted, needed = largest(manifest) * copies, smallest(manifest) * copies
+        if needed > self.most - self.smallest_budget:
+            raise memory.no_room(self.most, self.smallest_budget, manifest, needed)
+        self._drop_idle(wanted)
         should_have = max(needed, memory.make_room(self.budget, self.models.values(), wanted))
         plans = plan_pools(manifest, should_have // copies)
         pools = []
@@ -184,8 +175,7 @@ class Core:
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
         layers = manifest.layers
         experts, top_k = max(layer.experts for layer in layers), max(layer.top_k for layer in layers)
-        policy = self._policy(len(layers), experts, top_k)
-        model = Model(manifest.key, manifest, pools, pool_of_layer, policy)
+        model = Model(manifest.key, manifest, pools, pool_of_layer, self._policy(len(layers), experts, top_k))
         self.models[model.key] = model
         self._memory_changed = True
         for pool in pools:
@@ -201,6 +191,12 @@ class Core:
         """Models that nobody uses and nothing reads for, the longest unused first."""
         idle = [m for m in self.models.values() if not m.sessions and not m.opening and m.ready and not m.busy]
         return sorted(idle, key=lambda model: model.used_at)
+
+    def _drop_idle(self, wanted: int, but: Model | None = None) -> None:
+        """Give models back that nobody uses, until so many bytes are free."""
+        for model in self._idle():
+            if model is not but and self.budget - self.used < wanted:
+                self._drop(model)
 
     def _drop(self, model: Model) -> None:
         del self.models[model.key]
@@ -449,11 +445,12 @@ class Core:
 
     # -- generations ---------------------------------------------------------------------------------------------------
 
-    def _move(self, model: Model, pool: Pool, size: int) -> None:
+    def _move(self, model: Model, pool: Pool, size: int, fresh: bool = False) -> None:
         """Begin a new generation of ``pool`` in ``size`` bytes, as near as that is possible."""
         if pool.next is None:
             layout = resized(model.manifest, pool.layers, size)
             pool.next = self._new_pool(pool.generation + 1, pool.layers, layout)
+            pool.next.fresh = fresh
             self._pools[pool.next.segment] = (model, pool.next)
 
     def _enter(self, model: Model, new: Pool) -> None:
@@ -483,14 +480,16 @@ class Core:
         self._sweep(model)
 
     def _stay(self, model: Model, new: Pool, error: ExpertdError) -> None:
-        """There is no memory for a new generation: what cannot be served without one is refused."""
+        """There is no memory for a new generation: try a smaller one, or refuse what cannot be served without one."""
         old = next(pool for pool in model.pools if pool.next is new)
         del self._pools[new.segment]
-        old.next = None
-        for pool in model.pools:
-            pool.quota = None
+        memory.forget_quotas([model])
         self._memory_changed |= old.outdated
-        old.outdated = False
+        old.next, old.outdated = None, False
+        half = resized(model.manifest, old.layers, new.layout.size // 2)
+        if new.layout.size <= old.layout.size and half.slots < new.layout.slots:
+            self._move(model, old, half.size, fresh=new.fresh)  # what it lacks it gets when the old one has gone
+            return
         if slots.only_silent(slots.in_the_way(model, old)):
             for waiting in fetches.ungranted(old):
                 self._give_up(model, old, waiting, error)
@@ -543,15 +542,18 @@ class Core:
             if drop and pool.carried:
                 slots.forget_wishes(model, pool)
                 self._sweep(model)
-        if not memory.under_way(self.models.values()) and memory.forget_quotas(self.models.values()):
-            self._divide_memory(drop)  # nobody will give what they wait for: all that is free is to be had
+        promises = memory.end_promises(self.budget, self.models.values())
+        for model, pool, size in promises or ():
+            self._move(model, pool, size)
+        if promises == []:
+            self._divide_memory(drop)
 
     def _resize(self, model: Model, pool: Pool, size: int) -> None:
         """Begin another generation of ``pool`` if ``size`` bytes differ enough from what it has."""
         before, now = pool.layout.slots, resized(model.manifest, pool.layers, size).slots
         everything = now >= pool.layout.layers * pool.layout.experts
         pool.outdated = pool.next is not None and now != pool.next.layout.slots
-        wanted = everything or (pool.quota is not None and size >= pool.quota)
+        wanted = everything or 0 < memory.promised(pool) <= size - pool.layout.size
         grows = now >= before * GROWTH or (now > before and wanted)
         if now < before or grows:
             self._move(model, pool, size)

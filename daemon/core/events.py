@@ -102,6 +102,11 @@ class BudgetChanged:
 
 
 @dataclass(frozen=True)
+class MemoryWanted:
+    """More is used than may be, because the system gave no memory to move to: it is time to ask again."""
+
+
+@dataclass(frozen=True)
 class Unwanted:
     """Somebody wants the memory of ``model`` (a key) back; it goes unless somebody uses it."""
 
@@ -134,6 +139,6 @@ class Ended:
 
 
 Event = (
-    Attach | PoolCreated | PoolFailed | Fetch | Ack | Routed | Released | Silent | Heard | BudgetChanged | Unwanted
-    | ReadDone | ReadFailed | Ended
+    Attach | PoolCreated | PoolFailed | Fetch | Ack | Routed | Released | Silent | Heard | BudgetChanged
+    | MemoryWanted | Unwanted | ReadDone | ReadFailed | Ended
 )  # fmt: skip

@@ -11,6 +11,10 @@ from expertd.daemon.core.plan import divide, floor_of, largest_of, resized
 from expertd.daemon.core.quotas import Size
 from expertd.daemon.core.quotas import step as next_step
 from expertd.daemon.core.state import Model, Pool
+from expertd.protocol.errors import BudgetTooSmall
+from expertd.protocol.layout import PAGE
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.sizes import show_size
 
 
 def used(models: Collection[Model]) -> int:
@@ -39,6 +43,16 @@ def under_way(models: Collection[Model]) -> bool:
     return any(not model.ready or model.extra > model.held_by_silent for model in models)
 
 
+def stuck(model: Model, pool: Pool) -> bool:
+    """Whether a session that does not answer has ``pool``: to move on would give nothing back."""
+    return any(model.sessions[number].silent for number in pool.holders)
+
+
+def promised(pool: Pool) -> int:
+    """Bytes that ``pool`` is to get more than it has, or less."""
+    return 0 if pool.quota is None else pool.quota - pool.layout.size
+
+
 def fewest(model: Model, pool: Pool, sessions: int = 1) -> int:
     """Bytes that ``pool`` has at least: one event of one session, or of each of so many ``sessions``."""
     return min(pool.layout.size, floor_of(model.manifest, pool.layers, sessions))
@@ -58,6 +72,17 @@ def floor(models: Collection[Model]) -> int:
     )
 
 
+def welcome(budget: int, models: Collection[Model], model: Model, copies: int) -> None:
+    """``model``, which nobody used, is used again: its pools should have what they would get if it were new."""
+    times = 1 + copies
+    most = [largest_of(model.manifest, pool.layers) for pool in model.pools]
+    should_have = make_room(budget, [other for other in models if other is not model], sum(most) * times) // times
+    sizes = [(fewest(model, pool), pool.layout.size, largest) for pool, largest in zip(model.pools, most, strict=True)]
+    for pool, size in zip(model.pools, divide(max(should_have, model.size), sizes), strict=True):
+        if resized(model.manifest, pool.layers, size).slots > pool.layout.slots:
+            pool.quota = size
+
+
 def make_room(budget: int, models: Collection[Model], wanted: int) -> int:
     """A model comes that could use ``wanted`` bytes: what it should have; the others' quotas are set accordingly.
 
@@ -74,7 +99,7 @@ def make_room(budget: int, models: Collection[Model], wanted: int) -> int:
     givers, wants = [], []
     for model in users:
         of_model = sum(has[id(pool)] for pool in model.pools)
-        for pool in model.pools if of_model > fair else ():
+        for pool in (pool for pool in model.pools if of_model > fair and not stuck(model, pool)):
             now = has[id(pool)]
             keeps = max(now * fair // of_model, fewest(model, pool) * (1 + model.copies))
             givers.append((model, pool))
@@ -95,33 +120,81 @@ def _intended(pool: Pool) -> int:
 def step(models: Collection[Model]) -> bool:
     """Let one pool give to another what that needs more, if it is time; whether it is.
 
-    Models with a move under way have no part in it.
+    Models with a move under way have no part in it, and while some pool is to get what was promised, there is no step.
     """
-    settled = [model for model in models if model.ready and not model.extra]
-    pools = {(model.key, pool.name): (model, pool) for model in settled for pool in model.pools}
+    if any(pool.quota is not None for model in models for pool in model.pools):
+        return False
+    calm = [model for model in models if model.ready and not model.extra]
+    pools = {(model.key, pool.name): (model, pool) for model in calm for pool in model.pools}
     sizes = {name: _size(model, pool) for name, (model, pool) in pools.items()}
-    decided = next_step(sizes)
+    decided = next_step(sizes, max((_slot(model, pool) for model, pool in pools.values()), default=1))
     if decided is None:
         return False
     giver, taker, size = decided
-    for model, pool in pools.values():
-        model.quotas.begin_again()
-        pool.quota = None
     wanted = {giver: sizes[giver].now - size, taker: sizes[taker].now + size}
-    quotas = {name: bytes_ // (1 + pools[name][0].copies) for name, bytes_ in wanted.items()}
-    changed = [(*pools[name], quota) for name, quota in quotas.items()]
-    if all(resized(model.manifest, pool.layers, quota).slots != pool.layout.slots for model, pool, quota in changed):
-        for _, pool, quota in changed:
-            pool.quota = quota
+    changed = [(*pools[name], all_copies // (1 + pools[name][0].copies)) for name, all_copies in wanted.items()]
+    if any(resized(model.manifest, pool.layers, quota).slots == pool.layout.slots for model, pool, quota in changed):
+        return False
+    for model in calm:
+        model.quotas.begin_again()
+    for _, pool, quota in changed:
+        pool.quota = quota
     return True
 
 
-def forget_quotas(models: Collection[Model]) -> bool:
-    """Leave pools what they have; whether one of them should have had something else."""
-    pools = [pool for model in models for pool in model.pools if pool.quota is not None]
-    for pool in pools:
-        pool.quota = None
-    return bool(pools)
+def no_room(most: int, others: int, manifest: Manifest, needed: int) -> BudgetTooSmall:
+    """Why a model that needs ``needed`` bytes is refused, beside ``others`` that the models in use need."""
+    beside = f", and models in use need at least {others} bytes ({show_size(others)}) of it" if others else ""
+    return BudgetTooSmall(
+        f"the budget of {show_size(most)} is too small for {manifest.folder}: one event of one session needs at least "
+        f"{needed} bytes ({show_size(needed)}){beside}; start the daemon with --budget {others + needed} or more"
+    )
+
+
+def no_room_for_a_copy(budget: int, used: int, model: Model) -> BudgetTooSmall:
+    """Why a session of ``model`` is refused that needs a copy of its own."""
+    return BudgetTooSmall(
+        f"a session in copy mode needs {show_size(model.size)} of its own beside the shared pools, and "
+        f"{show_size(max(0, budget - used))} of the budget are free; "
+        f"start the daemon with --budget {used + model.size} or more"
+    )
+
+
+def end_promises(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool, int]] | None:
+    """If nobody makes room any more: the bytes that pools get of what they were promised, as far as that is free.
+
+    None if somebody does, or nothing was promised.
+    """
+    pools = [(model, pool) for model in models for pool in model.pools if pool.quota is not None]
+    if not pools or under_way(models):
+        return None
+    wants = []
+    for model, pool in pools:
+        times, size = 1 + model.copies, pool.layout.size
+        more = 0 if stuck(model, pool) else max(0, promised(pool))
+        wants.append((size * times, size * times, (size + more) * times))
+    room = max(0, budget - used(models)) + sum(size for size, _, _ in wants)
+    sizes = divide(room, wants)
+    forget_quotas(models)
+    shares = [(model, pool, size // (1 + model.copies)) for (model, pool), size in zip(pools, sizes, strict=True)]
+    return [
+        (model, pool, size)
+        for model, pool, size in shares
+        if resized(model.manifest, pool.layers, size).slots > pool.layout.slots
+    ]
+
+
+def forget_quotas(models: Collection[Model]) -> None:
+    """Leave pools what they have."""
+    for model in models:
+        for pool in model.pools:
+            pool.quota = None
+
+
+def _slot(model: Model, pool: Pool) -> int:
+    """Bytes by which ``pool`` must grow or shrink to have another number of slots."""
+    layer = model.manifest.layers[pool.layers[0]]
+    return (layer.block_bytes + len(layer.parts) * PAGE) * (1 + model.copies)
 
 
 def _size(model: Model, pool: Pool) -> Size:
@@ -136,27 +209,34 @@ def shares(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool, in
     """The bytes that each pool of the open models should have.
 
     What sessions that answer still hold of older generations will be given back, and so will models that nobody uses
-    any more when their last reads have ended: that is no reason to shrink, but no room to grow either.
+    any more when their last reads have ended: that is no reason to shrink, but no room to grow either.  A generation
+    that a silent session has too stays: another one beside it would only cost more.
     """
     open_ = [model for model in models if model.ready and (model.sessions or model.opening or not model.busy)]
     now, free = settled(open_), max(0, budget - used(models))
     each = floor(models) <= budget - committed(models)  # else there is one event for each model
-    changed = waiting = 0
+    changed = stays = 0
+    waiting = sum(promised(pool) * (1 + model.copies) for model in models if not model.ready for pool in model.pools)
     pools, wants = [], []
     for model in open_:
         times = 1 + model.copies
         for pool in model.pools:
             size = pool.layout.size
-            change = 0 if pool.quota is None else (pool.quota - size) * times
+            if stuck(model, pool):
+                now -= size * times
+                stays += size * times
+                continue
+            change = promised(pool) * times
             if change <= free:
                 size += change // times
                 changed += change
+                free -= max(0, change)
             else:
                 waiting += change  # it can have that when another pool has given it
             most = max(size, largest_of(model.manifest, pool.layers)) if model.sessions else size
             pools.append((model, pool))
             least = min(size, fewest(model, pool, len(model.sessions) if each else 1))
             wants.append((least * times, size * times, most * times))
-    room = max(min(now + changed, budget - committed(models)), budget - (used(models) - now) - waiting)
+    room = max(min(now + changed, budget - committed(models) - stays), budget - (used(models) - now) - waiting)
     divided = divide(room, wants)
     return [(model, pool, share // (1 + model.copies)) for (model, pool), share in zip(pools, divided, strict=True)]

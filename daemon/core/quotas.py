@@ -72,8 +72,8 @@ class Quotas:
         self._saved.clear()
 
 
-def step(sizes: Mapping[Name, Size]) -> tuple[Name, Name, int] | None:
-    """The pool that should give, the pool that should take, and how many bytes; None if all may stay.
+def step(sizes: Mapping[Name, Size], least: int = 1) -> tuple[Name, Name, int] | None:
+    """The pool that should give, the pool that should take, and how many bytes (``least`` or more); None if all stay.
 
     A step of so many bytes holds blocks of either size: what it saves in bytes read is the same for both.
     """
@@ -86,7 +86,7 @@ def step(sizes: Mapping[Name, Size]) -> tuple[Name, Name, int] | None:
     if giver is None or taker is None:
         return None
     gives, takes = sizes[giver], sizes[taker]
-    size = int(STEP * sum(each.now for each in sizes.values()) / len(sizes))
+    size = max(least, int(STEP * sum(each.now for each in sizes.values()) / len(sizes)))
     size = min(size, gives.now - gives.fewest, takes.most - takes.now)
     if size * (takes.saved - MARGIN * gives.saved) <= COPYING * (gives.now + takes.now):
         return None

@@ -125,7 +125,7 @@ class Forecast:
             rated = self._rates.use(layer, chosen)
         chances, forecast = self._chances, here.forecast
         self._follows.after(source.used, layer, chosen, self._rates.steady[layer], chances)
-        if len(self._generating) > 1:
+        if len(self._generating) > 1 or source not in self._generating:
             self._mix(source, layer, chances)
         np.log(chances, forecast)
         np.subtract(rated, forecast, forecast)
