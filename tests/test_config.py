@@ -212,7 +212,7 @@ import sys
 import expertd.daemon.__main__ as daemon
 
 class Server:
-    def __init__(self, home, size, policy, *, idle_exit_s, keep_alive_s, pressure):
+    def __init__(self, home, size, policy, *, idle_exit_s, keep_alive_s, **others):
         print(size, policy.__name__, idle_exit_s, keep_alive_s)
 
     async def run(self):
@@ -234,11 +234,11 @@ def made_with(*flags: str) -> str:
 
 def test_each_setting_reaches_the_daemon(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     home.config.write_text(SETTINGS)
-    assert made_with() == "1048576 LRU 30 60\n"
+    assert made_with() == "1048576 LRU 30.0 60.0\n"
     monkeypatch.setenv("EXPERTD_POLICY", "lfu")
     monkeypatch.setenv("EXPERTD_IDLE_EXIT", "inf")
     assert made_with("--keep-alive", "5") == "1048576 LFU None 5.0\n"
-    assert made_with("--budget", "2MiB", "--policy", "ewma", "--idle-exit", "7") == "2097152 EWMA 7.0 60\n"
+    assert made_with("--budget", "2MiB", "--policy", "ewma", "--idle-exit", "7") == "2097152 EWMA 7.0 60.0\n"
 
 
 def test_daemon_run_takes_the_file_and_ends_when_it_says(home: Home) -> None:
