@@ -149,7 +149,8 @@ def test_a_size_is_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text", ["", " ", "nonsense", "0", "0GB", "0.1", "-1", "-1GB", "+1", "1 G B", "1GiBi", "1PB", "1e9", "1,5G", ".5G",
-             "5.G", "inf", "nan", "0x10", "1_000", "GB", "1\0", "99999999999TB", "9" * 30, "9" * 5000, "9" * 39 + ".5T"],
+             "5.G", "inf", "nan", "0x10", "1_000", "GB", "1\0", "99999999999TB", "9" * 30, "9" * 5000,
+             "9" * 39 + ".5T"],
 )  # fmt: skip
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(SizeInvalid, match="write for example 512MB"):
