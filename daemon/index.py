@@ -1,4 +1,4 @@
-"""Where each block's bytes are: a manifest checked against the files' own headers.
+"""Where each block's bytes are: a manifest checked against the files' own headers, and its packed store if it has one.
 
 Reads headers, never weights (that is ``expertd.daemon.reader``).
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertd.protocol.checkpoint import FileMark, Header, read_header
-from expertd.protocol.errors import CheckpointError, FileChanged, HeaderInvalid
+from expertd.daemon.packed import StoreIndex, find_store
+from expertd.protocol.checkpoint import ITEM_BYTES, FileMark, Header, read_header
+from expertd.protocol.errors import CheckpointError, DerivedExperts, FileChanged, HeaderInvalid
 from expertd.protocol.manifest import Layer, Manifest, Part
 
 
@@ -25,12 +26,20 @@ class Range:
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """The files of one model and the byte ranges of its blocks."""
+    """The files of one model and the byte ranges of its blocks; ``store`` is the packed store that has them too."""
 
     paths: tuple[Path, ...]
     marks: tuple[FileMark, ...]
     _starts: tuple[tuple[tuple[int, ...], ...], ...]  # [layer][part]: start of each of the part's tensors
     _layers: tuple[Layer, ...]
+    store: StoreIndex | None = None
+    derived: bool = False  # some blocks are in the store only
+
+    def files_of(self, layer: int, expert: int) -> set[int]:
+        """Numbers of the files that one block comes from: all of them if it was computed."""
+        if self.derived:
+            return set(range(len(self.marks)))
+        return {part.files[expert if len(part.files) > 1 else 0] for part in self._layers[layer].parts}
 
     def ranges(self, layer: int, expert: int) -> list[Range]:
         """The ranges of one block, one for each part, in the order of the pool's slabs."""
@@ -42,10 +51,13 @@ class BlockIndex:
         return out
 
 
-def build_index(manifest: Manifest) -> BlockIndex:
+def build_index(manifest: Manifest, packed: Path | None = None) -> BlockIndex:
     """Read the headers of the manifest's files and find every part's bytes.
 
+    Args:
+        packed: the folder in which packed stores are looked for; None: nowhere.
     Raises:
+        DerivedExperts: blocks are computed at load, and there is no packed store that has them.
         FileChanged: a file is not the one that the worker opened.
         HeaderInvalid: a tensor is missing, or its type or shape is not what the manifest says.
         CheckpointError: a file cannot be read.
@@ -56,11 +68,17 @@ def build_index(manifest: Manifest) -> BlockIndex:
     for layer in manifest.layers:
         if not layer.parts or not 0 < layer.top_k <= layer.experts:
             raise HeaderInvalid(f"the manifest of {folder} describes {layer.path} without parts or experts")
-        starts.append(tuple(_starts(layer, part, headers) for part in layer.parts))
+        starts.append(tuple(_starts(layer, part, headers, manifest.derived_by) for part in layer.parts))
     if not manifest.layers:
         raise HeaderInvalid(f"the manifest of {folder} names no MoE layer")
     paths = tuple(header.path for header in headers)
-    return BlockIndex(paths, manifest.files, tuple(starts), manifest.layers)
+    store = find_store(packed, manifest) if packed is not None else None
+    if store is None and manifest.derived_by:
+        raise DerivedExperts(
+            f"{folder}: mlx-lm computes its experts while it loads, so their bytes are not in the files; "
+            f"compute and write them once with: expertd pack {folder}"
+        )
+    return BlockIndex(paths, manifest.files, tuple(starts), manifest.layers, store, bool(manifest.derived_by))
 
 
 def _header(path: Path, mark: FileMark) -> Header:
@@ -77,8 +95,10 @@ def _header(path: Path, mark: FileMark) -> Header:
     return header
 
 
-def _starts(layer: Layer, part: Part, headers: list[Header]) -> tuple[int, ...]:
+def _starts(layer: Layer, part: Part, headers: list[Header], derived_by: str) -> tuple[int, ...]:
     count = len(part.tensors)
+    if derived_by and count == len(part.files) == 0 and part.dtype in ITEM_BYTES and part.block_bytes:
+        return ()
     if count not in (1, layer.experts) or len(part.files) != count:
         raise HeaderInvalid(f"the manifest gives {layer.path}.{part.name} {count} tensors for {layer.experts} experts")
     expected = part.shape if count > 1 else (layer.experts, *part.shape)

@@ -1,7 +1,8 @@
 """Reads blocks from disk straight into slots, on a few threads.
 
 The core decides what is read and sees to it that a block is read once; this module only reads.  Demand goes before
-background.  Pacing, merging and packed stores come with issue "Read at the speed of the device".
+background.  A block comes from the model's packed store (``expertd.daemon.packed``) as long as that is in order, else
+from the model's files.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from functools import partial
 
 import numpy as np
 
-from expertd.daemon.files import drop_behind, open_uncached
+from expertd.daemon.files import Read, drop_behind, open_uncached
 from expertd.daemon.index import BlockIndex
+from expertd.daemon.packed import StoreFile, StoreIndex
 from expertd.protocol.checkpoint import check_unchanged
-from expertd.protocol.errors import ExpertdError, FileChanged, ReadFailed
+from expertd.protocol.errors import ExpertdError, FileChanged, ReadFailed, StoreInvalid
 
 log = logging.getLogger("expertd.daemon")
 
@@ -29,12 +31,61 @@ THREADS = 4
 
 
 class OpenFiles:
-    """The open descriptors of one model's files."""
+    """The open descriptors of one model's files, and its packed store while one is in use (``use``)."""
 
     def __init__(self, index: BlockIndex) -> None:
         self.index = index
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
+        self._store: StoreFile | None = None
+        self._refused: StoreIndex | None = None
+
+    @property
+    def packed(self) -> str:
+        """The path of the packed store that blocks are read from, empty if there is none."""
+        store = self._store
+        return "" if store is None else str(store.index.path)
+
+    def use(self, found: StoreIndex | None) -> None:
+        """Read from this store from now on, unless it is the one that is used, or that has failed before."""
+        with self._lock:
+            used = self._store
+            if found is None or found == self._refused or (used is not None and found == used.index):
+                return
+            self._store = StoreFile(found)
+        if used is not None:
+            used.close()
+        log.info("%s is read from the packed store %s", found.layout.header.folder, found.path)
+
+    def read_packed(self, layer: int, expert: int, rows: Sequence[memoryview], read: Read) -> int:
+        """Read one block from the packed store; returns how many bytes were read, 0 if no store is used (any more).
+
+        Raises:
+            FileChanged: a file of the model itself is not the one that was indexed.
+            ReadFailed: the store has failed, and the block is nowhere else.
+        """
+        store = self._store
+        if store is None:
+            return 0
+        for file in self.index.files_of(layer, expert):
+            check_unchanged(self.index.paths[file], self.index.marks[file])
+        try:
+            return store.read_block(layer, expert, rows, read)
+        except StoreInvalid as error:
+            folder = store.index.layout.header.folder
+            if self.index.derived:
+                raise ReadFailed(f"{error}; look at it with: expertd pack {folder} --verify") from error
+            self._refuse(store, f"{error}; from now on the safetensors of {folder} are read")
+            return 0
+
+    def _refuse(self, store: StoreFile, why: str) -> None:
+        with self._lock:
+            first = self._store is store
+            if first:
+                self._store, self._refused = None, store.index
+        if first:
+            log.warning("%s", why)
+            store.close()
 
     def descriptor(self, file: int) -> int:
         """The descriptor of file number ``file``, opened at first use.
@@ -60,10 +111,9 @@ class OpenFiles:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
             self._descriptors.clear()
-
-
-Read = Callable[[int, list[memoryview], int], int]
-"""As ``os.preadv``: ``read(descriptor, [buffer], offset)`` returns how many bytes came."""
+            store, self._store = self._store, None
+        if store is not None:
+            store.close()
 
 
 @dataclass(frozen=True, order=True)
@@ -151,12 +201,14 @@ def copy_block(sources: Sequence[memoryview], rows: Sequence[memoryview]) -> int
 
 
 def read_block(files: OpenFiles, layer: int, expert: int, rows: Sequence[memoryview], read: Read = os.preadv) -> int:
-    """Read one block into ``rows``; returns its bytes.
+    """Read one block into ``rows``; returns the bytes that were read for it.
 
     Raises:
         ReadFailed: the system failed, or a file ended early.
         FileChanged: a file is not the one that was indexed.
     """
+    if packed := files.read_packed(layer, expert, rows, read):
+        return packed
     total = 0
     for piece in files.index.ranges(layer, expert):
         descriptor = files.descriptor(piece.file)

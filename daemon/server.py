@@ -26,6 +26,7 @@ import zmq.asyncio
 from expertd.daemon import memory_watch
 from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.core.state import Model
+from expertd.daemon.files import Read
 from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.lifelines import Lifelines
@@ -36,7 +37,7 @@ from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.pressure import Source, system_source
-from expertd.daemon.reader import OpenFiles, Read, Reader
+from expertd.daemon.reader import OpenFiles, Reader
 from expertd.daemon.status import daemon_status
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waits
@@ -363,8 +364,8 @@ class Server:
             self._send(identity, messages.Error.of(taken))
             return
         self._peers[number] = _Peer(message.token)
-        if message.manifest.key not in self._files:
-            self._files[message.manifest.key] = OpenFiles(index)
+        files = self._files.setdefault(message.manifest.key, OpenFiles(index))
+        files.use(index.store)
         self._feed(events.Attach(number, message.pid, message.mode, message.manifest))
 
     def _check_limits(self, key: str) -> None:
@@ -378,7 +379,7 @@ class Server:
         """The index of a model's blocks; sessions that come at the same moment share one."""
         key = manifest.key
         if key not in self._indexing:
-            self._indexing[key] = asyncio.create_task(asyncio.to_thread(build_index, manifest))
+            self._indexing[key] = asyncio.create_task(asyncio.to_thread(build_index, manifest, self._home.packed))
         task = self._indexing[key]
         try:
             return await asyncio.shield(task)
@@ -558,7 +559,8 @@ class Server:
         now, folder = time.monotonic(), str(self._tracing.folder or "")
         waited, uptime_s = self._waits.all(now), now - self._began
         dropped, ssd = self._frames_dropped, self._simulated_ssd
-        return daemon_status(self._home, self._core, self._memory, waited, uptime_s, folder, dropped, ssd)
+        packed = {key: files.packed for key, files in self._files.items()}
+        return daemon_status(self._home, self._core, self._memory, waited, uptime_s, folder, dropped, ssd, packed)
 
     async def _watch_sessions(self) -> None:
         """Ping those of whom something is expected; tell the core of those who have gone silent."""

@@ -18,6 +18,7 @@ from expertd.protocol.connection import package_version
 from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
 
+NOT_PACKED: Mapping[str, str] = MappingProxyType({})
 NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
 
 
@@ -30,8 +31,14 @@ def daemon_status(
     tracing: str,
     frames_dropped: int,
     simulated_ssd: str,
+    packed: Mapping[str, str] = NOT_PACKED,
 ) -> Status:
-    """All there is to show of this process, which is the daemon of ``home``; ``waited`` by sessions."""
+    """All there is to show of this process, which is the daemon of ``home``.
+
+    Args:
+        waited: by sessions.
+        packed: paths of the packed stores in use, by models' keys.
+    """
     daemon = DaemonStatus(
         pid=os.getpid(),
         version=package_version(),
@@ -51,7 +58,7 @@ def daemon_status(
         tracing=tracing,
         frames_dropped=frames_dropped,
         simulated_ssd=simulated_ssd,
-        models=[model_status(model, waited) for model in core.models.values()],
+        models=[model_status(model, waited, packed.get(model.key, "")) for model in core.models.values()],
     )
 
 
@@ -62,7 +69,7 @@ def _rss() -> int:
         return 0
 
 
-def model_status(model: Model, waited: Mapping[int, Waited] = NOBODY_WAITED) -> ModelStatus:
+def model_status(model: Model, waited: Mapping[int, Waited] = NOBODY_WAITED, packed: str = "") -> ModelStatus:
     """One model's figures.  ``experts`` and ``block_bytes`` are the largest of its layers where they differ."""
     layers = model.manifest.layers
     return ModelStatus(
@@ -87,6 +94,7 @@ def model_status(model: Model, waited: Mapping[int, Waited] = NOBODY_WAITED) -> 
         layers=_layers(model),
         moves=model.moves,
         blocks_copied=model.copied,
+        packed=packed,
     )
 
 

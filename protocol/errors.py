@@ -32,6 +32,9 @@
     |-- AliasFailed                   alias_failed
     |-- TraceInvalid                  trace_invalid
     |-- TraceWriteFailed              trace_write_failed
+    |-- StoreInvalid                  store_invalid
+    |-- PackFailed                    pack_failed
+    |-- PackRunning                   pack_running
     |-- PortInUse                     port_in_use
     |-- RequestInvalid                request_invalid
     |   |-- ParameterUnsupported      parameter_unsupported
@@ -120,7 +123,7 @@ class HeaderInvalid(CheckpointError):
 
 
 class DerivedExperts(CheckpointError):
-    """mlx-lm computes the experts at load (splits, transposes, dequantizes), so the file's bytes are not theirs."""
+    """mlx-lm computes the experts at load (splits, transposes, dequantizes), and there is no packed store of them."""
 
     code = "derived_experts"
 
@@ -289,6 +292,26 @@ class TraceWriteFailed(ExpertdError):
     """A trace cannot be written: the disk is full, or something is in its place."""
 
     code = "trace_write_failed"
+
+
+class StoreInvalid(ExpertdError):
+    """A packed store is damaged, truncated, missing, or of another model or version."""
+
+    code = "store_invalid"
+    exit_status = 2
+
+
+class PackFailed(ExpertdError):
+    """A packed store cannot be written: no room, or the system does not let us."""
+
+    code = "pack_failed"
+
+
+class PackRunning(ExpertdError):
+    """Another process is writing the same packed store."""
+
+    code = "pack_running"
+    exit_status = 5
 
 
 class PortInUse(ExpertdError):

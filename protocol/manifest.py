@@ -17,7 +17,8 @@ class Part(msgspec.Struct, frozen=True):
         name: below the expert layer's module, for example ``gate_proj.weight``.
         dtype: safetensors' name of the element type.
         shape: of one expert, without the expert axis.
-        tensors: one name: a tensor ``[experts, *shape]``; as many names as experts: a tensor ``[*shape]`` for each.
+        tensors: one name: a tensor ``[experts, *shape]``; as many names as experts: a tensor ``[*shape]`` for each;
+            none: the part is computed at load, so its bytes are in a packed store only.
         files: for each of ``tensors``, the index of its file in ``Manifest.files``.
     """
 
@@ -53,12 +54,16 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """All blocks of one version of one checkpoint.  ``layers`` are in the order in which a forward pass runs them."""
+    """All blocks of one version of one checkpoint.  ``layers`` are in the order in which a forward pass runs them.
+
+    ``derived_by`` names what computes the parts that have no tensors; empty if all have.
+    """
 
     folder: str
     family: str
     files: tuple[FileMark, ...]
     layers: tuple[Layer, ...]
+    derived_by: str = ""
 
     @property
     def key(self) -> str:

@@ -260,8 +260,8 @@ class LayerStatus(msgspec.Struct, frozen=True, kw_only=True):
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event.
 
-    ``layers``, ``moves`` and ``blocks_copied`` may be left out, as by daemons of this version of the protocol that do
-    not count them.
+    ``layers``, ``moves``, ``blocks_copied`` and ``packed`` may be left out, as by daemons of this version of the
+    protocol that do not know them.  ``packed`` is the store that blocks are read from, empty if there is none.
     """
 
     id: str
@@ -283,6 +283,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[LayerStatus] = []
     moves: int = 0
     blocks_copied: int = 0
+    packed: str = ""
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -68,6 +68,11 @@ class Home:
     def daemon_log(self) -> Path:
         return self.log / "daemon.log"
 
+    @property
+    def packed(self) -> Path:
+        """Folder of packed stores, or of links to them; ``expertd pack`` creates it."""
+        return self.root / "packed"
+
     def gateway_socket(self, pid: int) -> Path:
         """Where the workers of the gateway with that process id connect."""
         return self.run / f"gateway-{pid}.sock"

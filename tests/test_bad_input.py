@@ -183,7 +183,7 @@ def test_a_budget_that_is_too_small_names_the_smallest(command: list[str], good:
 
 def test_derived_experts_are_refused_with_the_way_out(tmp_path: Path, home: Home) -> None:
     path = write_checkpoint(tmp_path / "model", "gpt_oss", names="derived")
-    assert_one_sentence(expertd("generate", str(path), "hello"), "derived_experts", 2, "mlx_lm.convert", str(path))
+    assert_one_sentence(expertd("generate", str(path), "hello"), "derived_experts", 2, f"expertd pack {path}")
     assert nothing_runs_in(home)
 
 

@@ -224,7 +224,7 @@ def test_daemon_run_serves_until_it_is_stopped(home: Home) -> None:
 
 def test_every_command_explains_itself() -> None:
     listed = expertd("--help").stdout
-    for command in ("serve", "generate", "status", "budget", "config", "daemon", "verify", "worker"):
+    for command in ("serve", "generate", "status", "budget", "config", "pack", "daemon", "verify", "worker"):
         assert f"\n  {command} " in listed
         done = expertd(command, "--help")
         assert done.returncode == 0

@@ -144,10 +144,14 @@ def test_the_batch_generator_gives_the_same_tokens(written: Any, start_daemon: S
     expertd.unload(cached)
 
 
-def test_experts_that_mlx_lm_computes_at_load_are_refused(written: Any) -> None:
+def test_experts_that_mlx_lm_computes_at_load_are_refused_until_they_are_packed(
+    written: Any, start_daemon: StartDaemon
+) -> None:
+    start_daemon()
     for family, experts in (("gpt_oss", "mxfp4"), ("llama4", "float32")):
-        with pytest.raises(DerivedExperts, match=r"mlx_lm\.convert"):
-            load_lazily(written(family, experts, "derived"))
+        path = written(family, experts, "derived")
+        with pytest.raises(DerivedExperts, match=f"expertd pack {path}"):
+            expertd.load(path)
 
 
 def test_a_tensor_that_sanitize_changes_in_place_is_derived(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +165,10 @@ def test_a_tensor_that_sanitize_changes_in_place_is_derived(written: Any, monkey
         return weights
 
     monkeypatch.setattr(qwen3_moe.Model, "sanitize", spoil)
-    with pytest.raises(DerivedExperts, match=r"layers\.1\.mlp\.switch_mlp\.up_proj\.scales"):
-        load_lazily(written("qwen3_moe"))
+    manifest = load_lazily(written("qwen3_moe")).manifest
+    derived = [(layer.path, part.name) for layer in manifest.layers for part in layer.parts if not part.tensors]
+    assert derived == [("model.layers.1.mlp.switch_mlp", "up_proj.scales")]
+    assert manifest.derived_by.startswith("mlx-lm ")
 
 
 def test_the_comparison_by_layer_finds_a_wrong_byte(written: Any, start_daemon: StartDaemon) -> None:

@@ -3,7 +3,8 @@
 mlx-lm's own ``sanitize`` decides what a checkpoint's tensors become: it renames, stacks, and sometimes computes.  So it
 runs here on lazy arrays, and each expert tensor of the finished model is traced back to the file by object identity
 (with ``mx.stack`` followed), confirmed by its graph: a tensor that is anything but a plain load, or a stack of plain
-loads, is *derived*, and its checkpoint is refused.  No model family is known by name.
+loads, is *derived*: its bytes are in no file but a packed store (``expertd.worker.computed``).  No model family is
+known by name.
 
 Attaching to the daemon is ``expertd.worker.attach``; putting the pieces together is ``expertd.worker.load``.
 """
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,9 @@ def load_lazily(folder: Path, **options: Any) -> LazyModel:
         ran = _probe(model, switches)
         layers = tuple(_layer(folder, switch, top_k, origins, headers) for switch, top_k in ran)
         kept.clear()
-    manifest = Manifest(str(folder), family, tuple(header.mark for header in headers), layers)
+    derived = any(not part.tensors for layer in layers for part in layer.parts)
+    derived_by = f"mlx-lm {version('mlx-lm')}" if derived else ""
+    manifest = Manifest(str(folder), family, tuple(header.mark for header in headers), layers, derived_by)
     return LazyModel(model, config, manifest, tuple(switch for switch, _ in ran))
 
 
@@ -196,20 +200,13 @@ def _layer(
     experts = 0
     for name, array in expert_tensors(switch.module):
         experts = array.shape[0]
-        origin = origins.get(id(array))
-        if origin is None or not _is_plain(array, len(origin)):
-            raise DerivedExperts(
-                f"{folder}: mlx-lm computes {switch.path}.{name} while it loads, so its bytes are not in the files; "
-                f"convert the checkpoint once with: mlx_lm.convert --hf-path {folder} --mlx-path NEW_FOLDER"
-            )
-        names, files = tuple(tensor for _, tensor in origin), tuple(file for file, _ in origin)
-        stored = headers[files[0]].tensors[names[0]]
-        if stored.dtype != SAFETENSORS_NAME.get(array.dtype):
-            raise DerivedExperts(
-                f"{folder}: {switch.path}.{name} is stored as {stored.dtype}, which mlx-lm reads as {array.dtype}; "
-                f"convert the checkpoint once with: mlx_lm.convert --hf-path {folder} --mlx-path NEW_FOLDER"
-            )
-        parts.append(Part(name, stored.dtype, tuple(array.shape[1:]), names, files))
+        dtype, shape = SAFETENSORS_NAME.get(array.dtype), tuple(array.shape[1:])
+        if dtype is None:
+            raise DerivedExperts(f"{folder}: mlx-lm makes {switch.path}.{name} {array.dtype}, which pools cannot hold")
+        origin = origins.get(id(array), ())
+        if not _is_plain(array, len(origin)) or headers[origin[0][0]].tensors[origin[0][1]].dtype != dtype:
+            origin = ()  # computed, or read as another type
+        parts.append(Part(name, dtype, shape, tuple(tensor for _, tensor in origin), tuple(file for file, _ in origin)))
     return Layer(switch.path, experts, top_k, tuple(parts))
 
 
@@ -218,6 +215,8 @@ def _is_plain(array: Any, loads: int) -> bool:
 
     Identity alone does not tell: ``w += 1`` keeps the Python object and changes what it stands for.
     """
+    if not loads:
+        return False
     text = io.StringIO()
     mx.export_to_dot(text, array)
     labels = [piece.split('"')[0] for piece in text.getvalue().split('label ="')[1:]]

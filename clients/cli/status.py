@@ -96,6 +96,8 @@ def _model(model: ModelStatus) -> list[str]:
         f"  lookups   {rate} ({model.hits} hits, {model.misses} misses), {model.evictions} evictions, "
         f"{show_size(model.bytes_read)} read",
     ]
+    if model.packed:
+        lines.append(f"  packed    {model.packed}")
     if model.moves:
         lines.append(
             f"  moves     {model.moves} new generations of pools, {model.blocks_copied} blocks copied for them"

@@ -1,0 +1,224 @@
+"""Packed stores as the daemon uses them: finding the one that fits a model, and reading its records into slots.
+
+What a store looks like is in ``expertd.protocol.packed``.  What happens when one fails is decided in
+``expertd.daemon.reader``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from expertd.daemon.files import SECTOR, Read, drop_behind, leave_direct, open_direct
+from expertd.protocol.errors import StoreInvalid
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.packed import (
+    ALIGN,
+    SUFFIX,
+    PackedLayer,
+    StoreLayout,
+    check_fits,
+    checksum,
+    read_header,
+    store_name,
+)
+
+log = logging.getLogger("expertd.daemon")
+
+_padding = memoryview(mmap.mmap(-1, ALIGN))
+"""Where the zeros between parts go, from all threads at once: nobody reads it."""
+
+_own = threading.local()
+
+
+@dataclass(frozen=True)
+class StoreIndex:
+    """A store that fits its model: where it is, which version of the file, and each block's checksum.
+
+    ``path`` is the file itself, no link.  ``checksums`` are ``[layer][expert]``.
+    """
+
+    path: Path
+    mark: tuple[int, int, int]
+    layout: StoreLayout
+    checksums: tuple[tuple[int, ...], ...]
+
+
+def find_store(folder: Path, manifest: Manifest) -> StoreIndex | None:
+    """The store of ``manifest`` in ``folder``, if there is one and it fits; one that does not is told in the log."""
+    path = folder / store_name(manifest.key)
+    try:
+        return _index(path, manifest)
+    except FileNotFoundError:
+        lost = path.is_symlink()
+        why = f"{path} leads to {path.readlink()}, which is not there" if lost else _outdated(folder, manifest)
+    except (StoreInvalid, OSError) as error:
+        why = str(error)
+    if why:
+        instead = "" if manifest.derived_by else "its safetensors are read instead; "
+        log.warning("%s; %sto write it again: expertd pack %s", why, instead, manifest.folder)
+    return None
+
+
+def _index(path: Path, manifest: Manifest) -> StoreIndex:
+    mark = _mark(path)
+    path = path.resolve()
+    layout = check_fits(path, manifest)
+    with path.open("rb") as file:
+        file.seek(layout.start)
+        table = file.read(layout.table_bytes)
+    if len(table) < layout.table_bytes:
+        raise StoreInvalid(f"the packed store {path} is truncated")
+    return StoreIndex(path, mark, layout, layout.checksums(table))
+
+
+def _outdated(folder: Path, manifest: Manifest) -> str:
+    """A sentence about a store of another version of the model, or nothing if there is none."""
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            if read_header(path).folder == manifest.folder:
+                return f"the packed store {path} is of another version of {manifest.folder} (delete it)"
+        except (StoreInvalid, OSError):
+            continue
+    return ""
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+class StoreFile:
+    """An open store.  Its methods may be called from any thread."""
+
+    def __init__(self, index: StoreIndex) -> None:
+        self.index = index
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+        self._users = 0
+        self._closed = False
+        self._direct = False
+        self._straight = True  # direct reads go into the slabs themselves
+
+    def read_block(self, layer: int, expert: int, rows: Sequence[memoryview], read: Read) -> int:
+        """Read one record into ``rows``, one for each part; returns the bytes that were read.
+
+        Raises:
+            StoreInvalid: the file is gone, is another one, cannot be read, or the record is not what was written.
+        """
+        path = self.index.path
+        packed, offset = self.index.layout.header.layers[layer], self.index.layout.record(layer, expert)
+        try:
+            if _mark(path) != self.index.mark:
+                raise StoreInvalid(f"the packed store {path} has changed since it was opened")
+            with self._open() as descriptor:
+                self._transfer(descriptor, offset, packed, rows, read)
+        except OSError as error:
+            raise StoreInvalid(f"the packed store {path} cannot be read ({error.strerror})") from error
+        if checksum(rows) != self.index.checksums[layer][expert]:
+            raise StoreInvalid(f"the packed store {path} is damaged: layer {layer}, expert {expert}")
+        return packed.record_bytes
+
+    def close(self) -> None:
+        """Close the file as soon as nobody reads it."""
+        with self._lock:
+            self._closed = True
+            self._close_if_unused()
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        with self._lock:
+            if self._descriptor is None:
+                if self._closed:
+                    raise StoreInvalid(f"the packed store {self.index.path} is not used any more")
+                self._descriptor, self._direct = open_direct(self.index.path)
+            self._users += 1
+            descriptor = self._descriptor
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._closed and not self._users and self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _transfer(
+        self, descriptor: int, offset: int, packed: PackedLayer, rows: Sequence[memoryview], read: Read
+    ) -> None:
+        """Fill ``rows`` in the best way that the system takes.
+
+        Direct reads want everything aligned.  So they go straight into the slabs where all parts are whole sectors,
+        else through a buffer; and what a file system or device refuses once is not tried again.
+        """
+        while True:
+            direct = self._direct
+            bounce = direct and not (self._straight and all(len(row) % SECTOR == 0 for row in rows))
+            buffer = _buffer(packed.record_bytes) if bounce else None
+            try:
+                _fill(read, descriptor, _scattered(packed, rows) if buffer is None else [buffer], offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                if bounce:
+                    leave_direct(descriptor)
+                    self._direct = False
+                else:
+                    self._straight = False
+                continue
+            if buffer is not None:
+                for part, row in zip(packed.parts, rows, strict=True):
+                    record = np.frombuffer(buffer, np.uint8, part.bytes, part.offset)
+                    np.copyto(np.frombuffer(row, np.uint8), record)
+            elif not direct:
+                drop_behind(descriptor, offset, packed.record_bytes)
+            return
+
+
+def _scattered(packed: PackedLayer, rows: Sequence[memoryview]) -> list[memoryview]:
+    """The record as buffers in a row: each part's own, and one for the zeros up to the next."""
+    ends = [part.offset for part in packed.parts[1:]] + [packed.record_bytes]
+    buffers = []
+    for part, row, end in zip(packed.parts, rows, ends, strict=True):
+        buffers.append(row)
+        if gap := end - part.offset - part.bytes:
+            buffers.append(_padding[:gap])
+    return buffers
+
+
+def _buffer(size: int) -> memoryview:
+    """``size`` bytes that begin on a page and are this thread's own until it asks again."""
+    held: memoryview | None = getattr(_own, "buffer", None)
+    if held is None or len(held) < size:
+        held = _own.buffer = memoryview(mmap.mmap(-1, size))
+    return held[:size]
+
+
+def _fill(read: Read, descriptor: int, buffers: list[memoryview], offset: int) -> None:
+    """Fill ``buffers`` from ``offset`` on, in as many reads as the system needs.
+
+    Raises:
+        StoreInvalid: the file ended.
+    """
+    while buffers:
+        got = read(descriptor, buffers, offset)
+        if got == 0:
+            raise StoreInvalid(f"a packed store ended at byte {offset}, inside a record")
+        offset += got
+        while buffers and got >= len(buffers[0]):
+            got -= len(buffers[0])
+            buffers = buffers[1:]
+        if got:
+            buffers = [buffers[0][got:], *buffers[1:]]
