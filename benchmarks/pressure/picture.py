@@ -33,7 +33,7 @@ def draw(path: Path, samples: Sequence[Sample], streams: Sequence[Stream], marks
                 memory.axvspan(here.at - began, there.at - began, color=colour, alpha=0.2, lw=0, label=label)
                 label = "_"
     memory.set_ylabel("MB")
-    memory.legend(loc="upper right")
+    memory.legend(loc="center")
     came = sorted(time - began for stream in streams for time in stream.came)
     bins = [n * BIN_S for n in range(int(at[-1] / BIN_S) + 1)]
     speed.step(bins, [sum(start <= time < start + BIN_S for time in came) / BIN_S for start in bins], where="post")
