@@ -303,7 +303,7 @@ class Server:
             folder = Path(model.manifest.folder)
             if name not in (model.key, str(folder), folder.name):
                 continue
-            if model.sessions or model.opening:
+            if model.in_use:
                 users = ", ".join(str(session.pid) for session in model.sessions.values())
                 raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
             size = model.size + model.extra
@@ -590,7 +590,7 @@ class Server:
         """Give back models that nobody has used for the time that they are kept; end when nobody was here for long."""
         while True:
             await asyncio.sleep(1.0)
-            models = {model.key: bool(model.sessions or model.opening) for model in self._core.models.values()}
+            models = {model.key: model.in_use for model in self._core.models.values()}
             for key in self._idleness.unused(time.monotonic(), models):
                 self._feed(events.Unwanted(key))
             if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching)):

@@ -11,7 +11,9 @@ from typing import Protocol
 
 import pytest
 
+from expertd.protocol.errors import DaemonNotRunning
 from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import stop_daemon
 from tools.factory import write_checkpoint
 from tools.stage import end, launch_daemon, temporary_home
 
@@ -41,6 +43,16 @@ def home() -> Iterator[Home]:
     """A prepared home at a short path (sockets need one); EXPERTD_HOME names it, for subprocesses too."""
     with temporary_home() as prepared:
         yield prepared
+
+
+@pytest.fixture
+def own_home(home: Home) -> Iterator[Home]:
+    """A home whose daemon, whoever starts it and of whatever version, is stopped afterwards."""
+    yield home
+    try:
+        stop_daemon(home, "test")
+    except DaemonNotRunning:
+        return
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import mlx_lm
 import pytest
 
 from expertd.clients.cli.status import table
-from expertd.daemon.policy import DEFAULT_POLICY, POLICIES
+from expertd.daemon.policy import POLICIES, Forecast
 from expertd.protocol import PROTOCOL
 from expertd.protocol.config import POLICY_NAMES
 from expertd.protocol.connection import package_version
@@ -26,7 +26,7 @@ from tools.stage import ask_status, budget_for
 
 def test_the_policies_that_can_be_chosen_are_those_that_there_are() -> None:
     assert tuple(POLICIES) == POLICY_NAMES
-    assert POLICY_NAMES[0] == DEFAULT_POLICY
+    assert POLICIES[POLICY_NAMES[0]] is Forecast, "the default"
 
 
 @pytest.fixture(scope="module")

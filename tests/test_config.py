@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import pytest
 
 from expertd.protocol.config import KEYS, Source, merge, read_config, variable
-from expertd.protocol.errors import ConfigInvalid, DaemonNotRunning, SizeInvalid
+from expertd.protocol.errors import ConfigInvalid, SizeInvalid
 from expertd.protocol.paths import Home
-from expertd.protocol.rendezvous import connect_or_start, stop_daemon
+from expertd.protocol.rendezvous import connect_or_start
 from tests.conftest import wait_for
+from tests.test_homes import expertd
 from tools.stage import ask_status
 
 PATH = Path("/home/me/.expertd/config.toml")
@@ -26,21 +26,6 @@ PATH = Path("/home/me/.expertd/config.toml")
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in KEYS:
         monkeypatch.delenv(variable(key), raising=False)
-
-
-@pytest.fixture
-def own_home(home: Home) -> Iterator[Home]:
-    """A home whose daemon is stopped afterwards."""
-    yield home
-    try:
-        stop_daemon(home, "test")
-    except DaemonNotRunning:
-        return
-
-
-def expertd(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "expertd.clients.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 # -- which source wins -------------------------------------------------------------------------------------------------

@@ -91,16 +91,6 @@ def expertd(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.fixture
-def own_home(home: Home) -> Iterator[Home]:
-    """A home whose daemon is stopped afterwards."""
-    yield home
-    try:
-        stop_daemon(home, "test")
-    except DaemonNotRunning:
-        return
-
-
 # -- who may use a home ------------------------------------------------------------------------------------------------
 
 FOLDERS = ["", "run", "log"]

@@ -21,7 +21,7 @@ import zmq
 
 from expertd.protocol import PROTOCOL, lifeline
 from expertd.protocol.connection import package_version
-from expertd.protocol.errors import DaemonBusy, DaemonLost, DaemonNotRunning, MessageInvalid, ProtocolMismatch
+from expertd.protocol.errors import DaemonBusy, DaemonLost, MessageInvalid, ProtocolMismatch
 from expertd.protocol.messages import Error, Hello, Stop, decode, encode
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_daemon
@@ -40,16 +40,6 @@ def other(tmp_path: Path) -> Callable[[int], Environment]:
         "import os, expertd.protocol\nexpertd.protocol.PROTOCOL = int(os.environ['TEST_PROTOCOL'])\n"
     )
     return lambda version: {"PYTHONPATH": str(tmp_path), "TEST_PROTOCOL": str(version)}
-
-
-@pytest.fixture
-def own_home(home: Home) -> Iterator[Home]:
-    """A home whose daemon, of whatever version, is stopped afterwards."""
-    yield home
-    try:
-        stop_daemon(home, "test")
-    except DaemonNotRunning:
-        return
 
 
 @contextmanager

@@ -29,7 +29,7 @@ LEARNED_FORWARDS = 32
 """Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
 long, and what others miss must not wait for it."""
 GROWTH = 9 / 8
-"""A pool moves to a larger generation if that is so much larger, holds all, or is as promised: moving costs copies."""
+"""A pool moves to a larger generation if that is so much larger, holds all, or is its quota: moving costs copies."""
 
 
 class Core:
@@ -147,7 +147,7 @@ class Core:
             refusal = memory.no_room_for_a_copy(self.budget, self.used, model)
             self._out.append(instructions.Refuse(event.session, refusal, None))
             return
-        elif not model.sessions and not model.opening:
+        elif not model.in_use:
             self._drop_idle(largest(event.manifest) - model.size, model)
             memory.welcome(self.budget, self.models.values(), model, event.mode == "copy")
         model.unwanted = False
@@ -189,7 +189,7 @@ class Core:
 
     def _idle(self) -> list[Model]:
         """Models that nobody uses and nothing reads for, the longest unused first."""
-        idle = [m for m in self.models.values() if not m.sessions and not m.opening and m.ready and not m.busy]
+        idle = [m for m in self.models.values() if not m.in_use and m.ready and not m.busy]
         return sorted(idle, key=lambda model: model.used_at)
 
     def _drop_idle(self, wanted: int, but: Model | None = None) -> None:
@@ -542,10 +542,10 @@ class Core:
             if drop and pool.carried:
                 slots.forget_wishes(model, pool)
                 self._sweep(model)
-        promises = memory.end_promises(self.budget, self.models.values())
-        for model, pool, size in promises or ():
+        ended = memory.end_quotas(self.budget, self.models.values())
+        for model, pool, size in ended or ():
             self._move(model, pool, size)
-        if promises == []:
+        if ended == []:
             self._divide_memory(drop)
 
     def _resize(self, model: Model, pool: Pool, size: int) -> None:
@@ -553,7 +553,7 @@ class Core:
         before, now = pool.layout.slots, resized(model.manifest, pool.layers, size).slots
         everything = now >= pool.layout.layers * pool.layout.experts
         pool.outdated = pool.next is not None and now != pool.next.layout.slots
-        wanted = everything or 0 < memory.promised(pool) <= size - pool.layout.size
+        wanted = everything or 0 < memory.quota_change(pool) <= size - pool.layout.size
         grows = now >= before * GROWTH or (now > before and wanted)
         if now < before or grows:
             self._move(model, pool, size)

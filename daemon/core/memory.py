@@ -34,8 +34,8 @@ def committed(models: Collection[Model]) -> int:
 
 
 def in_use(models: Collection[Model]) -> list[Model]:
-    """Those with sessions, or with some that are being opened."""
-    return [model for model in models if model.sessions or model.opening]
+    """Those that have sessions, or that some are being opened of."""
+    return [model for model in models if model.in_use]
 
 
 def under_way(models: Collection[Model]) -> bool:
@@ -48,8 +48,8 @@ def stuck(model: Model, pool: Pool) -> bool:
     return any(model.sessions[number].silent for number in pool.holders)
 
 
-def promised(pool: Pool) -> int:
-    """Bytes that ``pool`` is to get more than it has, or less."""
+def quota_change(pool: Pool) -> int:
+    """Bytes of its quota that ``pool`` does not have yet; below zero where it has to give."""
     return 0 if pool.quota is None else pool.quota - pool.layout.size
 
 
@@ -120,7 +120,7 @@ def _intended(pool: Pool) -> int:
 def step(models: Collection[Model]) -> bool:
     """Let one pool give to another what that needs more, if it is time; whether it is.
 
-    Models with a move under way have no part in it, and while some pool is to get what was promised, there is no step.
+    Models with a move under way have no part in it, and while some pool waits for its quota, there is no step.
     """
     if any(pool.quota is not None for model in models for pool in model.pools):
         return False
@@ -160,10 +160,10 @@ def no_room_for_a_copy(budget: int, used: int, model: Model) -> BudgetTooSmall:
     )
 
 
-def end_promises(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool, int]] | None:
-    """If nobody makes room any more: the bytes that pools get of what they were promised, as far as that is free.
+def end_quotas(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool, int]] | None:
+    """If nobody makes room any more: the bytes that pools get of their quotas, as far as that is free.
 
-    None if somebody does, or nothing was promised.
+    None if somebody does, or there are no quotas.
     """
     pools = [(model, pool) for model in models for pool in model.pools if pool.quota is not None]
     if not pools or under_way(models):
@@ -171,7 +171,7 @@ def end_promises(budget: int, models: Collection[Model]) -> list[tuple[Model, Po
     wants = []
     for model, pool in pools:
         times, size = 1 + model.copies, pool.layout.size
-        more = 0 if stuck(model, pool) else max(0, promised(pool))
+        more = 0 if stuck(model, pool) else max(0, quota_change(pool))
         wants.append((size * times, size * times, (size + more) * times))
     room = max(0, budget - used(models)) + sum(size for size, _, _ in wants)
     sizes = divide(room, wants)
@@ -185,7 +185,7 @@ def end_promises(budget: int, models: Collection[Model]) -> list[tuple[Model, Po
 
 
 def forget_quotas(models: Collection[Model]) -> None:
-    """Leave pools what they have."""
+    """Leave all pools what they have."""
     for model in models:
         for pool in model.pools:
             pool.quota = None
@@ -212,11 +212,12 @@ def shares(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool, in
     any more when their last reads have ended: that is no reason to shrink, but no room to grow either.  A generation
     that a silent session has too stays: another one beside it would only cost more.
     """
-    open_ = [model for model in models if model.ready and (model.sessions or model.opening or not model.busy)]
+    open_ = [model for model in models if model.ready and (model.in_use or not model.busy)]
     now, free = settled(open_), max(0, budget - used(models))
     each = floor(models) <= budget - committed(models)  # else there is one event for each model
     changed = stays = 0
-    waiting = sum(promised(pool) * (1 + model.copies) for model in models if not model.ready for pool in model.pools)
+    opening = [model for model in models if not model.ready]
+    waiting = sum(quota_change(pool) * (1 + model.copies) for model in opening for pool in model.pools)
     pools, wants = [], []
     for model in open_:
         times = 1 + model.copies
@@ -226,7 +227,7 @@ def shares(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool, in
                 now -= size * times
                 stays += size * times
                 continue
-            change = promised(pool) * times
+            change = quota_change(pool) * times
             if change <= free:
                 size += change // times
                 changed += change

@@ -90,7 +90,7 @@ class Pool:
         carried: blocks of the generation before that the policy knows as resident and that are not here yet.
         source: the generation before, as long as its blocks can be copied.
         next: the generation after, while its memory is being created.
-        quota: bytes that it was promised in the place of what it has: pools, or models, give each other some.
+        quota: bytes that it should have in the place of what it has: pools, or models, give each other some.
         fresh: nothing of the generation before is copied: there is no memory or time for that.
         outdated: the memory was divided again since ``next`` was asked for, and it should be of another size now.
         superseded: there is a newer generation; nothing is granted or evicted here any more.
@@ -279,6 +279,11 @@ class Model:
     @property
     def evictions(self) -> int:
         return sum(layer.evictions for layer in self.counts)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it has sessions, or some are being opened."""
+        return bool(self.sessions or self.opening)
 
     @property
     def ready(self) -> bool:

@@ -6,7 +6,6 @@ from expertd.daemon.policy.lru import LRU
 from expertd.daemon.policy.scored import EWMA, LCP, LFU
 
 POLICIES: dict[str, PolicyFactory] = {"forecast": Forecast, "lru": LRU, "lfu": LFU, "lcp": LCP, "ewma": EWMA}
-"""Every policy by its name."""
-DEFAULT_POLICY = "forecast"
+"""Every policy by its name; the first is the default (``protocol.config.POLICY_NAMES``)."""
 
-__all__ = ["DEFAULT_POLICY", "EWMA", "LCP", "LFU", "LRU", "POLICIES", "Block", "Forecast", "Policy", "PolicyFactory"]
+__all__ = ["EWMA", "LCP", "LFU", "LRU", "POLICIES", "Block", "Forecast", "Policy", "PolicyFactory"]
