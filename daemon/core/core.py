@@ -412,7 +412,7 @@ class Core:
         absent = [block for block in sorted(wanted) if block not in pool.where]
         short = len(absent) - pool.spare - len(pool.retired)
         if short > 0:
-            slots.evict(model, pool, short, wanted, self._out)
+            slots.evict(model, pool, short, wanted, self._out, alone=len(self._pools) == 1)
         if pool.spare < len(absent):
             slots.reap(model, pool)
         if pool.spare < len(absent):

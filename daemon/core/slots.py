@@ -63,8 +63,11 @@ def reap(model: Model, pool: Pool) -> None:
             pool.give_back(slot)
 
 
-def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out) -> None:
-    """Take up to ``count`` blocks out of the table; their slots retire at a new version."""
+def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out, alone: bool) -> None:
+    """Take up to ``count`` blocks out of the table; their slots retire at a new version.
+
+    What they were worth is not worked out for a pool that is ``alone``: no other could give it memory.
+    """
 
     def evictable(block: Block) -> bool:
         number = pool.sealed_slot(block)
@@ -75,7 +78,8 @@ def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out) -> N
         return
     model.version += 1
     for block in victims:
-        model.quotas.evicted(pool.name, model.policy.chance(block))
+        if not alone:
+            model.quotas.evicted(pool.name, model.policy.chance(block))
         number = pool.where.pop(block)
         slot = pool.slots[number]
         slot.move(SlotState.RETIRED)
