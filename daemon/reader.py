@@ -18,6 +18,7 @@ from functools import partial
 
 import numpy as np
 
+from expertd.daemon.core.instructions import Priority
 from expertd.daemon.files import Read, drop_behind, open_uncached
 from expertd.daemon.index import BlockIndex
 from expertd.daemon.packed import StoreFile, StoreIndex
@@ -148,12 +149,11 @@ class Reader:
         expert: int,
         rows: Sequence[memoryview],
         done: Callable[[int, ExpertdError | None], None],
-        *,
-        demand: bool,
+        priority: Priority,
     ) -> None:
         """Read block (``layer``, ``expert``) into ``rows``, one writable view for each part."""
         work = partial(read_block, files, layer, expert, rows, self._read)
-        self._queue.put(_Job(0 if demand else 1, next(self._numbers), work, done))
+        self._queue.put(_Job(priority, next(self._numbers), work, done))
 
     def copy(
         self,
@@ -162,7 +162,7 @@ class Reader:
         done: Callable[[int, ExpertdError | None], None],
     ) -> None:
         """Copy a block from ``sources`` into ``rows``."""
-        self._queue.put(_Job(0, next(self._numbers), partial(copy_block, sources, rows), done))
+        self._queue.put(_Job(Priority.DEMAND, next(self._numbers), partial(copy_block, sources, rows), done))
 
     def close(self) -> None:
         """Finish what is being read, forget what is queued, and end the threads."""
@@ -172,7 +172,7 @@ class Reader:
             except queue.Empty:
                 break
         for _ in self._threads:
-            self._queue.put(_Job(2, next(self._numbers), None, lambda size, error: None))
+            self._queue.put(_Job(max(Priority) + 1, next(self._numbers), None, lambda size, error: None))
         for thread in self._threads:
             thread.join()
 

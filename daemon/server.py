@@ -434,7 +434,7 @@ class Server:
                     place = Place(what.segment, what.layer, what.expert)
                     self._waits.read_began(place, time.monotonic())
                     done = self._when_filled(what.segment, what.slot, place)
-                    self._reader.read(files, what.layer, what.expert, rows, done, demand=what.demand)
+                    self._reader.read(files, what.layer, what.expert, rows, done, what.priority)
                 case instructions.StartCopy(source, source_slot, segment, slot):
                     sources, rows = self._pools[source].rows(source_slot), self._pools[segment].rows(slot)
                     self._reader.copy(sources, rows, self._when_filled(segment, slot))

@@ -342,7 +342,9 @@ class World:
         background = [
             r
             for r in self.reads.values()
-            if isinstance(r, instructions.StartRead) and r.segment == read.segment and not r.demand
+            if isinstance(r, instructions.StartRead)
+            and r.segment == read.segment
+            and r.priority is instructions.Priority.BACKGROUND
         ]
         assert len(background) <= BACKGROUND_READS
 
@@ -510,7 +512,7 @@ def short(thing: object) -> str:
         case instructions.Move(session, pool):
             what = f"segment={pool.segment}, layers={pool.layers}, slots={pool.slots}, complete={pool.complete}"
             return f"Move(session={session}, {what})"
-        case instructions.StartRead(_, segment, slot, layer, expert, demand):
-            return f"StartRead(segment={segment}, slot={slot}, layer={layer}, expert={expert}, demand={demand})"
+        case instructions.StartRead(_, segment, slot, layer, expert, priority):
+            return f"StartRead(segment={segment}, slot={slot}, layer={layer}, expert={expert}, {priority.name})"
         case _:
             return repr(thing)

@@ -37,6 +37,7 @@ from expertd.daemon.core.instructions import (
     CreatePool,
     Grant,
     Instruction,
+    Priority,
     Publish,
     Refuse,
     StartRead,
@@ -356,7 +357,7 @@ def test_a_miss_is_read_published_and_then_answered() -> None:
     out = daemon.fetch(1, 1, 1, 3, 0)
     reads = of(StartRead, out)
     assert len(out) == 2
-    assert {(read.layer, read.expert, read.demand) for read in reads} == {(1, 0, True), (1, 3, True)}
+    assert {(read.layer, read.expert, read.priority is Priority.DEMAND) for read in reads} == {(1, 0, True), (1, 3, True)}
     slot = {read.expert: read.slot for read in reads}
     assert daemon.done(1, 3) == [Publish(segment, 1, 3, slot[3])]
     assert daemon.done(1, 0) == [Publish(segment, 1, 0, slot[0]), Answer(1, 1, 0, (slot[3], slot[0]))]
@@ -845,7 +846,7 @@ def test_a_pool_that_holds_all_is_filled_a_few_reads_at_a_time() -> None:
     seen = set()
     while daemon.reads:
         assert len(daemon.reads) <= BACKGROUND_READS
-        assert not any(read.demand for read in daemon.reads.values())
+        assert not any(read.priority is Priority.DEMAND for read in daemon.reads.values())
         block = next(iter(daemon.reads))
         seen.add(block)
         daemon.done(*block)
@@ -865,7 +866,7 @@ def test_filling_yields_to_demand() -> None:
     daemon.attach(1, manifest())
     assert set(daemon.reads) == {(0, 0), (0, 1)}
     demand = of(StartRead, daemon.fetch(1, 1, 1, 3))
-    assert [read.demand for read in demand] == [True]
+    assert [read.priority is Priority.DEMAND for read in demand] == [True]
     assert not of(StartRead, daemon.done(0, 0) + daemon.done(0, 1))
     out = daemon.done(1, 3)
     assert of(Answer, out)

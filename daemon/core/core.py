@@ -19,6 +19,7 @@ import itertools
 from collections.abc import Iterable
 
 from expertd.daemon.core import events, fetches, instructions, memory, slots
+from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.plan import beginning, largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
 from expertd.daemon.policy import Forecast, PolicyFactory
@@ -420,7 +421,7 @@ class Core:
             return False
         session = self.sessions[waiting.fetch.session]
         for block in absent:
-            slots.bring(model, pool, block, self._out, demand=True)
+            slots.bring(model, pool, block, self._out, Priority.DEMAND)
         waiting.granted = True
         waiting.missing = {block for block in wanted if pool.sealed_slot(block) is None}
         session.leased = [pool.where[block] for block in sorted(wanted)]

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.messages import PoolInfo
+
+
+class Priority(IntEnum):
+    """What a read is for; what comes first here is read first."""
+
+    DEMAND = 0
+    """A Fetch waits for it."""
+    AHEAD = 1
+    """A session will soon need it, as far as it can tell."""
+    BACKGROUND = 2
+    """Nobody has asked for it."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +39,14 @@ class UnlinkPool:
 
 @dataclass(frozen=True)
 class StartRead:
-    """Read a block into a slot; answered by ReadDone or ReadFailed.  ``demand``: somebody waits for it."""
+    """Read a block into a slot; answered by ReadDone or ReadFailed."""
 
     model: str
     segment: int
     slot: int
     layer: int
     expert: int
-    demand: bool
+    priority: Priority
 
 
 @dataclass(frozen=True)

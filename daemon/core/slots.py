@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from expertd.daemon.core import instructions
+from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model, Pool, Session, SlotState
 from expertd.daemon.policy import Block
 from expertd.protocol.layout import ABSENT
@@ -91,7 +92,7 @@ def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out, alon
         out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], ABSENT))
 
 
-def bring(model: Model, pool: Pool, block: Block, out: Out, *, demand: bool) -> None:
+def bring(model: Model, pool: Pool, block: Block, out: Out, priority: Priority) -> None:
     """Begin to fill a free slot with ``block``: from the generation before if it is there, else from disk."""
     slot = pool.take(block)
     slot.block = block
@@ -100,7 +101,7 @@ def bring(model: Model, pool: Pool, block: Block, out: Out, *, demand: bool) -> 
     pool.where[block] = slot.number
     slot.carried = block in pool.carried
     pool.carried.discard(block)
-    if not demand:
+    if priority is not Priority.DEMAND:
         pool.background.add(block)
     source_slot = None if pool.source is None else pool.source.sealed_slot(block)
     if pool.source is not None and source_slot is not None:
@@ -108,7 +109,7 @@ def bring(model: Model, pool: Pool, block: Block, out: Out, *, demand: bool) -> 
         pool.source.copies_from += 1
         out.append(instructions.StartCopy(pool.source.segment, source_slot, pool.segment, slot.number))
     else:
-        out.append(instructions.StartRead(model.key, pool.segment, slot.number, block[0], block[1], demand=demand))
+        out.append(instructions.StartRead(model.key, pool.segment, slot.number, block[0], block[1], priority))
 
 
 def fill(model: Model, pool: Pool, out: Out) -> None:
@@ -124,7 +125,7 @@ def fill(model: Model, pool: Pool, out: Out) -> None:
             return
         block = pool.wish.popleft()
         if block not in pool.where:
-            bring(model, pool, block, out, demand=False)
+            bring(model, pool, block, out, Priority.BACKGROUND)
 
 
 def forget_wishes(model: Model, pool: Pool) -> None:
