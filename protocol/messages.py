@@ -23,7 +23,11 @@ Name = Annotated[str, Meta(max_length=4096)]
 Text = Annotated[str, Meta(max_length=1 << 24)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Routing = Annotated[bytes, Meta(max_length=8 << 20)]
-Experts = Annotated[list[Annotated[int, Meta(ge=0, lt=65536)]], Meta(min_length=1, max_length=65536)]
+Expert = Annotated[int, Meta(ge=0, lt=65536)]
+Experts = Annotated[list[Expert], Meta(min_length=1, max_length=65536)]
+Announce = Annotated[int, Meta(ge=-1, le=2)]
+"""What a session should announce: -1 nothing, 0 the rest of events and the next layer of prompts, 1 and 2: of single
+tokens too what so many of the next layers will need."""
 AliasMode = Literal["shm", "copy"]
 
 
@@ -94,12 +98,14 @@ class Attached(Message):
     model: Name
     version: Count
     pools: list[PoolInfo]
+    announce: Announce = -1
 
 
 class Fetch(Message):
     """Ask for all blocks of one event or group, hits too.  Waiting for the answer counts as an ack of everything.
 
-    ``segment`` is the generation that the worker looks this layer up in.
+    ``segment`` is the generation that the worker looks this layer up in.  ``then`` is what the next Fetches of the same
+    event will ask for, in this order: until the last of them the session looks nothing up and reads its leases only.
     """
 
     session: Count
@@ -108,6 +114,7 @@ class Fetch(Message):
     layer: Count
     experts: Experts
     routing: Routing = b""
+    then: Annotated[list[Expert], Meta(max_length=65536)] = []
 
 
 class Resident(Message):
@@ -117,6 +124,23 @@ class Resident(Message):
     sequence: Count
     version: Count
     slots: list[Count]
+    announce: Announce = -1
+
+
+class Ahead(Message):
+    """The session expects that its next event in ``layer`` needs ``experts``, the likeliest first.  No answer.
+
+    ``distance``: so many MoE layers lie between it and the event that runs now, 1 for the next layer.  ``prompt``: of an
+    event of many tokens.
+    """
+
+    session: Count
+    segment: Count
+    layer: Count
+    experts: Experts
+    distance: Annotated[int, Meta(ge=1, le=2)]
+    prompt: bool
+    routing: Routing = b""
 
 
 class Ack(Message):
@@ -257,11 +281,28 @@ class LayerStatus(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int
 
 
+class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one kind of announcements, as ``expertd status --json`` prints it.
+
+    Blocks count that were absent when they were announced.  ``useful`` is the part of them that the announced event
+    used, lately; ``shuffled`` the same for as many blocks of the same layer that a predictor without knowledge named.
+    Bytes are those read because of announcements: used by their event, or not.
+    """
+
+    kind: Literal["prompt", "next layer", "second next layer"]
+    reading: bool
+    announced: int
+    useful: float
+    shuffled: float
+    useful_bytes: int
+    wasted_bytes: int
+
+
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event.
 
-    ``layers``, ``moves``, ``blocks_copied`` and ``packed`` may be left out, as by daemons of this version of the
-    protocol that do not know them.  ``packed`` is the store that blocks are read from, empty if there is none.
+    ``layers``, ``moves``, ``blocks_copied``, ``packed`` and ``ahead`` may be left out, as by daemons of this version of
+    the protocol that do not know them.  ``packed`` is the store that blocks are read from, empty if there is none.
     """
 
     id: str
@@ -284,6 +325,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     moves: int = 0
     blocks_copied: int = 0
     packed: str = ""
+    ahead: list[AheadStatus] = []
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -457,7 +499,7 @@ class Shutdown(Message):
 
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Error,
-    Attach, Attached, Fetch, Resident, Ack, AckRequest, Complete, Moved, Released, RoutingLog, Ping, Pong,
+    Attach, Attached, Fetch, Resident, Ahead, Ack, AckRequest, Complete, Moved, Released, RoutingLog, Ping, Pong,
     Pressure, Record, Recorded, Detach, Detached,
     AskStatus, Status, SetBudget, BudgetSet, Unload, Unloaded,
     StartTrace, TraceStarted, StopTrace, TraceStopped, Stop, Stopping,
@@ -467,7 +509,7 @@ MESSAGES: tuple[type[Message], ...] = (
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     Hello | Welcome | Error
-    | Attach | Attached | Fetch | Resident | Ack | AckRequest | Complete | Moved | Released | RoutingLog | Ping | Pong
+    | Attach | Attached | Fetch | Resident | Ahead | Ack | AckRequest | Complete | Moved | Released | RoutingLog | Ping | Pong
     | Pressure | Record | Recorded | Detach | Detached
     | AskStatus | Status | SetBudget | BudgetSet | Unload | Unloaded
     | StartTrace | TraceStarted | StopTrace | TraceStopped | Stop | Stopping

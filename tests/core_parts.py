@@ -88,6 +88,7 @@ class Worker:
         asked: whether it owes an ack.
         fetching: its newest Fetch while it has no answer; it looks nothing up meanwhile.
         again: its newest Fetch, if the pool had moved: to be sent again where the pool is now.
+        rest: what the event that it has begun will fetch next; it looks nothing up until that is over.
         reading: what it might still read, and what it had been told when it looked that up.
         leased: what the newest answer gave it, even if it has not heard of it yet.
         held: segments that the core handed it and that the core has not heard it has released.
@@ -107,6 +108,7 @@ class Worker:
     asked: bool = False
     sequence: int = 0
     fetching: events.Fetch | None = None
+    rest: tuple[int, ...] = ()
     again: events.Fetch | None = None
     answer_lost: bool = False
     requests: dict[int, events.Fetch] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class Worker:
     @property
     def free(self) -> bool:
         """Whether it may run the next event."""
-        return self.granted and not self.stopped and self.fetching is None
+        return self.granted and not self.stopped and self.fetching is None and not self.rest
 
 
 class WatchedLRU(LRU):

@@ -10,11 +10,15 @@ message on either may come late, and a session that is stopped says nothing and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from hypothesis import note
 
 from expertd.daemon.core import Core, events, instructions
+from expertd.daemon.core.ahead import HELD
+from expertd.daemon.core.ahead import READS as AHEAD_READS
 from expertd.daemon.core.plan import smallest
 from expertd.daemon.core.slots import BACKGROUND_READS, in_the_way
 from expertd.daemon.core.state import SlotState
@@ -55,6 +59,7 @@ class World:
         self.workers: dict[int, Worker] = {}
         self.reads: dict[Place, instructions.StartRead | instructions.StartCopy] = {}
         self.ghosts: list[events.Event] = []
+        self.called_off: list[Place] = []
         self.abandoned: set[int] = set()
         self.failed: Block = GARBAGE
         self.no_memory = False  # a new generation could not be created: sizes need not be what the budget asks for
@@ -82,10 +87,13 @@ class World:
                 worker.reading[number, slot] = ((layer, expert), until)
         return slots
 
-    def new_fetch(self, worker: Worker, segment: int, layer: int, experts: tuple[int, ...]) -> events.Fetch:
+    def new_fetch(
+        self, worker: Worker, segment: int, layer: int, experts: tuple[int, ...], then: tuple[int, ...] = ()
+    ) -> events.Fetch:
         """The next fetch of a worker; by sending one it promises that it reads nothing any more."""
         worker.sequence += 1
-        worker.fetching = events.Fetch(worker.number, worker.sequence, segment, layer, experts)
+        worker.fetching = events.Fetch(worker.number, worker.sequence, segment, layer, experts, then=then)
+        worker.rest = then
         worker.requests[worker.sequence] = worker.fetching
         worker.again = None
         worker.asked = False
@@ -98,6 +106,20 @@ class World:
         number, segment = self.pool_of(worker, layer)
         distinct = tuple(dict.fromkeys(experts))[: segment.layout.slots]
         self.send(worker, "data", self.new_fetch(worker, number, layer, distinct), late)
+
+    def send_group(self, worker: Worker, layer: int, experts: Iterable[int], size: int, late: bool) -> None:
+        """Fetch the first ``size`` of the experts of an event; the rest is to follow."""
+        number, segment = self.pool_of(worker, layer)
+        distinct = tuple(dict.fromkeys(experts))
+        size = min(size, segment.layout.slots)
+        self.send(worker, "data", self.new_fetch(worker, number, layer, distinct[:size], distinct[size:]), late)
+
+    def send_rest(self, worker: Worker, size: int, late: bool) -> None:
+        """Fetch the next group of the event that was begun, where it was begun."""
+        before = worker.requests[worker.sequence]
+        size = min(size, self.segments[before.segment].layout.slots)
+        group, then = worker.rest[:size], worker.rest[size:]
+        self.send(worker, "data", self.new_fetch(worker, before.segment, before.layer, group, then), late)
 
     def send_ack(self, worker: Worker, channel: Channel, late: bool) -> None:
         worker.asked = False
@@ -148,6 +170,7 @@ class World:
                 if worker.fetching is not None and worker.fetching.sequence == sequence:
                     sensible = len(set(worker.fetching.experts)) == len(worker.fetching.experts)
                     worker.again = worker.fetching if isinstance(error, PoolMoved) and sensible else None
+                    worker.rest = ()
                     worker.fetching = None
             case instructions.Answer(_, sequence, version, slots):
                 self.hear_answer(worker, sequence, version, slots)
@@ -231,8 +254,14 @@ class World:
         self.memory_is_accounted_for()
         self.slots_are_conserved()
         self.policies_know_what_is_resident()
+        self.what_is_expected_is_expected_by_somebody()
         self.whoever_stands_in_the_way_owes()
         self.broken = broken
+        while self.called_off:
+            place = self.called_off.pop()
+            if place in self.reads:
+                del self.reads[place]
+                self.feed(events.ReadCancelled(*place))
 
     def carry_out(self, event: events.Event, instruction: instructions.Instruction) -> None:
         match instruction:
@@ -242,6 +271,15 @@ class World:
                 self.unlink(number)
             case instructions.StartRead(_, _, _, layer, expert):
                 self.start_read(instruction, (layer, expert))
+            case instructions.Promote(segment, slot):
+                read = self.reads[segment, slot]
+                if isinstance(read, instructions.StartRead):
+                    assert read.priority is not instructions.Priority.DEMAND, "demand became demand"
+                    self.reads[segment, slot] = replace(read, priority=instructions.Priority.DEMAND)
+            case instructions.Cancel(segment, slot):
+                read = self.reads[segment, slot]
+                if isinstance(read, instructions.StartRead) and self.steps % 3:  # else it has begun
+                    self.called_off.append((segment, slot))
             case instructions.StartCopy():
                 assert self.segments[instruction.source].superseded, "a copy of what may still change"
                 assert instruction.source != instruction.segment
@@ -339,14 +377,10 @@ class World:
             assert place not in worker.leased, f"session {worker.number} has a lease on what is overwritten"
         segment.content[read.slot] = GARBAGE
         self.reads[place] = read
-        background = [
-            r
-            for r in self.reads.values()
-            if isinstance(r, instructions.StartRead)
-            and r.segment == read.segment
-            and r.priority is instructions.Priority.BACKGROUND
-        ]
-        assert len(background) <= BACKGROUND_READS
+        here = [r for r in self.reads.values() if isinstance(r, instructions.StartRead) and r.segment == read.segment]
+        of = Counter(r.priority for r in here)
+        assert of[instructions.Priority.BACKGROUND] <= BACKGROUND_READS
+        assert of[instructions.Priority.AHEAD] <= AHEAD_READS
 
     def publish(self, entry: instructions.Publish) -> None:
         segment, key = self.segments[entry.segment], (entry.row, entry.expert)
@@ -486,6 +520,23 @@ class World:
                 known |= {block for block, slot in pool.where.items() if pool.slots[slot].carried}
                 known |= pool.carried
             assert model.policy.known == known
+
+    def what_is_expected_is_expected_by_somebody(self) -> None:
+        """A look into the core, and no more is read ahead than there may be."""
+        for model in self.core.models.values():
+            for pool in model.pools:
+                expected: Counter[Block] = Counter()
+                for session in model.sessions.values():
+                    expected.update(block for block in session.rest if block[0] in pool.layers)
+                    for (layer, _), announced in session.announced.items():
+                        if announced.reading and layer in pool.layers:
+                            expected.update((layer, expert) for expert in announced.experts)
+                assert pool.expected == expected
+                assert pool.read_ahead <= expected.keys() & pool.where.keys()
+                assert len(pool.read_ahead) <= max(1, pool.layout.slots // HELD)
+            for pool in (*model.pools, *model.old):
+                filling = {b for b, n in pool.where.items() if pool.slots[n].state is SlotState.FILLING}
+                assert pool.going_ahead | pool.background | pool.late.keys() <= filling
 
     def whoever_stands_in_the_way_owes(self) -> None:
         """A look into the core: only who owes an ack is missed when it says nothing, and so it does not block."""

@@ -360,13 +360,13 @@ def test_a_miss_is_read_published_and_then_answered() -> None:
     assert {(read.layer, read.expert) for read in reads if read.priority is Priority.DEMAND} == {(1, 0), (1, 3)}
     slot = {read.expert: read.slot for read in reads}
     assert daemon.done(1, 3) == [Publish(segment, 1, 3, slot[3])]
-    assert daemon.done(1, 0) == [Publish(segment, 1, 0, slot[0]), Answer(1, 1, 0, (slot[3], slot[0]))]
+    assert daemon.done(1, 0) == [Publish(segment, 1, 0, slot[0]), Answer(1, 1, 0, (slot[3], slot[0]), announce=2)]
 
 
 def test_a_fetch_with_everything_resident_is_answered_at_once() -> None:
     daemon = two_sessions(3)
     first = daemon.get(1, 1, 0, 2, 1)
-    assert daemon.fetch(2, 1, 0, 1, 2) == [Answer(2, 1, 0, first.slots[::-1])]
+    assert daemon.fetch(2, 1, 0, 1, 2) == [Answer(2, 1, 0, first.slots[::-1], announce=2)]
 
 
 def test_rows_of_the_table_count_the_layers_of_the_pool() -> None:
@@ -551,7 +551,7 @@ def test_a_newer_fetch_takes_the_place_of_one_that_waits() -> None:
     second = {read.expert: read.slot for read in of(StartRead, daemon.fetch(1, 2, 1, 3))}
     daemon.done(0, 0)
     assert not of(Answer, daemon.fetch(1, 2, 1, 3))
-    assert of(Answer, daemon.done(1, 3)) == [Answer(1, 2, 0, (second[3],))]
+    assert of(Answer, daemon.done(1, 3)) == [Answer(1, 2, 0, (second[3],), announce=2)]
 
 
 def test_a_fetch_whose_place_was_taken_leaves_no_lease() -> None:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from expertd.daemon.core import Core, events, quotas
+from expertd.daemon.core import Core, events, foresight, quotas
 from expertd.daemon.core.core import GROWTH
 from expertd.daemon.core.plan import largest, resized
 from expertd.protocol.errors import ReadFailed
@@ -56,6 +56,7 @@ _reading = _who(lambda worker: worker.reading and not worker.stopped)
 _with_requests = _who(lambda worker: worker.requests and not worker.stopped)
 _with_offers = _who(lambda worker: worker.free and worker.offers)
 _with_spare = _who(lambda worker: worker.spare and not worker.stopped)
+_in_an_event = _who(lambda worker: worker.granted and worker.rest and not worker.stopped and worker.fetching is None)
 _to_fetch_again = _who(lambda worker: worker.free and worker.again)
 _sending = {channel: _who(lambda worker, c=channel: worker.outbox[c]) for channel in CHANNELS}
 _deaf = {channel: _who(lambda worker, c=channel: worker.inbox[c] and not worker.stopped) for channel in CHANNELS}
@@ -96,6 +97,8 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.patched = pytest.MonkeyPatch()  # pools should give each other memory as often as they can
         for name, value in (("WINDOW", 1), ("STEP", 0.4), ("COPYING", 0.0)):
             self.patched.setattr(quotas, name, value)
+        for name, value in (("EVIDENCE", 1), ("WORTH", 0.0), ("BETTER", 0.0)):  # whatever is announced is read
+            self.patched.setattr(foresight, name, value)
         for hears_at_once in prompt:
             self.attach(model, copy=False, prompt=hears_at_once, slow=False)
 
@@ -180,6 +183,33 @@ class CacheMachine(World, RuleBasedStateMachine):
         worker = self.workers[session]
         _, segment = self.pool_of(worker, layer)
         self.send_fetch(worker, layer, [expert % segment.layout.experts for expert in experts], late)
+
+    @precondition(_any_of(_awake))
+    @rule(session=_some(_awake), layer=_layer, experts=st.permutations(range(4)), size=st.integers(1, 2), late=_late)
+    def begin_in_groups(self, session: int, layer: int, experts: list[int], size: int, late: bool) -> None:
+        """Fetch some of an event's experts and say what will follow."""
+        worker = self.workers[session]
+        _, segment = self.pool_of(worker, layer)
+        self.send_group(worker, layer, [expert % segment.layout.experts for expert in experts], size, late)
+
+    @precondition(_any_of(_in_an_event))
+    @rule(session=_some(_in_an_event), size=st.integers(1, 3), late=_late)
+    def go_on_in_groups(self, session: int, size: int, late: bool) -> None:
+        self.send_rest(self.workers[session], size, late)
+
+    @precondition(_any_of(_awake))
+    @rule(
+        session=_some(_awake), layer=st.integers(0, LAYERS), experts=st.permutations(range(5)), count=st.integers(1, 3),
+        distance=st.integers(1, 2), prompt=st.booleans(), late=_late,
+    )  # fmt: skip
+    def announce(
+        self, session: int, layer: int, experts: list[int], count: int, distance: int, prompt: bool, late: bool
+    ) -> None:
+        """Say what a later event may need, perhaps of a layer or an expert that there is not."""
+        worker = self.workers[session]
+        number, _ = self.pool_of(worker, min(layer, LAYERS - 1))
+        ahead = events.Ahead(session, number, layer, tuple(experts[:count]), distance, prompt)
+        self.send(worker, "data", ahead, late)
 
     @precondition(lambda self: _awake(self) and self.is_time_for("nonsense", 10))
     @rule(session=_some(_awake), layer=st.sampled_from([0, LAYERS]), expert=st.integers(3, 5))
@@ -421,6 +451,8 @@ class CacheMachine(World, RuleBasedStateMachine):
             self.feed(worker.fetching)
         elif worker.again is not None:
             self.fetch_where_the_pool_is(worker.number)
+        elif worker.fetching is None and worker.rest:
+            self.send_rest(worker, 2, late=False)
         elif worker.fetching is None and worker.asked:
             worker.reading.clear()
             self.send_ack(worker, "control", late=False)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from expertd.daemon.core import events, fetches, instructions, memory, slots
+from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.plan import beginning, largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
@@ -45,12 +45,15 @@ class Core:
         sessions: by number, those that are open.
     """
 
-    def __init__(self, budget: int, policy: PolicyFactory = Forecast, *, first_segment: int = 1) -> None:
+    def __init__(
+        self, budget: int, policy: PolicyFactory = Forecast, *, first_segment: int = 1, reads_ahead: bool = True
+    ) -> None:
         self.budget = self.most = budget
         self.models: dict[str, Model] = {}
         self.sessions: dict[int, Session] = {}
         self._pools: dict[int, tuple[Model, Pool]] = {}
         self._policy = policy
+        self._reads_ahead = reads_ahead
         self._segments = itertools.count(first_segment)
         self._events = 0
         self._memory_changed = False
@@ -99,6 +102,8 @@ class Core:
                 self._pool_failed(segment, error)
             case events.Fetch():
                 self._fetch(event)
+            case events.Ahead():
+                self._ahead(event)
             case events.Ack():
                 self._ack(event)
             case events.Routed(session, routing):
@@ -126,6 +131,8 @@ class Core:
                 self._read_done(event)
             case events.ReadFailed():
                 self._read_failed(event)
+            case events.ReadCancelled(segment, slot):
+                self._read_cancelled(segment, slot)
             case events.Ended(session):
                 self._ended(session)
         if self._memory_changed:
@@ -238,7 +245,8 @@ class Core:
             for pool in model.pools:
                 pool.holders[session.number] = model.version
             pools = tuple(pool.info for pool in model.pools)
-            self._out.append(instructions.Grant(session.number, model.key, model.version, pools))
+            wanted = self._to_announce(model)
+            self._out.append(instructions.Grant(session.number, model.key, model.version, pools, wanted))
         for pool in model.pools:
             if pool.holds_all:
                 pool.wish.clear()
@@ -253,6 +261,7 @@ class Core:
             return
         model = self.models[session.model]
         self._abandon(model, session)
+        ahead.forget(model, session, self._out)
         model.policy.ended(number)
         del model.sessions[number]
         for pool in (*model.pools, *model.old):
@@ -278,6 +287,7 @@ class Core:
         model = self.models[session.model]
         if session.owes or model.held_by(number):
             session.silent = True
+            ahead.forget(model, session, self._out)
             self._memory_changed = True
             self._pump_all(model)
 
@@ -312,14 +322,33 @@ class Core:
             self._pump_all(model)
             return
         assert pool is not None
-        self._ran(model, 1)
-        model.policy.observe(event.session, event.layer, event.experts)
-        resident = sum(pool.sealed_slot((event.layer, expert)) is not None for expert in event.experts)
-        model.counts[event.layer].hits += resident
-        model.counts[event.layer].misses += len(event.experts) - resident
+        if ahead.begin_event(model, pool, session, event, self._out):
+            experts = (*event.experts, *event.then)
+            self._ran(model, 1)
+            model.policy.observe(event.session, event.layer, experts)
+            resident = sum(pool.sealed_slot((event.layer, expert)) is not None for expert in experts)
+            model.counts[event.layer].hits += resident
+            model.counts[event.layer].misses += len(experts) - resident
         session.waiting = Waiting(event)
         pool.queue.append(session.waiting)
         self._pump_all(model)
+
+    def _ahead(self, event: events.Ahead) -> None:
+        session = self.sessions.get(event.session)
+        if session is None:
+            return
+        self._heard(session)
+        self._observe_hits(session, event.routing)
+        model = self.models[session.model]
+        pool = model.pool_of_layer.get(event.layer)
+        fits = pool is not None and event.segment == pool.segment and max(event.experts) < pool.layout.experts
+        if pool is not None and fits and session.number in pool.holders and self._reads_ahead:
+            ahead.announce(model, pool, session, event, self._out)
+            self._pump(model, pool)
+
+    def _to_announce(self, model: Model) -> int:
+        """What sessions should announce (``messages.Announce``)."""
+        return model.foresight.wanted if self._reads_ahead else -1
 
     def _repeat(self, session: Session, sequence: int) -> None:
         """The same Fetch again: its answer was lost, or is on its way."""
@@ -327,7 +356,8 @@ class Core:
             return
         if session.answer is not None:
             version = session.answered_version
-            self._out.append(instructions.Answer(session.number, sequence, version, session.answer))
+            wanted = self._to_announce(self.models[session.model])
+            self._out.append(instructions.Answer(session.number, sequence, version, session.answer, wanted))
         elif session.refusal is not None:
             self._out.append(instructions.Refuse(session.number, session.refusal, sequence))
         else:  # it still waits: perhaps because a request for an ack was lost, or the ack
@@ -339,6 +369,7 @@ class Core:
     def _refuse_fetch(self, model: Model, session: Session, error: ExpertdError) -> None:
         session.acked = model.version
         session.refusal = error
+        ahead.forget(model, session, self._out)
         self._out.append(instructions.Refuse(session.number, error, session.sequence))
 
     def _give_up(self, model: Model, pool: Pool, waiting: Waiting, error: ExpertdError) -> None:
@@ -371,12 +402,14 @@ class Core:
             if pool is not None and experts and max(experts) < pool.layout.experts:
                 hits.append((layer, experts))
                 model.counts[layer].hits += len(experts)
+            ahead.passed(model, session, layer, experts, self._out)
         self._ran(model, len(hits))
         for layer, experts in hits[-LEARNED_FORWARDS * len(model.counts) :]:
             model.policy.observe(session.number, layer, experts)
 
     def _ran(self, model: Model, events: int) -> None:
         """So many events have run: now and then it is seen whether pools should give each other memory."""
+        model.foresight.ran(events)
         if model.quotas.ran(events):
             self._memory_changed |= memory.step(self.models.values())
 
@@ -401,19 +434,29 @@ class Core:
     def _pump(self, model: Model, pool: Pool) -> None:
         """Grant what can be granted: first come, first served, all or nothing."""
         slots.reap(model, pool)
+        alone = len(self._pools) == 1
         for waiting in fetches.ungranted(pool):
-            if not self._grant(model, pool, waiting):
+            if not self._grant(model, pool, waiting, alone):
                 break
+        else:
+            ahead.read(model, pool, self._out, alone)
+            ahead.keep_spare(model, pool, self._out, alone)
+            self._ask(model, ahead.in_the_way(model, pool))
         slots.fill(model, pool, self._out)
 
-    def _grant(self, model: Model, pool: Pool, waiting: Waiting) -> bool:
-        """Give ``waiting`` all the slots it needs, evicting where it must; False if it has to wait for others."""
+    def _grant(self, model: Model, pool: Pool, waiting: Waiting, alone: bool) -> bool:
+        """Give ``waiting`` all the slots it needs, evicting where it must; False if it has to wait for others.
+
+        What sessions expect to need soon goes last.
+        """
         layer = waiting.fetch.layer
         wanted = {(layer, expert) for expert in waiting.fetch.experts}
         absent = [block for block in sorted(wanted) if block not in pool.where]
         short = len(absent) - pool.spare - len(pool.retired)
-        if short > 0:
-            slots.evict(model, pool, short, wanted, self._out, alone=len(self._pools) == 1)
+        for keep in ({*wanted, *pool.expected}, wanted):
+            if short > 0:
+                slots.evict(model, pool, short, keep, self._out, alone)
+                short = len(absent) - pool.spare - len(pool.retired)
         if pool.spare < len(absent):
             slots.reap(model, pool)
         if pool.spare < len(absent):
@@ -422,6 +465,7 @@ class Core:
         session = self.sessions[waiting.fetch.session]
         for block in absent:
             slots.bring(model, pool, block, self._out, Priority.DEMAND)
+        slots.demand(pool, wanted, self._out)
         waiting.granted = True
         waiting.missing = {block for block in wanted if pool.sealed_slot(block) is None}
         session.leased = [pool.where[block] for block in sorted(wanted)]
@@ -435,14 +479,18 @@ class Core:
     def _ask_for_room(self, model: Model, pool: Pool) -> None:
         """A Fetch waits for slots: ask those who stand in the way; if only silent ones do, go on without them."""
         blockers = slots.in_the_way(model, pool)
+        self._ask(model, blockers)
+        if slots.only_silent(blockers):
+            self._move(model, pool, self.budget - self.used)
+
+    def _ask(self, model: Model, blockers: Iterable[Session]) -> None:
+        """Ask those for an ack who have not been asked since they said something."""
         for session in blockers:
             reason = (model.version, session.sequence)
             if not session.silent and session.asked != reason:
                 session.asked = reason
                 session.owes = True
                 self._out.append(instructions.AskAck(session.number, model.version))
-        if slots.only_silent(blockers):
-            self._move(model, pool, self.budget - self.used)
 
     # -- generations ---------------------------------------------------------------------------------------------------
 
@@ -462,6 +510,7 @@ class Core:
         model.old.append(old)
         model.moves += 1
         old.next, old.superseded = None, True
+        ahead.forget_pool(model, old)
         new.quota = old.quota if old.outdated else None
         slots.forget_wishes(model, old)
         stay = slots.hand_over(model, old, new)
@@ -589,6 +638,13 @@ class Core:
         self._sweep(model)
         self._memory_changed |= not model.sessions
 
+    def _read_cancelled(self, segment: int, slot: int) -> None:
+        model, pool = self._pools[segment]
+        slots.called_off(model, pool, slot, self._out)
+        self._pump_all(model)
+        self._sweep(model)
+        self._memory_changed |= not model.sessions
+
     def _answer(self, model: Model, pool: Pool, waiting: Waiting) -> None:
         session = self.sessions[waiting.fetch.session]
         layer = waiting.fetch.layer
@@ -597,4 +653,5 @@ class Core:
         session.answer = tuple(pool.where[layer, expert] for expert in waiting.fetch.experts)
         session.answered_version = model.version
         fetches.leave_queue(pool, waiting)
-        self._out.append(instructions.Answer(session.number, waiting.fetch.sequence, model.version, session.answer))
+        wanted, sequence = self._to_announce(model), waiting.fetch.sequence
+        self._out.append(instructions.Answer(session.number, sequence, model.version, session.answer, wanted))

@@ -36,13 +36,33 @@ class PoolFailed:
 
 @dataclass(frozen=True)
 class Fetch:
-    """A session asks for ``experts`` of ``layer``, which it looks up in ``segment``; ``routing`` it logged before."""
+    """A session asks for ``experts`` of ``layer``, which it looks up in ``segment``; ``routing`` it logged before.
+
+    ``then``: what its next Fetches for this event will ask for.  Until the last of them it reads its leases only.
+    """
 
     session: int
     sequence: int
     segment: int
     layer: int
     experts: tuple[int, ...]
+    routing: tuple[tuple[int, list[int]], ...] = ()
+    then: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A session expects to need ``experts`` in its next event in ``layer``, the likeliest first.
+
+    ``distance``: so many layers after the one that runs; ``prompt``: for an event of many tokens.
+    """
+
+    session: int
+    segment: int
+    layer: int
+    experts: tuple[int, ...]
+    distance: int
+    prompt: bool
     routing: tuple[tuple[int, list[int]], ...] = ()
 
 
@@ -132,6 +152,14 @@ class ReadFailed:
 
 
 @dataclass(frozen=True)
+class ReadCancelled:
+    """A StartRead was called off by a Cancel before it had begun."""
+
+    segment: int
+    slot: int
+
+
+@dataclass(frozen=True)
 class Ended:
     """A session is over: it detached, or its process died."""
 
@@ -139,6 +167,6 @@ class Ended:
 
 
 Event = (
-    Attach | PoolCreated | PoolFailed | Fetch | Ack | Routed | Released | Silent | Heard | BudgetChanged
-    | MemoryWanted | Unwanted | ReadDone | ReadFailed | Ended
+    Attach | PoolCreated | PoolFailed | Fetch | Ahead | Ack | Routed | Released | Silent | Heard | BudgetChanged
+    | MemoryWanted | Unwanted | ReadDone | ReadFailed | ReadCancelled | Ended
 )  # fmt: skip

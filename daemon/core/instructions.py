@@ -50,6 +50,22 @@ class StartRead:
 
 
 @dataclass(frozen=True)
+class Promote:
+    """Somebody waits for a StartRead that was asked for without demand: from now on it is demand."""
+
+    segment: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody wants a StartRead any more: if it has not begun, call it off (ReadCancelled); else nothing happens."""
+
+    segment: int
+    slot: int
+
+
+@dataclass(frozen=True)
 class StartCopy:
     """Copy a block from a slot of an older generation into a slot; answered by ReadDone or ReadFailed."""
 
@@ -80,6 +96,7 @@ class Grant:
     model: str
     version: int
     pools: tuple[PoolInfo, ...]
+    announce: int = -1
 
 
 @dataclass(frozen=True)
@@ -101,12 +118,13 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer a Fetch: its blocks are resident and leased."""
+    """Answer a Fetch: its blocks are resident and leased.  ``announce``: see ``messages.Resident``."""
 
     session: int
     sequence: int
     version: int
     slots: tuple[int, ...]
+    announce: int = -1
 
 
 @dataclass(frozen=True)
@@ -126,5 +144,6 @@ class Announce:
 
 
 Instruction = (
-    CreatePool | UnlinkPool | StartRead | StartCopy | Publish | Grant | Move | Refuse | Answer | AskAck | Announce
+    CreatePool | UnlinkPool | StartRead | Promote | Cancel | StartCopy | Publish | Grant | Move | Refuse | Answer
+    | AskAck | Announce
 )  # fmt: skip

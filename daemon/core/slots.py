@@ -29,18 +29,25 @@ def acked(pool: Pool, session: Session) -> int:
 
 
 def readers(model: Model, pool: Pool) -> Iterator[Session]:
-    """The sessions that may be reading from ``pool``; one that waits in a Fetch reads nothing."""
+    """The sessions that may be reading what left the table of ``pool``.
+
+    One that waits in a Fetch reads nothing, and one in the middle of an event its leases only.
+    """
     for number in pool.holders:
         session = model.sessions[number]
-        if session.waiting is None:
+        if session.waiting is None and not session.rest:
             yield session
 
 
 def in_the_way(model: Model, pool: Pool) -> list[Session]:
     """The sessions without whose ack some slot of ``pool`` cannot be used again."""
     retired_at = max((pool.slots[number].retired_at for number in pool.retired), default=0)
+    late = {session.number for session in readers(model, pool) if acked(pool, session) < retired_at}
+    holders = (model.sessions[number] for number in pool.holders)
     return [
-        session for session in readers(model, pool) if acked(pool, session) < retired_at or session.leased_pool is pool
+        session
+        for session in holders
+        if session.number in late or (session.leased_pool is pool and session.waiting is None)
     ]
 
 
@@ -64,8 +71,16 @@ def reap(model: Model, pool: Pool) -> None:
             pool.give_back(slot)
 
 
-def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out, alone: bool) -> None:
-    """Take up to ``count`` blocks out of the table; their slots retire at a new version.
+def make_room(model: Model, pool: Pool, count: int, out: Out, alone: bool) -> None:
+    """See that ``count`` slots are free, now or when sessions have acked; what is expected by somebody stays."""
+    short = count - pool.spare - len(pool.retired)
+    if short > 0:
+        evict(model, pool, short, pool.expected, out, alone)
+        reap(model, pool)
+
+
+def evict(model: Model, pool: Pool, count: int, keep: Collection[Block], out: Out, alone: bool) -> None:
+    """Take up to ``count`` blocks out of the table, none of ``keep``; their slots retire at a new version.
 
     What they were worth is not worked out for a pool that is ``alone``: no other could give it memory.
     """
@@ -82,6 +97,7 @@ def evict(model: Model, pool: Pool, count: int, keep: set[Block], out: Out, alon
         if not alone:
             model.quotas.evicted(pool.name, model.policy.chance(block))
         number = pool.where.pop(block)
+        pool.read_ahead.discard(block)
         slot = pool.slots[number]
         slot.move(SlotState.RETIRED)
         slot.retired_at = model.version
@@ -101,7 +117,9 @@ def bring(model: Model, pool: Pool, block: Block, out: Out, priority: Priority) 
     pool.where[block] = slot.number
     slot.carried = block in pool.carried
     pool.carried.discard(block)
-    if priority is not Priority.DEMAND:
+    if priority is Priority.AHEAD:
+        pool.going_ahead.add(block)
+    elif priority is Priority.BACKGROUND:
         pool.background.add(block)
     source_slot = None if pool.source is None else pool.source.sealed_slot(block)
     if pool.source is not None and source_slot is not None:
@@ -110,6 +128,15 @@ def bring(model: Model, pool: Pool, block: Block, out: Out, priority: Priority) 
         out.append(instructions.StartCopy(pool.source.segment, source_slot, pool.segment, slot.number))
     else:
         out.append(instructions.StartRead(model.key, pool.segment, slot.number, block[0], block[1], priority))
+
+
+def demand(pool: Pool, blocks: Collection[Block], out: Out) -> None:
+    """A Fetch waits for ``blocks``, which are on their way already: from now on that is demand."""
+    for kind in (pool.going_ahead, pool.background):
+        for block in sorted(kind.intersection(blocks)):
+            kind.discard(block)
+            pool.late.pop(block, None)
+            out.append(instructions.Promote(pool.segment, pool.where[block]))
 
 
 def fill(model: Model, pool: Pool, out: Out) -> None:
@@ -156,7 +183,7 @@ def arrived(model: Model, pool: Pool, number: int) -> Block:
     assert block is not None
     slot.move(SlotState.SEALED)
     pool.sealed += 1
-    _no_longer_filling(pool, number)
+    _no_longer_filling(model, pool, number)
     if not (slot.carried or pool.superseded):
         model.policy.admitted(block)
     slot.carried = False
@@ -170,9 +197,10 @@ def failed(model: Model, pool: Pool, number: int) -> Block:
     assert block is not None
     if block in pool.background:
         forget_wishes(model, pool)
+    pool.read_ahead.discard(block)
     if slot.carried and not pool.superseded:
         model.policy.removed(block)
-    _no_longer_filling(pool, number)
+    _no_longer_filling(model, pool, number)
     slot.move(SlotState.FREE)
     slot.leases.clear()
     del pool.where[block]
@@ -180,11 +208,27 @@ def failed(model: Model, pool: Pool, number: int) -> Block:
     return block
 
 
-def _no_longer_filling(pool: Pool, number: int) -> None:
+def called_off(model: Model, pool: Pool, number: int, out: Out) -> None:
+    """The read into a slot was called off: free it, or read again if somebody has come to need its block."""
+    block = pool.slots[number].block
+    assert block is not None
+    wanted = any(block in waiting.missing for waiting in pool.queue)
+    if wanted or block in pool.expected:
+        priority = Priority.DEMAND if wanted else Priority.AHEAD
+        out.append(instructions.StartRead(model.key, pool.segment, number, block[0], block[1], priority))
+    else:
+        failed(model, pool, number)
+
+
+def _no_longer_filling(model: Model, pool: Pool, number: int) -> None:
     slot = pool.slots[number]
     assert slot.block is not None
     pool.filling -= 1
     pool.background.discard(slot.block)
+    pool.going_ahead.discard(slot.block)
+    gate = pool.late.pop(slot.block, None)
+    if gate is not None and slot.state is SlotState.SEALED:
+        gate.wasted_bytes += model.manifest.layers[slot.block[0]].block_bytes
     if slot.source is not None:
         slot.source.copies_from -= 1
         slot.source = None

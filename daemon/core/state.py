@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import Enum
 
 from expertd.daemon.core import events
+from expertd.daemon.core.foresight import Foresight, Gate, Kind
 from expertd.daemon.core.quotas import Quotas
 from expertd.daemon.policy import Block, Policy
 from expertd.protocol.errors import ExpertdError
@@ -87,6 +88,12 @@ class Pool:
         holders: sessions that may have it mapped, with the model's version when it was handed to them.
         wish: blocks to bring in in the background while there is room.
         background: those of them that are on their way.
+        expected: blocks that sessions will soon need, as far as they say, and how many sessions say so; they stay as
+            long as a Fetch finds something else to evict.
+        ahead: those of them that are to be read, in the order of their need; what is expected no more stays in it.
+        read_ahead: those that were begun because of that, and are still expected.
+        going_ahead: blocks whose reads ahead are on their way, and that nobody waits for.
+        late: those of them whose event has passed without them, with the gate of the announcement.
         carried: blocks of the generation before that the policy knows as resident and that are not here yet.
         source: the generation before, as long as its blocks can be copied.
         next: the generation after, while its memory is being created.
@@ -110,6 +117,11 @@ class Pool:
     holders: dict[int, int] = field(default_factory=dict)
     wish: deque[Block] = field(default_factory=deque)
     background: set[Block] = field(default_factory=set)
+    expected: Counter[Block] = field(default_factory=Counter)
+    ahead: deque[Block] = field(default_factory=deque)
+    read_ahead: set[Block] = field(default_factory=set)
+    going_ahead: set[Block] = field(default_factory=set)
+    late: dict[Block, Gate] = field(default_factory=dict)
     carried: set[Block] = field(default_factory=set)
     source: Pool | None = None
     next: Pool | None = None
@@ -189,6 +201,20 @@ class Pool:
 
 
 @dataclass
+class Announced:
+    """What a session expects of its next event in a layer: experts that were absent when it said so.
+
+    ``shuffled`` are as many of the absent, named without knowledge; ``reading``: it is acted on; ``begun``: what is
+    read because of it.
+    """
+
+    experts: set[int]
+    shuffled: set[int]
+    reading: bool
+    begun: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Session:
     """One attached process and model.
 
@@ -200,6 +226,9 @@ class Session:
         sequence: of its newest Fetch.
         waiting: that Fetch while it is not answered; a waiting session holds nothing and counts as acked.
         answer: the slots that answered it, or ``refusal``: the error; to be repeated if the answer was lost.
+        rest: what the event that it has begun will fetch next, in this order.  While there is some, it reads nothing
+            but its leases.
+        announced: what it expects of later events, by layer and kind.
         leased: slots leased to it, all in ``leased_pool``.
     """
 
@@ -217,6 +246,8 @@ class Session:
     answer: tuple[int, ...] | None = None
     refusal: ExpertdError | None = None
     answered_version: int = 0
+    rest: tuple[Block, ...] = ()
+    announced: dict[tuple[int, Kind], Announced] = field(default_factory=dict)
     leased: list[int] = field(default_factory=list)
     leased_pool: Pool | None = None
 
@@ -258,10 +289,12 @@ class Model:
     copied: int = 0
     counts: list[LayerCounts] = field(init=False)
     quotas: Quotas = field(init=False)
+    foresight: Foresight = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = [LayerCounts() for _ in self.manifest.layers]
         self.quotas = Quotas(len(self.counts))
+        self.foresight = Foresight(len(self.counts))
 
     @property
     def hits(self) -> int:

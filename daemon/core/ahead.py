@@ -1,0 +1,173 @@
+"""Reading ahead: what sessions expect to need soon is read where there is room, and stays until its event has passed.
+
+Functions over a model, its pools and sessions, as in ``slots``.  Two things are expected: the rest of an event whose
+first blocks a session fetches (that is known), and what it announces of later events (that is foreseen).  Whether
+announcements pay is judged in ``foresight``.  All that is done here gives way to every Fetch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from expertd.daemon.core import events, slots
+from expertd.daemon.core.foresight import Kind
+from expertd.daemon.core.instructions import Cancel, Priority
+from expertd.daemon.core.slots import Out
+from expertd.daemon.core.state import Announced, Model, Pool, Session
+from expertd.daemon.policy import Block
+
+READS = 8
+"""Reads ahead that may be on their way into one pool.  One is under way at a time; neighbours among them are merged."""
+HELD = 2
+"""Blocks that were read ahead and wait for their event take one in so many slots of a pool at most."""
+SPARE = 16
+"""Where it pays for single tokens, one in so many slots is kept free for it, a token's experts at most."""
+
+
+def begin_event(model: Model, pool: Pool, session: Session, event: events.Fetch, out: Out) -> bool:
+    """Take in what a Fetch says of its event.
+
+    Returns:
+        Whether the event begins with it; otherwise it goes on with one that has begun.
+    """
+    now = {(event.layer, expert) for expert in event.experts}
+    before, session.rest = session.rest, tuple((event.layer, expert) for expert in event.then)
+    rest = set(session.rest)
+    goes_on = bool(before) and rest | now == set(before)
+    _expect(pool, [block for block in session.rest if block not in before])
+    if not goes_on:
+        passed(model, session, event.layer, (*event.experts, *event.then), out)
+    _expect_no_more(model, [block for block in before if block not in rest], now, out)
+    return not goes_on
+
+
+def announce(model: Model, pool: Pool, session: Session, event: events.Ahead, out: Out) -> None:
+    """Take an announcement in; where it pays, its blocks are expected from now on."""
+    kind = Kind.PROMPT if event.prompt else Kind(event.distance)
+    _judge(model, session, (event.layer, kind), None, out)
+    absent = [expert for expert in range(pool.layout.experts) if (event.layer, expert) not in pool.where]
+    experts = [expert for expert in dict.fromkeys(event.experts) if (event.layer, expert) not in pool.where]
+    if not experts:
+        return
+    gate = model.foresight.gates[kind]
+    gate.announced += len(experts)
+    shuffled = model.foresight.without_knowledge(absent, len(experts))
+    session.announced[event.layer, kind] = Announced(set(experts), shuffled, gate.open)
+    if gate.open:
+        _expect(pool, [(event.layer, expert) for expert in experts])
+
+
+def passed(model: Model, session: Session, layer: int, experts: Iterable[int], out: Out) -> None:
+    """An event of ``session`` in ``layer`` uses ``experts``: judge what was announced of it."""
+    if session.announced:
+        used = set(experts)
+        for kind in Kind:
+            _judge(model, session, (layer, kind), used, out)
+
+
+def forget(model: Model, session: Session, out: Out) -> None:
+    """Nothing is expected of ``session`` any more, and it may read what it likes."""
+    for place in list(session.announced):
+        _judge(model, session, place, None, out)
+    rest, session.rest = session.rest, ()
+    _expect_no_more(model, rest, (), out)
+
+
+def forget_pool(model: Model, pool: Pool) -> None:
+    """``pool`` has another generation: what was expected in it is expected no more."""
+    for session in model.sessions.values():
+        for place in [place for place in session.announced if place[0] in pool.layers]:
+            del session.announced[place]
+        if session.rest and session.rest[0][0] in pool.layers:
+            session.rest = ()
+    pool.expected.clear()
+    pool.ahead.clear()
+    pool.read_ahead.clear()
+
+
+def read(model: Model, pool: Pool, out: Out, alone: bool) -> None:
+    """Begin to read what is expected, as far as there is room; what is evicted for it is expected by nobody."""
+    most = max(1, pool.layout.slots // HELD)
+    while pool.ahead and len(pool.going_ahead) < READS and len(pool.read_ahead) < most:
+        block = pool.ahead[0]
+        if block in pool.where or block not in pool.expected:
+            pool.ahead.popleft()
+            continue
+        if not pool.spare:
+            slots.make_room(model, pool, min(len(pool.ahead), READS), out, alone)
+        if not pool.spare:
+            return
+        pool.ahead.popleft()
+        slots.bring(model, pool, block, out, Priority.AHEAD)
+        pool.read_ahead.add(block)
+        _note_begun(model, block)
+
+
+def keep_spare(model: Model, pool: Pool, out: Out, alone: bool) -> None:
+    """Keep some slots free where what single tokens will need is read ahead: there is no time to make room."""
+    if model.foresight.reads_for_tokens and not pool.holds_all:
+        top_k = max(model.manifest.layers[layer].top_k for layer in pool.layers)
+        slots.make_room(model, pool, min(top_k, pool.layout.slots // SPARE), out, alone)
+
+
+def in_the_way(model: Model, pool: Pool) -> list[Session]:
+    """Those whose ack would make room for what is to be read, and who will not come by themselves."""
+    if not pool.ahead or pool.spare or not pool.retired:
+        return []
+    return [
+        session
+        for session in slots.in_the_way(model, pool)
+        if session.leased_pool is not pool and not session.announced and not session.rest
+    ]
+
+
+def _judge(model: Model, session: Session, place: tuple[int, Kind], used: set[int] | None, out: Out) -> None:
+    """The event that was announced has used ``used``; None: that is not known, or it will not be."""
+    announced = session.announced.pop(place, None)
+    if announced is None:
+        return
+    layer, kind = place
+    pool, gate = model.pool_of_layer[layer], model.foresight.gates[kind]
+    if used is not None:
+        gate.judge(len(announced.experts), len(announced.experts & used), len(announced.shuffled & used))
+    size = model.manifest.layers[layer].block_bytes
+    for expert in announced.begun:
+        block = layer, expert
+        if used is not None and expert in used and block in pool.where:
+            gate.useful_bytes += size
+        elif block in pool.going_ahead:
+            pool.late[block] = gate  # it may still be called off
+        else:
+            gate.wasted_bytes += size
+    if announced.reading:
+        fetched = {(layer, expert) for expert in used or ()}
+        _expect_no_more(model, [(layer, expert) for expert in announced.experts], fetched, out)
+
+
+def _expect(pool: Pool, blocks: list[Block]) -> None:
+    pool.expected.update(blocks)
+    pool.ahead.extend(block for block in blocks if block not in pool.where)
+
+
+def _expect_no_more(model: Model, blocks: Iterable[Block], fetched: Collection[Block], out: Out) -> None:
+    """A session expects ``blocks`` no more: call their reads off, except those that are ``fetched`` now."""
+    for block in blocks:
+        pool = model.pool_of_layer[block[0]]
+        pool.expected[block] -= 1
+        if pool.expected[block] > 0:
+            continue
+        del pool.expected[block]
+        pool.read_ahead.discard(block)
+        if block in pool.going_ahead and block not in fetched:
+            out.append(Cancel(pool.segment, pool.where[block]))
+
+
+def _note_begun(model: Model, block: Block) -> None:
+    """Of the announcements that name ``block`` the first counts it as read because of it."""
+    layer, expert = block
+    for session in model.sessions.values():
+        for kind in Kind:
+            announced = session.announced.get((layer, kind))
+            if announced is not None and announced.reading and expert in announced.experts:
+                announced.begun.add(expert)
+                return
