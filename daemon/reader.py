@@ -117,12 +117,13 @@ class OpenFiles:
             store.close()
 
 
-@dataclass(frozen=True, order=True)
-class _Job:
+@dataclass(order=True)
+class Job:
     priority: int
     number: int
     work: Callable[[], int] | None = field(compare=False)  # None ends the thread that takes it
     done: Callable[[int, ExpertdError | None], None] = field(compare=False)
+    begun: bool = field(default=False, compare=False)
 
 
 class Reader:
@@ -134,7 +135,7 @@ class Reader:
     def __init__(self, threads: int = THREADS, read: Read = os.preadv) -> None:
         """``read`` is there for those who want to see what happens when reading fails."""
         self._read = read
-        self._queue: queue.PriorityQueue[_Job] = queue.PriorityQueue()
+        self._queue: queue.PriorityQueue[Job] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._threads = [
             threading.Thread(target=self._work, name=f"reader-{n}", daemon=True) for n in range(threads)
@@ -150,10 +151,21 @@ class Reader:
         rows: Sequence[memoryview],
         done: Callable[[int, ExpertdError | None], None],
         priority: Priority,
-    ) -> None:
+    ) -> Job:
         """Read block (``layer``, ``expert``) into ``rows``, one writable view for each part."""
         work = partial(read_block, files, layer, expert, rows, self._read)
-        self._queue.put(_Job(priority, next(self._numbers), work, done))
+        job = Job(priority, next(self._numbers), work, done)
+        self._queue.put(job)
+        return job
+
+    def promote(self, job: Job) -> None:
+        if not job.begun:
+            self._queue.put(Job(Priority.DEMAND, next(self._numbers), job.work, job.done))
+            job.begun = True
+
+    def cancel(self, job: Job) -> bool:
+        begun, job.begun = job.begun, True
+        return not begun
 
     def copy(
         self,
@@ -162,7 +174,7 @@ class Reader:
         done: Callable[[int, ExpertdError | None], None],
     ) -> None:
         """Copy a block from ``sources`` into ``rows``."""
-        self._queue.put(_Job(Priority.DEMAND, next(self._numbers), partial(copy_block, sources, rows), done))
+        self._queue.put(Job(Priority.DEMAND, next(self._numbers), partial(copy_block, sources, rows), done))
 
     def close(self) -> None:
         """Finish what is being read, forget what is queued, and end the threads."""
@@ -172,7 +184,7 @@ class Reader:
             except queue.Empty:
                 break
         for _ in self._threads:
-            self._queue.put(_Job(max(Priority) + 1, next(self._numbers), None, lambda size, error: None))
+            self._queue.put(Job(max(Priority) + 1, next(self._numbers), None, lambda size, error: None))
         for thread in self._threads:
             thread.join()
 
@@ -181,6 +193,9 @@ class Reader:
             job = self._queue.get()
             if job.work is None:
                 return
+            if job.begun:
+                continue
+            job.begun = True
             try:
                 size = job.work()
             except ExpertdError as error:

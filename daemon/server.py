@@ -37,7 +37,7 @@ from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.pressure import Source, system_source
-from expertd.daemon.reader import OpenFiles, Reader
+from expertd.daemon.reader import Job, OpenFiles, Reader
 from expertd.daemon.status import daemon_status
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waits
@@ -101,6 +101,7 @@ class Server:
         pressure: Source | None = None,
         read: Read = os.preadv,
         simulated_ssd: str = "",
+        reads_ahead: bool = True,
     ) -> None:
         """Not started yet.
 
@@ -109,10 +110,11 @@ class Server:
             pressure: what tells how short of memory the machine is; None: the system.
             read: reads the model's files; there for those who want to see it fail, or to have it slower.
             simulated_ssd: how slow, for the status.
+            reads_ahead: read what sessions will need soon, where that pays.
         """
         self._home = home
         # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
-        self._core = Core(budget, policy, first_segment=secrets.randbits(48))
+        self._core = Core(budget, policy, first_segment=secrets.randbits(48), reads_ahead=reads_ahead)
         self._memory = MemoryWatch(budget, pressure or system_source())
         self._idleness = Idleness(time.monotonic(), exit_s=idle_exit_s, keep_alive_s=keep_alive_s)
         self._reader, self._simulated_ssd = Reader(read=read), simulated_ssd
@@ -122,6 +124,7 @@ class Server:
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
         self._waits = Waits()
+        self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
         self._peers: dict[int, _Peer] = {}
         self._events: deque[events.Event] = deque()
@@ -234,7 +237,15 @@ class Server:
                 if self._check_sender(identity, session, sequence):
                     experts, routing = tuple(message.experts), tuple(unpack(message.routing))
                     self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
-                    self._feed(events.Fetch(session, sequence, segment, layer, experts, routing))
+                    self._feed(events.Fetch(session, sequence, segment, layer, experts, routing, tuple(message.then)))
+            case messages.Ahead(session=session):
+                if self._check_sender(identity, session):
+                    routing = tuple(unpack(message.routing))
+                    experts, distance = tuple(message.experts), message.distance
+                    ahead = events.Ahead(
+                        session, message.segment, message.layer, experts, distance, message.prompt, routing
+                    )
+                    self._feed(ahead)
             case messages.Ack(session=session):
                 if self._check_sender(identity, session):
                     routing = tuple(unpack(message.routing))
@@ -420,12 +431,12 @@ class Server:
     def _carry_out(self, todo: Iterable[instructions.Instruction]) -> None:
         for what in todo:
             match what:
-                case instructions.Answer(session, sequence, version, slots):
+                case instructions.Answer(session, sequence, version, slots, announce):
                     self._waits.answered(session, time.monotonic())
-                    self._to_data(
-                        session,
-                        messages.Resident(session=session, sequence=sequence, version=version, slots=list(slots)),
+                    resident = messages.Resident(
+                        session=session, sequence=sequence, version=version, slots=list(slots), announce=announce
                     )
+                    self._to_data(session, resident)
                 case instructions.Publish(segment, row, expert, slot):
                     self._pools[segment].table[row, expert] = slot
                 case instructions.StartRead():
@@ -433,8 +444,17 @@ class Server:
                     files = self._files[what.model]
                     place = Place(what.segment, what.layer, what.expert)
                     self._waits.read_began(place, time.monotonic())
-                    done = self._when_filled(what.segment, what.slot, place)
-                    self._reader.read(files, what.layer, what.expert, rows, done, what.priority)
+                    done = self._when_filled(what.segment, what.slot)
+                    job = self._reader.read(files, what.layer, what.expert, rows, done, what.priority)
+                    self._reads[what.segment, what.slot] = place, job
+                case instructions.Promote(segment, slot) if (segment, slot) in self._reads:
+                    self._reader.promote(self._reads[segment, slot][1])
+                case instructions.Cancel(segment, slot) if (segment, slot) in self._reads:
+                    place, job = self._reads[segment, slot]
+                    if self._reader.cancel(job):
+                        del self._reads[segment, slot]
+                        self._waits.read_ended(place, time.monotonic())
+                        self._feed(events.ReadCancelled(segment, slot))
                 case instructions.StartCopy(source, source_slot, segment, slot):
                     sources, rows = self._pools[source].rows(source_slot), self._pools[segment].rows(slot)
                     self._reader.copy(sources, rows, self._when_filled(segment, slot))
@@ -460,13 +480,11 @@ class Server:
         for key in self._files.keys() - self._core.models.keys():
             self._files.pop(key).close()
 
-    def _when_filled(
-        self, segment: int, slot: int, read: Place | None = None
-    ) -> Callable[[int, ExpertdError | None], None]:
-        """What the reader calls, on a thread of its own, when the slot is filled; ``read``: with what, if from disk."""
+    def _when_filled(self, segment: int, slot: int) -> Callable[[int, ExpertdError | None], None]:
+        """What the reader calls, on a thread of its own, when the slot is filled."""
 
         def done(size: int, error: ExpertdError | None) -> None:
-            event: events.Event
+            event: events.ReadDone | events.ReadFailed
             if error is None:
                 event = events.ReadDone(segment, slot, size)
             else:
@@ -474,13 +492,14 @@ class Server:
                 event = events.ReadFailed(segment, slot, error)
             # The loop may be closed already when the daemon ends; then nobody waits for this read.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._filled, event, read, time.monotonic())
+                self._loop.call_soon_threadsafe(self._filled, event, time.monotonic())
 
         return done
 
-    def _filled(self, event: events.Event, read: Place | None, at: float) -> None:
-        if read is not None:
-            self._waits.read_ended(read, at)
+    def _filled(self, event: events.ReadDone | events.ReadFailed, at: float) -> None:
+        read = self._reads.pop((event.segment, event.slot), None)
+        if read is not None:  # else it was copied
+            self._waits.read_ended(read[0], at)
         self._feed(event)
 
     def _grant(self, grant: instructions.Grant) -> None:
@@ -492,6 +511,7 @@ class Server:
             session=grant.session,
             model=grant.model,
             version=grant.version,
+            announce=grant.announce,
             pools=[pool for pool in pools if pool is not None],
         )
         self._to_control(grant.session, attached)

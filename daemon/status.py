@@ -6,19 +6,24 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import psutil
 
 from expertd.daemon.core import Core
+from expertd.daemon.core.foresight import Kind
 from expertd.daemon.core.state import Model, Session
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.waits import Waited
 from expertd.protocol import PROTOCOL
 from expertd.protocol.connection import package_version
-from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.messages import AheadStatus, DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
 
 NOT_PACKED: Mapping[str, str] = MappingProxyType({})
+KINDS: Mapping[Kind, Literal["prompt", "next layer", "second next layer"]] = MappingProxyType(
+    {Kind.PROMPT: "prompt", Kind.NEXT: "next layer", Kind.SECOND: "second next layer"}
+)
 NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
 
 
@@ -95,7 +100,23 @@ def model_status(model: Model, waited: Mapping[int, Waited] = NOBODY_WAITED, pac
         moves=model.moves,
         blocks_copied=model.copied,
         packed=packed,
+        ahead=_ahead(model),
     )
+
+
+def _ahead(model: Model) -> list[AheadStatus]:
+    return [
+        AheadStatus(
+            kind=KINDS[kind],
+            reading=gate.open,
+            announced=gate.announced,
+            useful=round(gate.useful_part, 3),
+            shuffled=round(gate.shuffled_part, 3),
+            useful_bytes=gate.useful_bytes,
+            wasted_bytes=gate.wasted_bytes,
+        )
+        for kind, gate in model.foresight.gates.items()
+    ]
 
 
 def _session(model: Model, session: Session, waited: Waited) -> SessionStatus:

@@ -130,8 +130,7 @@ class Resident(Message):
 class Ahead(Message):
     """The session expects that its next event in ``layer`` needs ``experts``, the likeliest first.  No answer.
 
-    ``distance``: so many MoE layers lie between it and the event that runs now, 1 for the next layer.  ``prompt``: of an
-    event of many tokens.
+    ``distance``: it is so many MoE layers after the event that runs now.  ``prompt``: it will be of many tokens.
     """
 
     session: Count
@@ -509,7 +508,8 @@ MESSAGES: tuple[type[Message], ...] = (
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     Hello | Welcome | Error
-    | Attach | Attached | Fetch | Resident | Ahead | Ack | AckRequest | Complete | Moved | Released | RoutingLog | Ping | Pong
+    | Attach | Attached | Fetch | Resident | Ahead | Ack | AckRequest | Complete | Moved | Released | RoutingLog
+    | Ping | Pong
     | Pressure | Record | Recorded | Detach | Detached
     | AskStatus | Status | SetBudget | BudgetSet | Unload | Unloaded
     | StartTrace | TraceStarted | StopTrace | TraceStopped | Stop | Stopping

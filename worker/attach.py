@@ -30,7 +30,9 @@ from expertd.protocol.errors import (
     DaemonLost,
     DaemonNotRunning,
     ExpertdError,
+    FileChanged,
     PoolMoved,
+    ReadFailed,
     SessionClosed,
     SessionUnknown,
     from_code,
@@ -106,12 +108,14 @@ class Session:
         self._abandoned = False
         self._forward = threading.Lock()
         self._unanswered: messages.Fetch | None = None
+        self._unfinished: tuple[MappedPool, int, int] | None = None  # an event of groups: its pool, layer, an expert
         self._settled = True
         self._quiet = (0, time.monotonic())  # how many forwards there had been when one was seen last, and when
         self.owner = 0
         self.asked = self.acked = 0
         self.routing: list[tuple[int, Sequence[int]]] = []
         self._forwards = 0
+        self._missed_in = 0  # the number of the last forward in which something was fetched
         self._frames_before = 0
         # Between the two threads: what is offered, what was unmapped, whether somebody waits for a daemon, and how
         # that goes.
@@ -160,6 +164,8 @@ class Session:
             if self._unanswered is not None:
                 with contextlib.suppress(PoolMoved):  # it will not be answered any more, so nothing is owed
                     self._await_answer(self._link, self._unanswered)
+            if self._unfinished is not None:
+                self._finish_event(*self._unfinished)
             self._settled = False
             self.owner = threading.get_ident()
         except BaseException:
@@ -212,11 +218,21 @@ class Session:
         """Answer the daemon's request for an ack; the caller has evaluated all that was looked up until now."""
         self._send_ack(self._link.data)
 
-    def fetch(self, pool: MappedPool, layer: int, experts: NDArray[np.integer]) -> NDArray[np.int32]:
+    @property
+    def announces(self) -> int:
+        """What should be announced (``messages.Announce``): as the daemon wants, and less while nothing misses."""
+        wanted = self._link.announce
+        return wanted if wanted <= 0 or self._forwards - self._missed_in <= 1 else 0
+
+    def fetch(
+        self, pool: MappedPool, layer: int, experts: NDArray[np.integer], then: Sequence[int] = ()
+    ) -> NDArray[np.int32]:
         """Make the blocks (``layer``, ``experts``) resident in ``pool`` and lease them until the next fetch or ack.
 
         Args:
             experts: distinct ids, shape ``[n]``, at most as many as the layer's pool has slots.
+            then: those that the next fetches of the same event will ask for, in this order.  Until the last of them the
+                caller looks nothing up, and reads nothing but what the latest of them gave it.
         Returns:
             Their slots, shape ``[n]``.
         Raises:
@@ -230,6 +246,7 @@ class Session:
             raise PoolMoved("the daemon has gone")
         self.acked = self.asked  # a Fetch acks everything that was told
         link.sequence += 1
+        self._missed_in = self._forwards
         request = messages.Fetch(
             session=link.number,
             sequence=link.sequence,
@@ -237,13 +254,43 @@ class Session:
             layer=layer,
             experts=experts.tolist(),
             routing=self._take_routing(),
+            then=list(then),
         )
         self._unanswered = request
+        self._unfinished = (pool, layer, request.experts[0]) if then else None
         link.data.send(request)
         answer = self._await_answer(link, request)
         if isinstance(answer, messages.Error):
+            self._unfinished = None
             raise answer.exception()
         return np.array(answer.slots, np.int32)
+
+    def _finish_event(self, pool: MappedPool, layer: int, expert: int) -> None:
+        """An event of groups was left in the middle: have the daemon hear that, before anything is looked up again."""
+        with contextlib.suppress(PoolMoved, ReadFailed, FileChanged):  # it has heard it all the same
+            self.fetch(pool, layer, np.array([expert]))
+        self._unfinished = None
+
+    def announce(self, pool: MappedPool, layer: int, experts: Sequence[int], distance: int, prompt: bool) -> None:
+        """Tell that the next event in ``layer``, ``distance`` layers from now, may need ``experts``, which are absent.
+
+        Args:
+            experts: distinct ids, the likeliest first.
+            prompt: it will be an event of many tokens.
+        """
+        link = pool.link
+        if not link.lost:
+            link.data.send(
+                messages.Ahead(
+                    session=link.number,
+                    segment=pool.segment,
+                    layer=layer,
+                    experts=list(experts),
+                    distance=distance,
+                    prompt=prompt,
+                    routing=self._take_routing(),
+                )
+            )
 
     def _await_answer(self, link: Link, request: messages.Fetch) -> messages.Resident | messages.Error:
         """The answer to ``request``.
@@ -270,6 +317,7 @@ class Session:
             if isinstance(answer, messages.Resident) and answer.sequence == request.sequence:
                 self._unanswered = None
                 link.told_by_answer = answer.version
+                link.announce = answer.announce
                 return answer
             if isinstance(answer, messages.Error) and answer.sequence == request.sequence:
                 if answer.code == SessionUnknown.code:
@@ -280,7 +328,7 @@ class Session:
                 # Not about this Fetch: the two sides no longer agree on what was said.
                 log.warning("the daemon refused a message (%s); attaching anew", answer.message)
                 break
-        self._unanswered = None
+        self._unanswered = self._unfinished = None
         self._give_up(link)
         raise PoolMoved("the daemon has gone")
 

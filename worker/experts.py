@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import struct
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from mmap import mmap
 from pathlib import Path
 from threading import get_ident
@@ -29,9 +29,11 @@ from expertd.protocol.errors import ExpertdError, PoolMoved, SessionClosed
 from expertd.protocol.layout import ABSENT, PoolLayout
 from expertd.worker.alias import CopiedSlabs, Slabs
 from expertd.worker.attach import Session
+from expertd.worker.groups import plan_groups
 from expertd.worker.link import MappedPool
 from expertd.worker.pressure import Buffers
 from expertd.worker.recording import Recorder
+from expertd.worker.routers import Foresight
 
 log = logging.getLogger("expertd.worker")
 
@@ -55,6 +57,7 @@ class Events:
         self.buffers = Buffers(session.pressure)
         self.slabs: list[Slabs] = []  # all that are mapped: always the same list
         self.layers: list[_Parts] = []
+        self.of_layer: dict[int, _Parts] = {}
         self.unevaluated: Any = None  # or still being computed
         self.recorder: Recorder | None = None
         self.model: weakref.ref[Any] | None = None
@@ -69,6 +72,7 @@ class Events:
     def let_go(self) -> list[Slabs]:
         """The session is closed: forget what was to be logged (its graphs read the slabs) and give the slabs up."""
         self._lazy, self.layers = [[]], []
+        self.of_layer.clear()
         slabs = list(self.slabs)
         self.slabs.clear()
         self._left.clear()
@@ -185,13 +189,25 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
     """Called as the switch it replaces: ``(x[..., hidden], indices[..., k]) -> [..., k, hidden]``."""
 
     def __init__(
-        self, events: Events, layer: int, switch: Any, pool: MappedPool, slabs: Slabs, *, last: bool
+        self,
+        events: Events,
+        layer: int,
+        switch: Any,
+        pool: MappedPool,
+        slabs: Slabs,
+        foresight: Foresight | None = None,
+        *,
+        last: bool,
     ) -> None:
-        """``layer`` counts the model's MoE layers in forward order; ``last`` is true for the last of them."""
+        """``layer`` counts the model's MoE layers in forward order; ``last`` is true for the last of them.
+
+        ``foresight`` guesses what the layer's router will choose; None: nobody does.
+        """
         super().__init__()
         # Kept outside the module's tree: the slabs are no parameters of this model, they belong to everybody.
-        self._parts: _Parts | None = _Parts(events, layer, switch, pool, slabs, last)
+        self._parts: _Parts | None = _Parts(events, layer, switch, pool, slabs, foresight, last)
         events.layers.append(self._parts)
+        events.of_layer[layer] = self._parts
 
     def __call__(self, x: Any, indices: Any) -> Any:
         parts = self._parts
@@ -213,15 +229,27 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         self._parts = None
 
 
+Guess = tuple["_Parts", Any]
+"""A layer to come, and the ids that its router may choose, ``[..., k]``."""
+
+
 class _Parts:
     """The state of one CachedExperts, and its event in a partially resident pool."""
 
     def __init__(
-        self, events: Events, layer: int, switch: Any, pool: MappedPool, slabs: Slabs, last: bool
+        self,
+        events: Events,
+        layer: int,
+        switch: Any,
+        pool: MappedPool,
+        slabs: Slabs,
+        foresight: Foresight | None,
+        last: bool,
     ) -> None:
         self.events = events
         self.layer = layer
         self.switch = switch
+        self.foresight = foresight
         self.last = last
         # The mapped slots of an event are written into one array of this layer: by the next event the graph that read
         # it has been evaluated.
@@ -271,13 +299,11 @@ class _Parts:
 
     def event(self, x: Any, indices: Any) -> Any:
         """One event of a partial pool: evaluate the router, look up, fetch what is absent, compute."""
-        events = self.events
-        if events.unevaluated is None:
-            mx.eval(indices)
-        else:
-            mx.eval(events.unevaluated, indices)
-            events.unevaluated = None
-        session = events.session
+        events, session = self.events, self.events.session
+        many = indices.size > FEW
+        guesses = self._guess(x, many) if session.announces >= (0 if many else 1) else []
+        mx.eval(events.unevaluated, indices, [guess for _, guess in guesses])
+        events.unevaluated = None
         if session.asked != session.acked:
             session.ack()
         chosen = memoryview(indices)
@@ -291,10 +317,12 @@ class _Parts:
                 session.routing.append((self.layer, ids))
                 if self._copies:
                     self.slabs.bring(self.layer, np.asarray(chosen), self._slots_here)
-                return self._compute(x)
+                out = self._compute(x)
+                self._announce(guesses, many)
+                return out
         while True:
             try:
-                return self._event_of_many(x, indices, np.asarray(chosen))
+                return self._event_of_many(x, indices, np.asarray(chosen), guesses)
             except PoolMoved:
                 events.follow()
                 if self.complete:
@@ -310,21 +338,44 @@ class _Parts:
         self._few = struct.Struct(f"={count}I") if count <= FEW and chosen.itemsize == 4 else None
         self._shape = chosen.shape
 
-    def _event_of_many(self, x: Any, indices: Any, ids: NDArray[np.integer]) -> Any:
+    def _event_of_many(self, x: Any, indices: Any, ids: NDArray[np.integer], guesses: list[Guess]) -> Any:
         """The rest of an event with misses, or with many ids."""
+        session, many = self.events.session, indices.size > FEW
         wanted = np.unique(ids)
         slot_of = self._row.copy()  # read once: the daemon may evict at any moment
-        if ABSENT in slot_of[wanted]:
-            room = self._pool.layout.slots
-            if wanted.size > room:
-                return self._in_groups(x, indices, ids, wanted, room)
-            slot_of = self._fetch(wanted)
+        resident = slot_of[wanted] != ABSENT
+        if resident.all():
+            session.routing.append((self.layer, wanted.tolist()))
         else:
-            self.events.session.routing.append((self.layer, wanted.tolist()))
+            overlap = session.announces >= 0 and many
+            groups = plan_groups(wanted, resident, self._pool.layout.slots, overlap)
+            if len(groups) > 1:
+                return self._in_groups(x, indices, ids, groups, overlap, guesses)
+            slot_of = self._fetch(wanted)
         slot_of.view(np.uint32).take(ids, out=self._slots_here, mode="clip")
         if self._copies:
             self.slabs.bring(self.layer, ids, self._slots_here)
-        return self._compute(x)
+        out = self._compute(x)
+        self._announce(guesses, many)
+        return out
+
+    def _guess(self, x: Any, many: bool) -> list[Guess]:
+        """What the next layers will use, by their own routers on what goes into this one; nothing is evaluated."""
+        guesses = []
+        for distance in range(1, 2 if many else self.events.session.announces + 1):
+            parts = self.events.of_layer.get(self.layer + distance)
+            if parts is not None and parts.foresight is not None and not parts.complete and ABSENT in parts._row:
+                guesses.append((parts, parts.foresight(x)))
+        return guesses
+
+    def _announce(self, guesses: list[Guess], many: bool) -> None:
+        """Tell the daemon what is absent of what was guessed, the likeliest first."""
+        for parts, guess in guesses:
+            experts, uses = np.unique(np.array(guess, copy=False), return_counts=True)
+            experts = experts[np.argsort(-uses, kind="stable")]
+            absent = experts[parts._row[experts] == ABSENT].tolist()
+            if absent:
+                self.events.session.announce(parts._pool, parts.layer, absent, parts.layer - self.layer, many)
 
     def _compute(self, x: Any) -> Any:
         """The output of an event whose slots are in their array, already being computed.
@@ -336,32 +387,43 @@ class _Parts:
         mx.async_eval(out)  # type: ignore[no-untyped-call]
         return out
 
-    def _fetch(self, wanted: NDArray[np.integer]) -> NDArray[np.int32]:
+    def _fetch(self, wanted: NDArray[np.integer], then: Sequence[int] = ()) -> NDArray[np.int32]:
         """Fetch ``wanted`` and return ``slot[expert]`` (absent for the others)."""
         slot_of = np.full(self._row.size, ABSENT, np.int32)
-        slot_of[wanted] = self.events.session.fetch(self._pool, self.layer, wanted)
+        slot_of[wanted] = self.events.session.fetch(self._pool, self.layer, wanted, then)
         return slot_of
 
-    def _in_groups(self, x: Any, indices: Any, ids: NDArray[np.integer], wanted: NDArray[np.integer], room: int) -> Any:
-        """An event that needs more blocks than the pool holds: group after group, resident blocks first.
+    def _in_groups(
+        self,
+        x: Any,
+        indices: Any,
+        ids: NDArray[np.integer],
+        groups: list[NDArray[np.integer]],
+        overlap: bool,
+        guesses: list[Guess],
+    ) -> Any:
+        """An event whose blocks are computed group after group; ``overlap``: the next are read meanwhile.
 
         Each group computes its own (token, k) rows, which are put in their places at the end.  Rows are independent of
         each other in every kernel, so this is bit-equal to computing them together; adding up partial sums is not.
         """
         flat = ids.ravel()
-        resident = self._row[wanted] != ABSENT
-        order = np.concatenate((wanted[resident], wanted[~resident]))
         group_of = np.empty(self._row.size, np.int64)
-        group_of[order] = np.arange(order.size) // room
+        for number, group in enumerate(groups):
+            group_of[group] = number
         group_of_row = group_of[flat]
         tokens = mx.broadcast_to(x, (*indices.shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
         rows, outs = [], []
-        for group in range(-(-order.size // room)):
-            mine = np.flatnonzero(group_of_row == group)
-            slot_of = self._fetch(order[group * room : (group + 1) * room])
+        for number, group in enumerate(groups):
+            mine = np.flatnonzero(group_of_row == number)
+            then = [expert for later in groups[number + 1 :] for expert in later.tolist()] if overlap else []
+            slot_of = self._fetch(group, then)
             slots = slot_of[flat[mine]].view(np.uint32)
             self.slabs.bring(self.layer, flat[mine], slots)
             out = self.switch(tokens[mx.array(mine // ids.shape[-1])], mx.array(slots[:, None]))
+            if number == 0:
+                mx.async_eval(out)  # type: ignore[no-untyped-call]
+                self._announce(guesses, many=True)
             mx.eval(out)  # the next fetch gives these slots away
             rows.append(mine)
             outs.append(out)

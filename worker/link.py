@@ -68,6 +68,7 @@ class Link:
         pools: as they were when it attached.
         told_by_request, told_by_answer: newest versions that the control and the computing thread were told.
         sequence: of the last Fetch.
+        announce: what the daemon wants to be announced, as it said last (``messages.Announce``).
         lost: the daemon is gone, or does not know the session any more; nothing more is sent.
     """
 
@@ -97,6 +98,7 @@ class Link:
             )
             self.number = attached.session
             self.told_by_request = attached.version
+            self.announce = attached.announce
             self.pools = [self.receive_pool(info) for info in attached.pools]
             stack.pop_all()
 

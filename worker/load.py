@@ -25,6 +25,7 @@ from expertd.worker.alias import CopiedSlabs, SharedSlabs, Slabs, self_test
 from expertd.worker.experts import CachedExperts, Events
 from expertd.worker.manifest import LazyModel, load_lazily, replace_module
 from expertd.worker.room import check_room
+from expertd.worker.routers import foresee
 
 log = logging.getLogger("expertd.worker")
 
@@ -183,7 +184,8 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: 
             for layer in pool.layers:
                 switch = loaded.switches[layer]
                 last = layer == len(loaded.switches) - 1
-                stand_in = CachedExperts(events, layer, switch.module, pool, slabs, last=last)
+                foresight = foresee(loaded.model, loaded.manifest.layers[layer])
+                stand_in = CachedExperts(events, layer, switch.module, pool, slabs, foresight, last=last)
                 replace_module(loaded.model, switch.path, stand_in)
     except BaseException:
         session.close()

@@ -68,7 +68,8 @@ class Recorder:
         file = TraceFile(path, info)
         self._witnesses: list[Witness | None] = [None] * self._layers
         if scores:
-            self._witnesses = [find_router(model, layer.path, experts) for layer in manifest.layers]
+            found = [find_router(model, layer.path, experts) for layer in manifest.layers]
+            self._witnesses = [None if router is None else Witness(*router) for router in found]
         self._computes = [witness is not None and witness.computes for witness in self._witnesses]
         self._packer = Packer(file, [_bias(witness) for witness in self._witnesses])
         listen()

@@ -1,4 +1,4 @@
-"""Where a layer's routing scores come from: the router beside each switch, found by its shape, and listened to.
+"""The router beside each switch, found by its shape: listened to for its scores, and asked what it would choose.
 
 mlx-lm's layers hand their switch the ids of the chosen experts only.  What the router thought of the others is the
 output of a linear layer with one row an expert, somewhere in the same block; it is found here for any family, and
@@ -11,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from expertd.protocol.manifest import Layer
 
 NAMES = {"gate", "router", "gating", "moe_gate", "wg"}
 """What routers are called, at the beginning of their path in the block."""
@@ -60,8 +62,36 @@ class Witness:
             self._router.__class__ = self._class
 
 
-def find_router(model: Any, path: str, experts: int) -> Witness | None:
-    """Listen to the router of the switch at ``path`` in ``model``, or None if there is none that is known as one."""
+class Foresight:
+    """What a router would choose if it were given the input of an earlier layer's switch.
+
+    What flows through a model changes little from layer to layer, so that is a good guess.
+    """
+
+    def __init__(self, router: Any, bias: Any | None, top_k: int) -> None:
+        """``top_k``: how many experts the router chooses for a token."""
+        self._router, self._bias, self._top_k = router, bias, top_k
+        self._class = type(router)  # nobody listens to what is asked here
+
+    def __call__(self, x: Any) -> Any:
+        """Ids ``[..., top_k]`` for ``x[..., hidden]``, not evaluated."""
+        if isinstance(self._router, nn.Linear | nn.QuantizedLinear):
+            scores = self._class.__call__(self._router, x)
+        else:
+            scores = x @ self._router.weight.T
+        if self._bias is not None:
+            scores = mx.sigmoid(scores) + self._bias
+        return mx.argpartition(-scores, kth=self._top_k - 1, axis=-1)[..., : self._top_k]
+
+
+def foresee(model: Any, layer: Layer) -> Foresight | None:
+    """A guess at what the router of ``layer`` will choose, None if it is not known where that is."""
+    found = find_router(model, layer.path, layer.experts)
+    return None if found is None else Foresight(*found, layer.top_k)
+
+
+def find_router(model: Any, path: str, experts: int) -> tuple[Any, Any | None] | None:
+    """The router of the switch at ``path`` in ``model``, and its bias (``_bias``); None if none is known as one."""
     *above, _ = path.split(".")
     block = model
     for step in above:
@@ -74,7 +104,7 @@ def find_router(model: Any, path: str, experts: int) -> Witness | None:
             and weight.ndim == 2
             and weight.shape[0] == experts
         ):
-            return Witness(module, _bias(block, name, experts))
+            return module, _bias(block, name, experts)
     return None
 
 
