@@ -48,6 +48,7 @@ def run(
     keep_alive_s: float | None = None,
     simulate_pressure: Path | None = None,
     simulate_ssd: str | None = None,
+    reads_ahead: bool = True,
 ) -> None:
     """Run a daemon in the current home until it is told to end.
 
@@ -59,6 +60,7 @@ def run(
         policy: one of ``POLICIES``.
         keep_alive_s: give a model back when nobody has used it for so long; by default when memory is needed.
         simulate_pressure: a script of memory pressure (``daemon.pressure.scripted``), in the place of the system's.
+        reads_ahead: read what sessions will need soon, where that pays.
         simulate_ssd: ``RATE[,LATENCY]`` of an SSD that reads are slowed down to (``daemon.simulated_ssd``).
 
     Raises:
@@ -77,7 +79,7 @@ def run(
         await Server(
             home, size, POLICIES[config.policy.value],
             idle_exit_s=config.idle_exit.value, keep_alive_s=config.keep_alive.value, pressure=pressure,
-            read=ssd or os.preadv, simulated_ssd=str(ssd or ""),
+            read=ssd or os.preadv, simulated_ssd=str(ssd or ""), reads_ahead=reads_ahead,
         ).run()  # fmt: skip
 
     asyncio.run(serve())
@@ -92,12 +94,13 @@ def main() -> int:
     parser.add_argument("--keep-alive", type=float, help="give a model back after so many seconds without a session")
     parser.add_argument("--simulate-pressure", type=Path, help="a script of memory pressure: lines 'SECONDS LEVEL'")
     parser.add_argument("--simulate-ssd", help="slow reads down to an SSD of RATE[,LATENCY], for example 2GB,100us")
+    parser.add_argument("--no-read-ahead", action="store_true", help="read only what somebody waits for")
     arguments = parser.parse_args()
     try:
         run(
             arguments.budget, arguments.idle_exit, arguments.policy,
             keep_alive_s=arguments.keep_alive, simulate_pressure=arguments.simulate_pressure,
-            simulate_ssd=arguments.simulate_ssd,
+            simulate_ssd=arguments.simulate_ssd, reads_ahead=not arguments.no_read_ahead,
         )  # fmt: skip
     except ExpertdError as error:
         print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)

@@ -237,7 +237,8 @@ class Server:
                 if self._check_sender(identity, session, sequence):
                     experts, routing = tuple(message.experts), tuple(unpack(message.routing))
                     self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
-                    self._feed(events.Fetch(session, sequence, segment, layer, experts, routing, tuple(message.then)))
+                    then, waited_s = tuple(message.then), self._waits.waited_s(session)
+                    self._feed(events.Fetch(session, sequence, segment, layer, experts, routing, then, waited_s))
             case messages.Ahead(session=session):
                 if self._check_sender(identity, session):
                     routing = tuple(unpack(message.routing))

@@ -108,12 +108,13 @@ def _ahead(model: Model) -> list[AheadStatus]:
     return [
         AheadStatus(
             kind=KINDS[kind],
-            reading=gate.open,
+            reading=model.foresight.reads(kind),
             announced=gate.announced,
             useful=round(gate.useful_part, 3),
             shuffled=round(gate.shuffled_part, 3),
             useful_bytes=gate.useful_bytes,
             wasted_bytes=gate.wasted_bytes,
+            waits=0.0 if kind is Kind.PROMPT else round(model.foresight.comparison.better or 0.0, 3),
         )
         for kind, gate in model.foresight.gates.items()
     ]

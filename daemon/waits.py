@@ -76,6 +76,11 @@ class Waits:
         known.waits, known.came, known.since = True, now, now
         known.reading = sum(map(known.wants, self._reads))
 
+    def waited_s(self, session: int) -> float:
+        """Seconds in all Fetches of ``session`` that have their answers."""
+        known = self._sessions.get(session)
+        return 0.0 if known is None else known.all_s
+
     def answered(self, session: int, now: float) -> None:
         """The Fetch that ``session`` waits in has its answer, or an error."""
         known = self._sessions.get(session)

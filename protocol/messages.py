@@ -285,7 +285,8 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Blocks count that were absent when they were announced.  ``useful`` is the part of them that the announced event
     used, lately; ``shuffled`` the same for as many blocks of the same layer that a predictor without knowledge named.
-    Bytes are those read because of announcements: used by their event, or not.
+    Bytes are those read because of announcements: used by their event, or not.  ``waits``: how long sessions waited with
+    reading ahead for single tokens over how long without, when that was compared last; 0 if it was not.
     """
 
     kind: Literal["prompt", "next layer", "second next layer"]
@@ -295,6 +296,7 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
     shuffled: float
     useful_bytes: int
     wasted_bytes: int
+    waits: float = 0.0
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,8 @@ READS = 8
 """Reads ahead that may be on their way into one pool.  One is under way at a time; neighbours among them are merged."""
 HELD = 2
 """Blocks that were read ahead and wait for their event take one in so many slots of a pool at most."""
+FEW = 4
+"""An event of at most so many times the experts of one token is one of single tokens."""
 SPARE = 16
 """Where it pays for single tokens, one in so many slots is kept free for it, a token's experts at most."""
 
@@ -41,6 +43,14 @@ def begin_event(model: Model, pool: Pool, session: Session, event: events.Fetch,
     return not goes_on
 
 
+def note_wait(model: Model, session: Session, event: events.Fetch) -> None:
+    """Take in how long ``session`` has waited for single tokens since its last Fetch."""
+    if session.few:
+        model.foresight.comparison.waited(event.waited_s - session.waited_s)
+    few = FEW * model.manifest.layers[event.layer].top_k
+    session.few, session.waited_s = len(event.experts) + len(event.then) <= few, event.waited_s
+
+
 def announce(model: Model, pool: Pool, session: Session, event: events.Ahead, out: Out) -> None:
     """Take an announcement in; where it pays, its blocks are expected from now on."""
     kind = Kind.PROMPT if event.prompt else Kind(event.distance)
@@ -52,8 +62,9 @@ def announce(model: Model, pool: Pool, session: Session, event: events.Ahead, ou
     gate = model.foresight.gates[kind]
     gate.announced += len(experts)
     shuffled = model.foresight.without_knowledge(absent, len(experts))
-    session.announced[event.layer, kind] = Announced(set(experts), shuffled, gate.open)
-    if gate.open:
+    reading = model.foresight.reads(kind)
+    session.announced[event.layer, kind] = Announced(set(experts), shuffled, reading)
+    if reading:
         _expect(pool, [(event.layer, expert) for expert in experts])
 
 

@@ -322,6 +322,7 @@ class Core:
             self._pump_all(model)
             return
         assert pool is not None
+        ahead.note_wait(model, session, event)
         if ahead.begin_event(model, pool, session, event, self._out):
             experts = (*event.experts, *event.then)
             self._ran(model, 1)

@@ -39,6 +39,7 @@ class Fetch:
     """A session asks for ``experts`` of ``layer``, which it looks up in ``segment``; ``routing`` it logged before.
 
     ``then``: what its next Fetches for this event will ask for.  Until the last of them it reads its leases only.
+    ``waited_s``: how long it has waited in all its Fetches so far.
     """
 
     session: int
@@ -48,6 +49,7 @@ class Fetch:
     experts: tuple[int, ...]
     routing: tuple[tuple[int, list[int]], ...] = ()
     then: tuple[int, ...] = ()
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,8 @@ class Session:
         rest: what the event that it has begun will fetch next, in this order.  While there is some, it reads nothing
             but its leases.
         announced: what it expects of later events, by layer and kind.
+        waited_s: how long it had waited in all its Fetches when the newest came.
+        few: whether that is for single tokens, or a few together.
         leased: slots leased to it, all in ``leased_pool``.
     """
 
@@ -248,6 +250,8 @@ class Session:
     answered_version: int = 0
     rest: tuple[Block, ...] = ()
     announced: dict[tuple[int, Kind], Announced] = field(default_factory=dict)
+    waited_s: float = 0.0
+    few: bool = False
     leased: list[int] = field(default_factory=list)
     leased_pool: Pool | None = None
 
