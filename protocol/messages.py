@@ -25,7 +25,7 @@ Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Routing = Annotated[bytes, Meta(max_length=8 << 20)]
 Expert = Annotated[int, Meta(ge=0, lt=65536)]
 Experts = Annotated[list[Expert], Meta(min_length=1, max_length=65536)]
-Announce = Annotated[int, Meta(ge=-1, le=2)]
+Announce = Annotated[int, Meta(ge=-1, lt=3)]
 """What a session should announce: -1 nothing, 0 the rest of events and the next layer of prompts, 1 and 2: of single
 tokens too what so many of the next layers will need."""
 AliasMode = Literal["shm", "copy"]
@@ -137,7 +137,7 @@ class Ahead(Message):
     segment: Count
     layer: Count
     experts: Experts
-    distance: Annotated[int, Meta(ge=1, le=2)]
+    distance: Annotated[int, Meta(ge=1, lt=3)]
     prompt: bool
     routing: Routing = b""
 
@@ -285,8 +285,8 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Blocks count that were absent when they were announced.  ``useful`` is the part of them that the announced event
     used, lately; ``shuffled`` the same for as many blocks of the same layer that a predictor without knowledge named.
-    Bytes are those read because of announcements: used by their event, or not.  ``waits``: how long sessions waited with
-    reading ahead for single tokens over how long without, when that was compared last; 0 if it was not.
+    Bytes are those read because of announcements: used by their event, or not.  ``waits``: how long sessions waited
+    with reading ahead for single tokens over how long without, when that was compared last; 0 if it was not.
     """
 
     kind: Literal["prompt", "next layer", "second next layer"]

@@ -13,10 +13,11 @@ def problem(event: events.Fetch, pool: Pool | None) -> str | None:
     """What is wrong with a Fetch for a layer of ``pool`` (None: of no pool), as a sentence, or None."""
     if pool is None:
         return f"layer {event.layer} is no MoE layer of this model"
-    if len(set(event.experts)) != len(event.experts):
+    named = (*event.experts, *event.then)
+    if len(set(named)) != len(named):
         return f"a fetch for layer {event.layer} names an expert twice"
-    if max(event.experts) >= pool.layout.experts:
-        return f"layer {event.layer} has {pool.layout.experts} experts, there is no expert {max(event.experts)}"
+    if max(named) >= pool.layout.experts:
+        return f"layer {event.layer} has {pool.layout.experts} experts, there is no expert {max(named)}"
     if len(event.experts) > pool.layout.slots:
         return f"a fetch for {len(event.experts)} blocks does not fit a pool of {pool.layout.slots} slots"
     return None
