@@ -5,26 +5,24 @@
 No locks, no clock, no sockets, no memory: one loop owns the object, carries the instructions out in order, and feeds
 back what came of them.  The rule that everything rests on (DESIGN section 5): no slot is refilled while a living
 session might still read what was in it.  Here that means: a retired slot becomes free only when every session that
-may have its pool mapped has acked the version at which it was retired, or waits in a Fetch, which holds nothing.  And
+may have its pool mapped has acked the version at which it was retired, or waits in a Fetch, which holds nothing, or reads its leases only.  And
 a pool is never resized or taken away: a new generation takes its place, and nothing is written to the old one any more.
 
-What it does not do: choose victims (``expertd.daemon.policy``), the life of slots (``slots``), what a
-Fetch may ask for (``fetches``), divide memory (``plan`` and ``memory``), read, write or send
-(``expertd.daemon.server``).
+Attributes are those of ``holdings``, which adds models and gives them back.  What it does not do: choose victims
+(``expertd.daemon.policy``), the life of slots (``slots``), what a Fetch may ask for (``fetches``), what sessions will
+need soon (``ahead``), divide memory (``plan`` and ``memory``), read, write or send (``expertd.daemon.server``).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 
 from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots
+from expertd.daemon.core.holdings import Holdings
 from expertd.daemon.core.instructions import Priority
-from expertd.daemon.core.plan import beginning, largest, plan_pools, resized, smallest
+from expertd.daemon.core.plan import largest, resized
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
-from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.errors import ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
-from expertd.protocol.layout import PoolLayout
 
 LEARNED_FORWARDS = 32
 """Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
@@ -33,61 +31,8 @@ GROWTH = 9 / 8
 """A pool moves to a larger generation if that is so much larger, holds all, or is its quota: moving costs copies."""
 
 
-class Core:
-    """Owned by one loop; not thread-safe.
-
-    Attributes:
-        budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while pools
-            move, by one event of one session for each pool of a model that comes meanwhile, or that has to go on
-            without a silent session, and by what silent sessions keep.
-        most: bytes that the user allows; more than the budget under memory pressure.
-        models: by key, in the order in which they came.
-        sessions: by number, those that are open.
-    """
-
-    def __init__(
-        self, budget: int, policy: PolicyFactory = Forecast, *, first_segment: int = 1, reads_ahead: bool = True
-    ) -> None:
-        self.budget = self.most = budget
-        self.models: dict[str, Model] = {}
-        self.sessions: dict[int, Session] = {}
-        self._pools: dict[int, tuple[Model, Pool]] = {}
-        self._policy = policy
-        self._reads_ahead = reads_ahead
-        self._segments = itertools.count(first_segment)
-        self._events = 0
-        self._memory_changed = False
-        self._out: list[instructions.Instruction] = []
-
-    @property
-    def used(self) -> int:
-        """Bytes of all segments and of the copies that sessions in copy mode hold."""
-        return memory.used(self.models.values())
-
-    @property
-    def smallest_budget(self) -> int:
-        """Bytes that the models in use need at least: one event of one session each."""
-        return memory.smallest(self.models.values())
-
-    @property
-    def floor(self) -> int:
-        """Bytes for one event of each session: what they keep under the worst pressure."""
-        return memory.floor(self.models.values())
-
-    @property
-    def owing(self) -> list[int]:
-        """Sessions that were asked for an ack and have not answered."""
-        return [session.number for session in self.sessions.values() if session.owes and not session.silent]
-
-    @property
-    def holding(self) -> list[int]:
-        """Sessions that have not given back an older generation yet; they do so at a moment of their own choosing."""
-        return [
-            number
-            for model in self.models.values()
-            for number in {number for old in model.old for number in old.holders}
-            if not model.sessions[number].silent
-        ]
+class Core(Holdings):
+    """Owned by one loop; not thread-safe."""
 
     def handle(self, event: events.Event) -> list[instructions.Instruction]:
         """Take ``event`` in and return what has to be done about it, in order."""
@@ -162,56 +107,6 @@ class Core:
         model.opening.append(event)
         if model.ready:
             self._open_sessions(model)
-
-    def _new_model(self, event: events.Attach) -> Model:
-        """A model for ``event``, with the memory that is free; where that is too little, others make room meanwhile.
-
-        It begins with what one event needs at least, even if pools in use or the last reads of unused models still
-        take the whole budget: it is short, and nobody has to wait.
-        """
-        manifest, copies = event.manifest, 2 if event.mode == "copy" else 1
-        wanted, needed = largest(manifest) * copies, smallest(manifest) * copies
-        if needed > self.most - self.smallest_budget:
-            raise memory.no_room(self.most, self.smallest_budget, manifest, needed)
-        self._drop_idle(wanted)
-        should_have = max(needed, memory.make_room(self.budget, self.models.values(), wanted))
-        plans = plan_pools(manifest, should_have // copies)
-        pools = []
-        for plan, layout in beginning(manifest, plans, (self.budget - self.used) // copies):
-            pools.append(self._new_pool(1, plan.layers, layout))
-            pools[-1].quota = plan.layout.size if layout.slots < plan.layout.slots else None
-        pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
-        layers = manifest.layers
-        experts, top_k = max(layer.experts for layer in layers), max(layer.top_k for layer in layers)
-        model = Model(manifest.key, manifest, pools, pool_of_layer, self._policy(len(layers), experts, top_k))
-        self.models[model.key] = model
-        self._memory_changed = True
-        for pool in pools:
-            self._pools[pool.segment] = (model, pool)
-        return model
-
-    def _new_pool(self, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
-        segment = next(self._segments)
-        self._out.append(instructions.CreatePool(segment, generation, layout))
-        return Pool(segment, generation, layers, layout)
-
-    def _idle(self) -> list[Model]:
-        """Models that nobody uses and nothing reads for, the longest unused first."""
-        idle = [m for m in self.models.values() if not m.in_use and m.ready and not m.busy]
-        return sorted(idle, key=lambda model: model.used_at)
-
-    def _drop_idle(self, wanted: int, but: Model | None = None) -> None:
-        """Give models back that nobody uses, until so many bytes are free."""
-        for model in self._idle():
-            if model is not but and self.budget - self.used < wanted:
-                self._drop(model)
-
-    def _drop(self, model: Model) -> None:
-        del self.models[model.key]
-        for pool in (*model.pools, *model.old):
-            del self._pools[pool.segment]
-            if pool.created:
-                self._out.append(instructions.UnlinkPool(pool.segment))
 
     def _pool_created(self, segment: int) -> None:
         if segment not in self._pools:  # a sibling failed meanwhile and the model was given up

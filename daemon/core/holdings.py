@@ -1,0 +1,121 @@
+"""What there is: models, their pools and sessions, and the memory that they take.
+
+``core.Core`` decides what becomes of them; how memory is divided is in ``plan`` and ``memory``.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from expertd.daemon.core import events, instructions, memory
+from expertd.daemon.core.plan import beginning, largest, plan_pools, smallest
+from expertd.daemon.core.state import Model, Pool, Session
+from expertd.daemon.policy import Forecast, PolicyFactory
+from expertd.protocol.layout import PoolLayout
+
+
+class Holdings:
+    """The part of the core that adds models and gives them back.
+
+    Attributes:
+        budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while pools
+            move, by one event of one session for each pool of a model that comes meanwhile, or that has to go on
+            without a silent session, and by what silent sessions keep.
+        most: bytes that the user allows; more than the budget under memory pressure.
+        models: by key, in the order in which they came.
+        sessions: by number, those that are open.
+    """
+
+    def __init__(
+        self, budget: int, policy: PolicyFactory = Forecast, *, first_segment: int = 1, reads_ahead: bool = True
+    ) -> None:
+        self.budget = self.most = budget
+        self.models: dict[str, Model] = {}
+        self.sessions: dict[int, Session] = {}
+        self._pools: dict[int, tuple[Model, Pool]] = {}
+        self._policy = policy
+        self._reads_ahead = reads_ahead
+        self._segments = itertools.count(first_segment)
+        self._events = 0
+        self._memory_changed = False
+        self._out: list[instructions.Instruction] = []
+
+    @property
+    def used(self) -> int:
+        """Bytes of all segments and of the copies that sessions in copy mode hold."""
+        return memory.used(self.models.values())
+
+    @property
+    def smallest_budget(self) -> int:
+        """Bytes that the models in use need at least: one event of one session each."""
+        return memory.smallest(self.models.values())
+
+    @property
+    def floor(self) -> int:
+        """Bytes for one event of each session: what they keep under the worst pressure."""
+        return memory.floor(self.models.values())
+
+    @property
+    def owing(self) -> list[int]:
+        """Sessions that were asked for an ack and have not answered."""
+        return [session.number for session in self.sessions.values() if session.owes and not session.silent]
+
+    @property
+    def holding(self) -> list[int]:
+        """Sessions that have not given back an older generation yet; they do so at a moment of their own choosing."""
+        return [
+            number
+            for model in self.models.values()
+            for number in {number for old in model.old for number in old.holders}
+            if not model.sessions[number].silent
+        ]
+
+    def _new_model(self, event: events.Attach) -> Model:
+        """A model for ``event``, with the memory that is free; where that is too little, others make room meanwhile.
+
+        It begins with what one event needs at least, even if pools in use or the last reads of unused models still
+        take the whole budget: it is short, and nobody has to wait.
+        """
+        manifest, copies = event.manifest, 2 if event.mode == "copy" else 1
+        wanted, needed = largest(manifest) * copies, smallest(manifest) * copies
+        if needed > self.most - self.smallest_budget:
+            raise memory.no_room(self.most, self.smallest_budget, manifest, needed)
+        self._drop_idle(wanted)
+        should_have = max(needed, memory.make_room(self.budget, self.models.values(), wanted))
+        plans = plan_pools(manifest, should_have // copies)
+        pools = []
+        for plan, layout in beginning(manifest, plans, (self.budget - self.used) // copies):
+            pools.append(self._new_pool(1, plan.layers, layout))
+            pools[-1].quota = plan.layout.size if layout.slots < plan.layout.slots else None
+        pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
+        layers = manifest.layers
+        experts, top_k = max(layer.experts for layer in layers), max(layer.top_k for layer in layers)
+        model = Model(manifest.key, manifest, pools, pool_of_layer, self._policy(len(layers), experts, top_k))
+        self.models[model.key] = model
+        self._memory_changed = True
+        for pool in pools:
+            self._pools[pool.segment] = (model, pool)
+        return model
+
+    def _new_pool(self, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
+        segment = next(self._segments)
+        self._out.append(instructions.CreatePool(segment, generation, layout))
+        return Pool(segment, generation, layers, layout)
+
+    def _idle(self) -> list[Model]:
+        """Models that nobody uses and nothing reads for, the longest unused first."""
+        idle = [m for m in self.models.values() if not m.in_use and m.ready and not m.busy]
+        return sorted(idle, key=lambda model: model.used_at)
+
+    def _drop_idle(self, wanted: int, but: Model | None = None) -> None:
+        """Give models back that nobody uses, until so many bytes are free."""
+        for model in self._idle():
+            if model is not but and self.budget - self.used < wanted:
+                self._drop(model)
+
+    def _drop(self, model: Model) -> None:
+        del self.models[model.key]
+        for pool in (*model.pools, *model.old):
+            del self._pools[pool.segment]
+            if pool.created:
+                self._out.append(instructions.UnlinkPool(pool.segment))
