@@ -529,7 +529,7 @@ class World:
                 for session in model.sessions.values():
                     expected.update(block for block in session.rest if block[0] in pool.layers)
                     for (layer, _), announced in session.announced.items():
-                        if announced.reading and layer in pool.layers:
+                        if layer in pool.layers:
                             expected.update((layer, expert) for expert in announced.experts)
                 assert pool.expected == expected
                 assert pool.read_ahead <= expected.keys() & pool.where.keys()

@@ -55,17 +55,13 @@ def announce(model: Model, pool: Pool, session: Session, event: events.Ahead, ou
     """Take an announcement in; where it pays, its blocks are expected from now on."""
     kind = Kind.PROMPT if event.prompt else Kind(event.distance)
     _judge(model, session, (event.layer, kind), None, out)
-    absent = [expert for expert in range(pool.layout.experts) if (event.layer, expert) not in pool.where]
-    experts = [expert for expert in dict.fromkeys(event.experts) if (event.layer, expert) not in pool.where]
-    if not experts:
-        return
-    gate = model.foresight.gates[kind]
-    gate.announced += len(experts)
-    shuffled = model.foresight.without_knowledge(absent, len(experts))
-    reading = model.foresight.reads(kind)
-    session.announced[event.layer, kind] = Announced(set(experts), shuffled, reading)
-    if reading:
-        _expect(pool, [(event.layer, expert) for expert in experts])
+    could = [expert for expert in range(pool.layout.experts) if (event.layer, expert) not in pool.where]
+    absent = set(event.experts).intersection(could)
+    model.foresight.gates[kind].announced += len(absent)
+    shuffled = model.foresight.without_knowledge(could, len(absent))
+    experts = dict.fromkeys(event.experts if model.foresight.reads(kind) else ())
+    session.announced[event.layer, kind] = Announced(set(experts), absent, shuffled)
+    _expect(pool, [(event.layer, expert) for expert in experts])
 
 
 def passed(model: Model, session: Session, layer: int, experts: Iterable[int], out: Out) -> None:
@@ -140,7 +136,7 @@ def _judge(model: Model, session: Session, place: tuple[int, Kind], used: set[in
     layer, kind = place
     pool, gate = model.pool_of_layer[layer], model.foresight.gates[kind]
     if used is not None:
-        gate.judge(len(announced.experts), len(announced.experts & used), len(announced.shuffled & used))
+        gate.judge(len(announced.absent), len(announced.absent & used), len(announced.shuffled & used))
     size = model.manifest.layers[layer].block_bytes
     for expert in announced.begun:
         block = layer, expert
@@ -150,9 +146,8 @@ def _judge(model: Model, session: Session, place: tuple[int, Kind], used: set[in
             pool.late[block] = gate  # it may still be called off
         else:
             gate.wasted_bytes += size
-    if announced.reading:
-        fetched = {(layer, expert) for expert in used or ()}
-        _expect_no_more(model, [(layer, expert) for expert in announced.experts], fetched, out)
+    fetched = {(layer, expert) for expert in used or ()}
+    _expect_no_more(model, [(layer, expert) for expert in announced.experts], fetched, out)
 
 
 def _expect(pool: Pool, blocks: list[Block]) -> None:
@@ -179,6 +174,6 @@ def _note_begun(model: Model, block: Block) -> None:
     for session in model.sessions.values():
         for kind in Kind:
             announced = session.announced.get((layer, kind))
-            if announced is not None and announced.reading and expert in announced.experts:
+            if announced is not None and expert in announced.experts:
                 announced.begun.add(expert)
                 return

@@ -5,8 +5,9 @@
 No locks, no clock, no sockets, no memory: one loop owns the object, carries the instructions out in order, and feeds
 back what came of them.  The rule that everything rests on (DESIGN section 5): no slot is refilled while a living
 session might still read what was in it.  Here that means: a retired slot becomes free only when every session that
-may have its pool mapped has acked the version at which it was retired, or waits in a Fetch, which holds nothing, or reads its leases only.  And
-a pool is never resized or taken away: a new generation takes its place, and nothing is written to the old one any more.
+may have its pool mapped has acked the version at which it was retired, or waits in a Fetch, which holds nothing, or is
+in the middle of an event and reads its leases only.  And a pool is never resized or taken away: a new generation takes
+its place, and nothing is written to the old one any more.
 
 Attributes are those of ``holdings``, which adds models and gives them back.  What it does not do: choose victims
 (``expertd.daemon.policy``), the life of slots (``slots``), what a Fetch may ask for (``fetches``), what sessions will

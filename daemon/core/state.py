@@ -202,15 +202,18 @@ class Pool:
 
 @dataclass
 class Announced:
-    """What a session expects of its next event in a layer: experts that were absent when it said so.
+    """What a session expects of its next event in a layer.
 
-    ``shuffled`` are as many of the absent, named without knowledge; ``reading``: it is acted on; ``begun``: what is
-    read because of it.
+    Attributes:
+        experts: those that it named, if it is acted on: they are expected.
+        absent: those of them that were neither resident nor on their way when it said so; it is judged by them.
+        shuffled: as many experts that were absent, named without knowledge.
+        begun: what is read because of it.
     """
 
     experts: set[int]
+    absent: set[int]
     shuffled: set[int]
-    reading: bool
     begun: set[int] = field(default_factory=set)
 
 
