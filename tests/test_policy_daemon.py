@@ -36,7 +36,7 @@ def test_the_daemon_hits_what_the_simulator_hits(
     folder = write_checkpoint(tmp_path / "model", "qwen3_moe", hidden=128, expert_width=256, layers=4)
     manifest = load_lazily(folder).manifest
     slots = round(0.4 * sum(layer.experts for layer in manifest.layers))
-    start_daemon(str(budget_for(manifest, slots)), "--policy", policy)
+    start_daemon(str(budget_for(manifest, slots)), "--policy", policy, "--no-read-ahead")
     model, _ = expertd.load(folder)
     with recording(model, tmp_path / "trace.npz", scores=False):
         for prompt in PROMPTS:
