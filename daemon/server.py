@@ -237,8 +237,11 @@ class Server:
                 if self._check_sender(identity, session, sequence):
                     experts, routing = tuple(message.experts), tuple(unpack(message.routing))
                     self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
-                    then, waited_s = tuple(message.then), self._waits.waited_s(session)
-                    self._feed(events.Fetch(session, sequence, segment, layer, experts, routing, then, waited_s))
+                    fetch = events.Fetch(
+                        session, sequence, segment, layer, experts, routing,
+                        tuple(message.then), message.leases_only, self._waits.waited_s(session),
+                    )  # fmt: skip
+                    self._feed(fetch)
             case messages.Ahead(session=session):
                 if self._check_sender(identity, session):
                     routing = tuple(unpack(message.routing))

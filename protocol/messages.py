@@ -105,7 +105,8 @@ class Fetch(Message):
     """Ask for all blocks of one event or group, hits too.  Waiting for the answer counts as an ack of everything.
 
     ``segment`` is the generation that the worker looks this layer up in.  ``then`` is what the next Fetches of the same
-    event will ask for, in this order: until the last of them the session looks nothing up and reads its leases only.
+    event will ask for, in this order.  ``leases_only`` promises that until the next Fetch the session looks nothing up,
+    and reads nothing but the slots of the answer.
     """
 
     session: Count
@@ -115,6 +116,7 @@ class Fetch(Message):
     experts: Experts
     routing: Routing = b""
     then: Annotated[list[Expert], Meta(max_length=65536)] = []
+    leases_only: bool = False
 
 
 class Resident(Message):

@@ -88,7 +88,8 @@ class Worker:
         asked: whether it owes an ack.
         fetching: its newest Fetch while it has no answer; it looks nothing up meanwhile.
         again: its newest Fetch, if the pool had moved: to be sent again where the pool is now.
-        rest: what the event that it has begun will fetch next; it looks nothing up until that is over.
+        leases_only: it has promised to look nothing up until its next Fetch.
+        rest: what the event that it has begun will fetch next.
         reading: what it might still read, and what it had been told when it looked that up.
         leased: what the newest answer gave it, even if it has not heard of it yet.
         held: segments that the core handed it and that the core has not heard it has released.
@@ -108,6 +109,7 @@ class Worker:
     asked: bool = False
     sequence: int = 0
     fetching: events.Fetch | None = None
+    leases_only: bool = False
     rest: tuple[int, ...] = ()
     again: events.Fetch | None = None
     answer_lost: bool = False
@@ -129,8 +131,13 @@ class Worker:
 
     @property
     def free(self) -> bool:
-        """Whether it may run the next event."""
-        return self.granted and not self.stopped and self.fetching is None and not self.rest
+        """Whether it may do something on its own account."""
+        return self.granted and not self.stopped and self.fetching is None
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether it may run the next event by what it finds in the tables."""
+        return self.free and not self.leases_only
 
 
 class WatchedLRU(LRU):

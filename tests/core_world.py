@@ -78,6 +78,7 @@ class World:
 
     def look_up(self, worker: Worker, layer: int, experts: Iterable[int]) -> list[int | None]:
         """The slots of an event's blocks; the worker reads them from now on if all are there."""
+        assert worker.looks_up
         number, segment = self.pool_of(worker, layer)
         slots = [segment.table.get((segment.layers.index(layer), expert)) for expert in experts]
         if None not in slots:
@@ -88,12 +89,20 @@ class World:
         return slots
 
     def new_fetch(
-        self, worker: Worker, segment: int, layer: int, experts: tuple[int, ...], then: tuple[int, ...] = ()
+        self,
+        worker: Worker,
+        segment: int,
+        layer: int,
+        experts: tuple[int, ...],
+        then: tuple[int, ...] = (),
+        leases_only: bool = False,
     ) -> events.Fetch:
         """The next fetch of a worker; by sending one it promises that it reads nothing any more."""
         worker.sequence += 1
-        worker.fetching = events.Fetch(worker.number, worker.sequence, segment, layer, experts, then=then)
-        worker.rest = then
+        worker.fetching = events.Fetch(
+            worker.number, worker.sequence, segment, layer, experts, then=then, leases_only=leases_only
+        )
+        worker.rest, worker.leases_only = then, leases_only
         worker.requests[worker.sequence] = worker.fetching
         worker.again = None
         worker.asked = False
@@ -107,19 +116,23 @@ class World:
         distinct = tuple(dict.fromkeys(experts))[: segment.layout.slots]
         self.send(worker, "data", self.new_fetch(worker, number, layer, distinct), late)
 
-    def send_group(self, worker: Worker, layer: int, experts: Iterable[int], size: int, late: bool) -> None:
+    def send_group(
+        self, worker: Worker, layer: int, experts: Iterable[int], size: int, leases_only: bool, late: bool
+    ) -> None:
         """Fetch the first ``size`` of the experts of an event; the rest is to follow."""
         number, segment = self.pool_of(worker, layer)
         distinct = tuple(dict.fromkeys(experts))
         size = min(size, segment.layout.slots)
-        self.send(worker, "data", self.new_fetch(worker, number, layer, distinct[:size], distinct[size:]), late)
+        fetch = self.new_fetch(worker, number, layer, distinct[:size], distinct[size:], leases_only)
+        self.send(worker, "data", fetch, late)
 
-    def send_rest(self, worker: Worker, size: int, late: bool) -> None:
+    def send_rest(self, worker: Worker, size: int, leases_only: bool, late: bool) -> None:
         """Fetch the next group of the event that was begun, where it was begun."""
         before = worker.requests[worker.sequence]
         size = min(size, self.segments[before.segment].layout.slots)
         group, then = worker.rest[:size], worker.rest[size:]
-        self.send(worker, "data", self.new_fetch(worker, before.segment, before.layer, group, then), late)
+        fetch = self.new_fetch(worker, before.segment, before.layer, group, then, leases_only)
+        self.send(worker, "data", fetch, late)
 
     def send_ack(self, worker: Worker, channel: Channel, late: bool) -> None:
         worker.asked = False
@@ -170,7 +183,7 @@ class World:
                 if worker.fetching is not None and worker.fetching.sequence == sequence:
                     sensible = len(set(worker.fetching.experts)) == len(worker.fetching.experts)
                     worker.again = worker.fetching if isinstance(error, PoolMoved) and sensible else None
-                    worker.rest = ()
+                    worker.rest, worker.leases_only = (), False
                     worker.fetching = None
             case instructions.Answer(_, sequence, version, slots):
                 self.hear_answer(worker, sequence, version, slots)

@@ -52,6 +52,7 @@ _everybody = _who(lambda worker: True)
 _free = _who(lambda worker: worker.free)
 _awake = _who(lambda worker: worker.granted and not worker.stopped)
 _stopped = _who(lambda worker: worker.stopped)
+_looking_up = _who(lambda worker: worker.looks_up)
 _reading = _who(lambda worker: worker.reading and not worker.stopped)
 _with_requests = _who(lambda worker: worker.requests and not worker.stopped)
 _with_offers = _who(lambda worker: worker.free and worker.offers)
@@ -73,6 +74,7 @@ def _owing_and_stopped(machine: CacheMachine) -> list[int]:
 _layer = st.integers(0, LAYERS - 1)
 _experts = st.sets(st.integers(0, 3), min_size=1, max_size=2) | st.sets(st.integers(0, 3), min_size=1, max_size=4)
 _seldom = st.sampled_from([False, False, False, True])
+_often = st.sampled_from([True, True, True, False])
 _late = _seldom
 _which = st.integers(0, 9)
 _pages = st.integers(3, 9) | st.integers(8, 16) | st.integers(3, 30) | st.sampled_from([3, 8, 11, 13, 14, 27])
@@ -138,8 +140,8 @@ class CacheMachine(World, RuleBasedStateMachine):
     def hear_from_the_dead(self) -> None:
         self.feed(self.ghosts.pop(0))
 
-    @precondition(_any_of(_free))
-    @rule(session=_some(_free), layer=_layer, experts=_experts, late=_late)
+    @precondition(_any_of(_looking_up))
+    @rule(session=_some(_looking_up), layer=_layer, experts=_experts, late=_late)
     def run_event(self, session: int, layer: int, experts: set[int], late: bool) -> None:
         """Look the experts of an event up; fetch all of them if one is absent."""
         worker = self.workers[session]
@@ -152,8 +154,8 @@ class CacheMachine(World, RuleBasedStateMachine):
         note(f"   session {session} hits {wanted} of layer {layer} in slots {slots} of segment {number}")
         self.feed(events.Routed(session, ((layer, wanted),)))
 
-    @precondition(_any_of(_free))
-    @rule(session=_some(_free), acks=st.booleans(), stops=_seldom)
+    @precondition(_any_of(_looking_up))
+    @rule(session=_some(_looking_up), acks=st.booleans(), stops=_seldom)
     def run_hits(self, session: int, acks: bool, stops: bool) -> None:
         """Compute with everything that is resident, and tell nobody; perhaps ack before, perhaps stop then."""
         worker = self.workers[session]
@@ -167,12 +169,12 @@ class CacheMachine(World, RuleBasedStateMachine):
         if stops and self.is_time_for("stop", 10):
             self.stop(session)
 
-    @precondition(_any_of(_free))
-    @rule(session=_some(_free), experts=st.tuples(*[_experts] * LAYERS))
+    @precondition(_any_of(_looking_up))
+    @rule(session=_some(_looking_up), experts=st.tuples(*[_experts] * LAYERS))
     def run_forward(self, session: int, experts: tuple[set[int], ...]) -> None:
         """Events of all layers, each fetched block read at once, until one has to wait for other sessions."""
         for layer, chosen in enumerate(experts):
-            if self.workers[session].free:
+            if self.workers[session].looks_up:
                 self.run_event(session, layer, chosen, late=False)
                 self.finish_reads()
 
@@ -185,17 +187,23 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.send_fetch(worker, layer, [expert % segment.layout.experts for expert in experts], late)
 
     @precondition(_any_of(_awake))
-    @rule(session=_some(_awake), layer=_layer, experts=st.permutations(range(4)), size=st.integers(1, 2), late=_late)
-    def begin_in_groups(self, session: int, layer: int, experts: list[int], size: int, late: bool) -> None:
+    @rule(
+        session=_some(_awake), layer=_layer, experts=st.permutations(range(4)), size=st.integers(1, 2),
+        leases_only=_often, late=_late,
+    )  # fmt: skip
+    def begin_in_groups(
+        self, session: int, layer: int, experts: list[int], size: int, leases_only: bool, late: bool
+    ) -> None:
         """Fetch some of an event's experts and say what will follow."""
         worker = self.workers[session]
         _, segment = self.pool_of(worker, layer)
-        self.send_group(worker, layer, [expert % segment.layout.experts for expert in experts], size, late)
+        wanted = [expert % segment.layout.experts for expert in experts]
+        self.send_group(worker, layer, wanted, size, leases_only, late)
 
     @precondition(_any_of(_in_an_event))
-    @rule(session=_some(_in_an_event), size=st.integers(1, 3), late=_late)
-    def go_on_in_groups(self, session: int, size: int, late: bool) -> None:
-        self.send_rest(self.workers[session], size, late)
+    @rule(session=_some(_in_an_event), size=st.integers(1, 3), leases_only=_often, late=_late)
+    def go_on_in_groups(self, session: int, size: int, leases_only: bool, late: bool) -> None:
+        self.send_rest(self.workers[session], size, leases_only, late)
 
     @precondition(_any_of(_awake))
     @rule(
@@ -247,7 +255,8 @@ class CacheMachine(World, RuleBasedStateMachine):
         worker = self.workers[session]
         kinds = sorted(worker.offers)
         self.adopt(worker, kinds[which % len(kinds)])
-        self.run_hits(session, acks=False, stops=False)
+        if worker.looks_up:
+            self.run_hits(session, acks=False, stops=False)
 
     @precondition(_any_of(_with_spare))
     @rule(session=_some(_with_spare), channel=st.sampled_from(CHANNELS), late=_late)
@@ -452,7 +461,7 @@ class CacheMachine(World, RuleBasedStateMachine):
         elif worker.again is not None:
             self.fetch_where_the_pool_is(worker.number)
         elif worker.fetching is None and worker.rest:
-            self.send_rest(worker, 2, late=False)
+            self.send_rest(worker, 2, leases_only=True, late=False)
         elif worker.fetching is None and worker.asked:
             worker.reading.clear()
             self.send_ack(worker, "control", late=False)

@@ -30,9 +30,7 @@ from expertd.protocol.errors import (
     DaemonLost,
     DaemonNotRunning,
     ExpertdError,
-    FileChanged,
     PoolMoved,
-    ReadFailed,
     SessionClosed,
     SessionUnknown,
     from_code,
@@ -80,6 +78,7 @@ class Session:
         owner: identity of the thread that is between ``begin`` and ``end``, 0 if none is.
         asked, acked: how often the daemon has asked for an ack, and which of these requests has been answered.  If they
             differ, the owner calls ``ack`` when it may.
+        leases_only: until the next ``fetch`` nothing may be looked up, and nothing read but what the last one gave.
         routing: what routers chose, ``(layer, experts)``, and no message has told yet.  The owner appends events that
             were all hits; the others ride in their Fetch.
         news: grows when pools are offered or have become complete, or ``to_record`` changes.
@@ -108,10 +107,10 @@ class Session:
         self._abandoned = False
         self._forward = threading.Lock()
         self._unanswered: messages.Fetch | None = None
-        self._unfinished: tuple[MappedPool, int, int] | None = None  # an event of groups: its pool, layer, an expert
         self._settled = True
         self._quiet = (0, time.monotonic())  # how many forwards there had been when one was seen last, and when
         self.owner = 0
+        self.leases_only = False
         self.asked = self.acked = 0
         self.routing: list[tuple[int, Sequence[int]]] = []
         self._forwards = 0
@@ -164,8 +163,6 @@ class Session:
             if self._unanswered is not None:
                 with contextlib.suppress(PoolMoved):  # it will not be answered any more, so nothing is owed
                     self._await_answer(self._link, self._unanswered)
-            if self._unfinished is not None:
-                self._finish_event(*self._unfinished)
             self._settled = False
             self.owner = threading.get_ident()
         except BaseException:
@@ -225,14 +222,20 @@ class Session:
         return wanted if wanted <= 0 or self._forwards - self._missed_in <= 1 else 0
 
     def fetch(
-        self, pool: MappedPool, layer: int, experts: NDArray[np.integer], then: Sequence[int] = ()
+        self,
+        pool: MappedPool,
+        layer: int,
+        experts: NDArray[np.integer],
+        then: Sequence[int] = (),
+        leases_only: bool = False,
     ) -> NDArray[np.int32]:
         """Make the blocks (``layer``, ``experts``) resident in ``pool`` and lease them until the next fetch or ack.
 
         Args:
             experts: distinct ids, shape ``[n]``, at most as many as the layer's pool has slots.
-            then: those that the next fetches of the same event will ask for, in this order.  Until the last of them the
-                caller looks nothing up, and reads nothing but what the latest of them gave it.
+            then: those that the next fetches of the same event will ask for, in this order.
+            leases_only: the promise that until the next fetch nothing is looked up, and nothing else read than what
+                this one gives.
         Returns:
             Their slots, shape ``[n]``.
         Raises:
@@ -255,21 +258,15 @@ class Session:
             experts=experts.tolist(),
             routing=self._take_routing(),
             then=list(then),
+            leases_only=leases_only,
         )
-        self._unanswered = request
-        self._unfinished = (pool, layer, request.experts[0]) if then else None
+        self._unanswered, self.leases_only = request, leases_only
         link.data.send(request)
         answer = self._await_answer(link, request)
         if isinstance(answer, messages.Error):
-            self._unfinished = None
+            self.leases_only = False
             raise answer.exception()
         return np.array(answer.slots, np.int32)
-
-    def _finish_event(self, pool: MappedPool, layer: int, expert: int) -> None:
-        """An event of groups was left in the middle: have the daemon hear that, before anything is looked up again."""
-        with contextlib.suppress(PoolMoved, ReadFailed, FileChanged):  # it has heard it all the same
-            self.fetch(pool, layer, np.array([expert]))
-        self._unfinished = None
 
     def announce(self, pool: MappedPool, layer: int, experts: Sequence[int], distance: int, prompt: bool) -> None:
         """Tell that the next event in ``layer``, ``distance`` layers from now, may need ``experts``, which are absent.
@@ -328,7 +325,7 @@ class Session:
                 # Not about this Fetch: the two sides no longer agree on what was said.
                 log.warning("the daemon refused a message (%s); attaching anew", answer.message)
                 break
-        self._unanswered = self._unfinished = None
+        self._unanswered = None
         self._give_up(link)
         raise PoolMoved("the daemon has gone")
 
@@ -381,7 +378,7 @@ class Session:
                 self._frames_before += self._link.frames
                 self._link.data.close()
                 self._link = link
-                self._unanswered = None
+                self._unanswered, self.leases_only = None, False
                 self.acked = self.asked
 
     def _check_open(self) -> None:

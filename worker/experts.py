@@ -309,7 +309,7 @@ class _Parts:
         chosen = memoryview(indices)
         if chosen.shape != self._shape:
             self._take_shape(chosen)
-        if self._few is not None:
+        if self._few is not None and not session.leases_only:
             ids = self._few.unpack(chosen.tobytes())
             slots = [*map(self._slot_of, ids)]
             if ABSENT not in slots:
@@ -344,14 +344,14 @@ class _Parts:
         wanted = np.unique(ids)
         slot_of = self._row.copy()  # read once: the daemon may evict at any moment
         resident = slot_of[wanted] != ABSENT
-        if resident.all():
+        if resident.all() and not session.leases_only:
             session.routing.append((self.layer, wanted.tolist()))
         else:
             overlap = session.announces >= 0 and many
             groups = plan_groups(wanted, resident, self._pool.layout.slots, overlap)
             if len(groups) > 1:
                 return self._in_groups(x, indices, ids, groups, overlap, guesses)
-            slot_of = self._fetch(wanted)
+            slot_of = self._fetch(wanted, (), overlap)
         slot_of.view(np.uint32).take(ids, out=self._slots_here, mode="clip")
         if self._copies:
             self.slabs.bring(self.layer, ids, self._slots_here)
@@ -387,10 +387,10 @@ class _Parts:
         mx.async_eval(out)  # type: ignore[no-untyped-call]
         return out
 
-    def _fetch(self, wanted: NDArray[np.integer], then: Sequence[int] = ()) -> NDArray[np.int32]:
+    def _fetch(self, wanted: NDArray[np.integer], then: Sequence[int], leases_only: bool) -> NDArray[np.int32]:
         """Fetch ``wanted`` and return ``slot[expert]`` (absent for the others)."""
         slot_of = np.full(self._row.size, ABSENT, np.int32)
-        slot_of[wanted] = self.events.session.fetch(self._pool, self.layer, wanted, then)
+        slot_of[wanted] = self.events.session.fetch(self._pool, self.layer, wanted, then, leases_only)
         return slot_of
 
     def _in_groups(
@@ -417,7 +417,7 @@ class _Parts:
         for number, group in enumerate(groups):
             mine = np.flatnonzero(group_of_row == number)
             then = [expert for later in groups[number + 1 :] for expert in later.tolist()] if overlap else []
-            slot_of = self._fetch(group, then)
+            slot_of = self._fetch(group, then, overlap)
             slots = slot_of[flat[mine]].view(np.uint32)
             self.slabs.bring(self.layer, flat[mine], slots)
             out = self.switch(tokens[mx.array(mine // ids.shape[-1])], mx.array(slots[:, None]))

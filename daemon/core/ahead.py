@@ -18,7 +18,7 @@ from expertd.daemon.policy import Block
 
 READS = 8
 """Reads ahead that may be on their way into one pool.  One is under way at a time; neighbours among them are merged."""
-HELD = 2
+HELD = 4
 """Blocks that were read ahead and wait for their event take one in so many slots of a pool at most."""
 FEW = 4
 """An event of at most so many times the experts of one token is one of single tokens."""
@@ -73,7 +73,7 @@ def passed(model: Model, session: Session, layer: int, experts: Iterable[int], o
 
 
 def forget(model: Model, session: Session, out: Out) -> None:
-    """Nothing is expected of ``session`` any more, and it may read what it likes."""
+    """Nothing is expected of ``session`` any more."""
     for place in list(session.announced):
         _judge(model, session, place, None, out)
     rest, session.rest = session.rest, ()
@@ -124,7 +124,7 @@ def in_the_way(model: Model, pool: Pool) -> list[Session]:
     return [
         session
         for session in slots.in_the_way(model, pool)
-        if session.leased_pool is not pool and not session.announced and not session.rest
+        if session.leased_pool is not pool and not session.announced
     ]
 
 

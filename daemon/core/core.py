@@ -5,9 +5,9 @@
 No locks, no clock, no sockets, no memory: one loop owns the object, carries the instructions out in order, and feeds
 back what came of them.  The rule that everything rests on (DESIGN section 5): no slot is refilled while a living
 session might still read what was in it.  Here that means: a retired slot becomes free only when every session that
-may have its pool mapped has acked the version at which it was retired, or waits in a Fetch, which holds nothing, or is
-in the middle of an event and reads its leases only.  And a pool is never resized or taken away: a new generation takes
-its place, and nothing is written to the old one any more.
+may have its pool mapped has acked the version at which it was retired, or waits in a Fetch, which holds nothing, or has
+promised to read its leases only.  And a pool is never resized or taken away: a new generation takes its place, and
+nothing is written to the old one any more.
 
 Attributes are those of ``holdings``, which adds models and gives them back.  What it does not do: choose victims
 (``expertd.daemon.policy``), the life of slots (``slots``), what a Fetch may ask for (``fetches``), what sessions will
@@ -202,6 +202,7 @@ class Core(Holdings):
         model = self.models[session.model]
         session.sequence = event.sequence
         session.fetches += 1
+        session.leases_only = event.leases_only
         session.owes = False
         session.answer = session.refusal = None
         self._observe_hits(session, event.routing)
@@ -266,6 +267,7 @@ class Core(Holdings):
     def _refuse_fetch(self, model: Model, session: Session, error: ExpertdError) -> None:
         session.acked = model.version
         session.refusal = error
+        session.leases_only = False
         ahead.forget(model, session, self._out)
         self._out.append(instructions.Refuse(session.number, error, session.sequence))
 
@@ -289,6 +291,7 @@ class Core(Holdings):
         session.acked = max(session.acked, min(event.version, model.version))
         if event.sequence == session.sequence and session.waiting is None:
             self._release(session)
+            session.leases_only = False  # it may still read what it had, until it acks what is evicted from now on
         self._pump_all(model)
 
     def _observe_hits(self, session: Session, routing: Iterable[tuple[int, list[int]]]) -> None:

@@ -38,8 +38,8 @@ class PoolFailed:
 class Fetch:
     """A session asks for ``experts`` of ``layer``, which it looks up in ``segment``; ``routing`` it logged before.
 
-    ``then``: what its next Fetches for this event will ask for.  Until the last of them it reads its leases only.
-    ``waited_s``: how long it has waited in all its Fetches so far.
+    ``then``: what its next Fetches for this event will ask for.  ``leases_only``: until its next Fetch it looks nothing
+    up, and reads nothing but what this one gives it.  ``waited_s``: how long it has waited in all its Fetches so far.
     """
 
     session: int
@@ -49,6 +49,7 @@ class Fetch:
     experts: tuple[int, ...]
     routing: tuple[tuple[int, list[int]], ...] = ()
     then: tuple[int, ...] = ()
+    leases_only: bool = False
     waited_s: float = 0.0
 
 

@@ -31,11 +31,11 @@ def acked(pool: Pool, session: Session) -> int:
 def readers(model: Model, pool: Pool) -> Iterator[Session]:
     """The sessions that may be reading what left the table of ``pool``.
 
-    One that waits in a Fetch reads nothing, and one in the middle of an event its leases only.
+    One that waits in a Fetch reads nothing, and one that has promised so its leases only.
     """
     for number in pool.holders:
         session = model.sessions[number]
-        if session.waiting is None and not session.rest:
+        if session.waiting is None and not session.leases_only:
             yield session
 
 

@@ -229,8 +229,8 @@ class Session:
         sequence: of its newest Fetch.
         waiting: that Fetch while it is not answered; a waiting session holds nothing and counts as acked.
         answer: the slots that answered it, or ``refusal``: the error; to be repeated if the answer was lost.
-        rest: what the event that it has begun will fetch next, in this order.  While there is some, it reads nothing
-            but its leases.
+        leases_only: until its next Fetch it looks nothing up, and reads nothing but its leases.
+        rest: what the event that it has begun will fetch next, in this order.
         announced: what it expects of later events, by layer and kind.
         waited_s: how long it had waited in all its Fetches when the newest came.
         few: whether that is for single tokens, or a few together.
@@ -251,6 +251,7 @@ class Session:
     answer: tuple[int, ...] | None = None
     refusal: ExpertdError | None = None
     answered_version: int = 0
+    leases_only: bool = False
     rest: tuple[Block, ...] = ()
     announced: dict[tuple[int, Kind], Announced] = field(default_factory=dict)
     waited_s: float = 0.0
