@@ -46,6 +46,7 @@ def run(
     policy: str | None = None,
     *,
     keep_alive_s: float | None = None,
+    background_rate: str | None = None,
     simulate_pressure: Path | None = None,
     simulate_ssd: str | None = None,
 ) -> None:
@@ -58,6 +59,7 @@ def run(
         idle_exit_s: end after so long without a session; by default never.
         policy: one of ``POLICIES``.
         keep_alive_s: give a model back when nobody has used it for so long; by default when memory is needed.
+        background_rate: bytes a second that are read at most while nobody waits for them (``sizes.parse_rate``).
         simulate_pressure: a script of memory pressure (``daemon.pressure.scripted``), in the place of the system's.
         simulate_ssd: ``RATE[,LATENCY]`` of an SSD that reads are slowed down to (``daemon.simulated_ssd``).
 
@@ -65,7 +67,10 @@ def run(
         ExpertdError: it cannot start; nothing is left behind.
     """
     home = Home.current()
-    config = read_config(home, budget=budget, idle_exit=idle_exit_s, policy=policy, keep_alive=keep_alive_s)
+    config = read_config(
+        home, budget=budget, idle_exit=idle_exit_s, policy=policy, keep_alive=keep_alive_s,
+        background_rate=background_rate,
+    )  # fmt: skip
     size = config.budget.value or default_budget(this_machine()).size
     pressure = system_source() if simulate_pressure is None else ScriptedSource(simulate_pressure)
     ssd = None if simulate_ssd is None else SimulatedSsd(parse_ssd(simulate_ssd))
@@ -77,7 +82,7 @@ def run(
         await Server(
             home, size, POLICIES[config.policy.value],
             idle_exit_s=config.idle_exit.value, keep_alive_s=config.keep_alive.value, pressure=pressure,
-            read=ssd or os.preadv, simulated_ssd=str(ssd or ""),
+            read=ssd or os.preadv, simulated_ssd=str(ssd or ""), background_rate=config.background_rate.value,
         ).run()  # fmt: skip
 
     asyncio.run(serve())
@@ -90,14 +95,15 @@ def main() -> int:
     parser.add_argument("--idle-exit", type=float, help="end after so many seconds without a session")
     parser.add_argument("--policy", choices=POLICIES, help="which blocks to evict")
     parser.add_argument("--keep-alive", type=float, help="give a model back after so many seconds without a session")
+    parser.add_argument("--background-rate", help="read at most so much a second while nobody waits for it")
     parser.add_argument("--simulate-pressure", type=Path, help="a script of memory pressure: lines 'SECONDS LEVEL'")
     parser.add_argument("--simulate-ssd", help="slow reads down to an SSD of RATE[,LATENCY], for example 2GB,100us")
     arguments = parser.parse_args()
     try:
         run(
             arguments.budget, arguments.idle_exit, arguments.policy,
-            keep_alive_s=arguments.keep_alive, simulate_pressure=arguments.simulate_pressure,
-            simulate_ssd=arguments.simulate_ssd,
+            keep_alive_s=arguments.keep_alive, background_rate=arguments.background_rate,
+            simulate_pressure=arguments.simulate_pressure, simulate_ssd=arguments.simulate_ssd,
         )  # fmt: skip
     except ExpertdError as error:
         print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)

@@ -17,7 +17,7 @@ import xxhash
 
 from expertd.daemon.index import build_index
 from expertd.daemon.packed import find_store
-from expertd.daemon.reader import OpenFiles, read_block
+from expertd.daemon.blocks import OpenFiles, read_block
 from expertd.protocol import packed
 from expertd.protocol.checkpoint import read_header
 from expertd.protocol.errors import DerivedExperts, FileChanged, HeaderInvalid, StoreInvalid
