@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from expertd.daemon.files import Read
 from expertd.daemon.index import BlockIndex
@@ -61,12 +61,12 @@ class OpenFiles:
         store = self._store
         if store is None:
             return 0
-        experts = range(first, first + len(blocks))
-        for file in set().union(*(self.index.files_of(layer, expert) for expert in experts)):
-            check_unchanged(self.index.paths[file], self.index.marks[file])
         try:
-            return store.read_blocks(layer, first, blocks, read)
+            size = store.read_blocks(layer, first, blocks, read)
+            self._check_files(layer, range(first, first + len(blocks)))
+            return size
         except StoreInvalid as error:
+            self._check_files(layer, range(first, first + len(blocks)))
             if len(blocks) > 1:
                 raise
             folder = store.index.layout.header.folder
@@ -74,6 +74,11 @@ class OpenFiles:
                 raise ReadFailed(f"{error}; look at it with: expertd pack {folder} --verify") from error
             self._refuse(store, f"{error}; from now on the safetensors of {folder} are read")
             return 0
+
+    def _check_files(self, layer: int, experts: Iterable[int]) -> None:
+        """Raise FileChanged if one of the files of these blocks is not the one that was indexed."""
+        for file in set().union(*(self.index.files_of(layer, expert) for expert in experts)):
+            check_unchanged(self.index.paths[file], self.index.marks[file])
 
     def _refuse(self, store: StoreFile, why: str) -> None:
         with self._lock:

@@ -104,10 +104,15 @@ class Devices:
         """All that was counted."""
         devices = tuple(
             Device(
-                number, counts.times.count, counts.bytes,
-                *(counts.times.percentile(percent) for percent in (50, 95, 99)),
-                counts.depths / counts.begun, counts.depth_max,
+                number=number,
+                reads=counts.times.count,
+                bytes=counts.bytes,
+                p50_us=counts.times.percentile(50),
+                p95_us=counts.times.percentile(95),
+                p99_us=counts.times.percentile(99),
+                depth_mean=counts.depths / counts.begun,
+                depth_max=counts.depth_max,
             )
             for number, counts in sorted(self._devices.items())
-        )  # fmt: skip
+        )
         return ReadStatistics(devices, self._fetches.percentile(50), self._fetches.percentile(99))

@@ -38,6 +38,16 @@ class FillFailed(Exception):
         self.offset, self.error = offset, error
 
     @property
+    def ended(self) -> bool:
+        """Whether the file ended."""
+        return self.error is None
+
+    @property
+    def why(self) -> str:
+        """The system's own words."""
+        return (self.error.strerror if self.error is not None else None) or "no reason is known"
+
+    @property
     def refused(self) -> bool:
         """Whether the system does not take such reads of this file at all."""
         return self.error is not None and self.error.errno == errno.EINVAL

@@ -75,7 +75,17 @@ class PlainFile:
             FileChanged: the file is not the one that was indexed.
         """
         descriptor = self._open()
+        failed = self._fill(descriptor, run, read)
+        # Afterwards, because the device can work meanwhile; what was read of another file is of no use.
         check_unchanged(self._path, self._mark, descriptor)
+        if failed is not None and failed.ended:
+            raise ReadFailed(f"{self._path} ended at byte {failed.offset}, inside a block")
+        if failed is not None:
+            why = f"reading {self._path} failed at byte {failed.offset} ({failed.why})"
+            raise ReadFailed(why) from failed.error
+
+    def _fill(self, descriptor: int, run: Sequence[Piece], read: Read) -> FillFailed | None:
+        """Fill pieces in the best way that the system takes; returns how that failed."""
         while True:
             step = self._step
             try:
@@ -84,17 +94,12 @@ class PlainFile:
                 else:
                     fill(read, descriptor, [piece.row for piece in run], run[0].offset)
                     drop_behind(descriptor, run[0].offset, run[-1].end - run[0].offset)
-                break
             except FillFailed as failed:
-                if step and failed.refused:
-                    self._refuse(descriptor, step)
-                    continue
-                if failed.error is None:
-                    raise ReadFailed(f"{self._path} ended at byte {failed.offset}, inside a block") from None
-                raise ReadFailed(
-                    f"reading {self._path} failed at byte {failed.offset} ({failed.error.strerror})"
-                ) from failed.error
-        check_unchanged(self._path, self._mark, descriptor)
+                if not step or not failed.refused:
+                    return failed
+                self._refuse(descriptor, step)
+            else:
+                return None
 
     def close(self) -> None:
         with self._lock:

@@ -66,9 +66,9 @@ class MacThermal:
 
 def system_thermal() -> Hot:
     """What tells on this system whether it is hot.  Never fails."""
-    if sys.platform != "darwin":
-        return nvme_hot
-    try:
-        return MacThermal(ctypes.CDLL(None))
-    except OSError:
-        return never_hot
+    if sys.platform == "darwin":
+        try:
+            return MacThermal(ctypes.CDLL(None))
+        except OSError:
+            return never_hot
+    return nvme_hot

@@ -15,6 +15,7 @@ from benchmarks.io.counters import Counted, Counters, between
 from expertd.daemon.blocks import OpenFiles, read_block
 from expertd.daemon.index import build_index
 from expertd.protocol.manifest import Manifest
+from expertd.protocol.messages import FetchToRead
 from expertd.protocol.packed import StoreLayout, header_of, layout_of, store_name
 from expertd.protocol.paths import Home
 from expertd.worker.attach import Session
@@ -23,6 +24,7 @@ from expertd.worker.store import write_store
 from tools.factory import write_checkpoint
 from tools.stage import ask_status, budget_for, running_daemon, temporary_home
 
+EXPERTS = 128
 FETCH = 64
 """Blocks of one Fetch, and slots of the pool, so that each Fetch of another layer finds none of its own."""
 
@@ -53,8 +55,8 @@ class Read:
 def write_model(folder: Path, layers: int) -> Stored:
     """A checkpoint with the blocks of Qwen3-30B-A3B in 4 bits (2.65 MB), and its store; on disk, not in memory."""
     path = write_checkpoint(
-        folder / "model", "qwen3_moe", experts="affine", dense="bfloat16", hidden=2048, layers=layers, n_experts=128,
-        top_k=8, expert_width=768, vocab=2048,
+        folder / "model", "qwen3_moe", experts="affine", dense="bfloat16", layers=layers, n_experts=EXPERTS, top_k=8,
+        hidden=2048, expert_width=768, vocab=2048,
     )  # fmt: skip
     manifest = load_lazily(path).manifest
     layout, store = layout_of(header_of(manifest)), folder / store_name(manifest.key)
@@ -98,6 +100,10 @@ class Reading:
         after = self._counters.now()
         session.end(True)
         return _difference(seconds, before, after)
+
+    def fetch_to_read(self) -> FetchToRead:
+        """How soon the daemon has begun to read after a Fetch came, since its start."""
+        return ask_status(self.home).fetch_to_read_us or FetchToRead(p50=0, p99=0)
 
     def close(self) -> None:
         self._session.close()
