@@ -159,7 +159,7 @@ def test_status_tells_of_each_device_and_how_soon_a_fetch_reads() -> None:
         DeviceStatus(
             name="nvme0n1", reads=12, bytes=31_850_496, p50_us=870, p95_us=1500, p99_us=2345,
             depth_mean=3.42, depth_max=5,
-        )  # fmt: skip
+        )
     ]
     found.fetch_to_read_us = FetchToRead(p50=85, p99=1200)
     assert table(found)[2:4] == [
