@@ -29,8 +29,8 @@ from expertd.protocol.errors import ExpertdError, ReadFailed
 
 log = logging.getLogger("expertd.daemon")
 
-THREADS = 5
-"""Four reads keep a device busy; a fifth begins while one compares a checksum, or copies (docs/decisions.md)."""
+THREADS = 6
+"""Four reads keep a device busy; others begin while some compare a checksum, or copy (docs/decisions.md)."""
 MERGED_BYTES = 2 << 20
 """Neighbours are read together up to this size: beyond it, one read less saves nothing."""
 MERGED_BUFFERS = 512

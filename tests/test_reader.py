@@ -18,9 +18,10 @@ from expertd.daemon.core.instructions import Priority
 from expertd.daemon.files import SECTOR, device_name
 from expertd.daemon.index import build_index
 from expertd.daemon.plain import CHUNK, PAGE, Piece, runs
-from expertd.daemon.reader import MERGED_BYTES, Job, Reader
+from expertd.daemon.reader import MERGED_BYTES, Job, Reader, copy_block
 from expertd.protocol.errors import ExpertdError, ReadFailed
 from expertd.protocol.manifest import Manifest
+from expertd.protocol.packed import checksum
 from tests.conftest import DEADLINE_S, wait_for
 from tests.test_packed_store import EXPERTS, SIZES, opened, plain_block, rows_of, write, write_model
 
@@ -557,6 +558,29 @@ def test_a_file_that_ends_inside_a_block_is_told(tmp_path: Path) -> None:
     with pytest.raises(ReadFailed, match=r"ended at byte \d+, inside a block"):
         read_block(files, 0, 0, rows, lambda descriptor, buffers, offset: 0)
     files.close()
+
+
+@pytest.mark.parametrize("what", ["checksum", "copy"])
+def test_large_blocks_are_compared_and_copied_without_holding_the_interpreter(what: str) -> None:
+    """While one thread does it, another goes on: so both can keep the device busy."""
+    source, row = memoryview(bytearray(64 << 20)), memoryview(bytearray(64 << 20))
+    turns, ended = 0, threading.Event()
+    moved: list[int] = []
+
+    def work() -> None:
+        for _ in range(20):  # a busy machine may give the other thread no turn, now and then
+            before = turns
+            if what == "checksum":
+                checksum([source])
+            else:
+                copy_block([source], [row])
+            moved.append(turns - before)
+        ended.set()
+
+    threading.Thread(target=work).start()
+    while not ended.is_set():
+        turns += 1
+    assert any(count > 100 for count in moved)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
