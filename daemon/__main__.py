@@ -23,6 +23,9 @@ from expertd.protocol.paths import Home
 OPEN_FILES = 65_536
 """Open files that a daemon asks for: it needs a few for each session, segment and checkpoint file."""
 
+SWITCH_S = 0.0005
+"""A reading thread that has been woken waits so long for the loop, which may have 60 more reads to hand out."""
+
 
 def raise_file_limit() -> int:
     """Raise the soft limit of open files towards the hard one; the limit that holds now.  Never fails."""
@@ -77,6 +80,7 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
     raise_file_limit()
+    sys.setswitchinterval(SWITCH_S)
 
     async def serve() -> None:
         await Server(
