@@ -23,6 +23,9 @@ from expertd.protocol.paths import Home
 OPEN_FILES = 65_536
 """Open files that a daemon asks for: it needs a few for each session, segment and checkpoint file."""
 
+SWITCH_S = 0.0005
+"""A reading thread that has been woken waits so long for the loop, which may have 60 more reads to hand out."""
+
 
 def raise_file_limit() -> int:
     """Raise the soft limit of open files towards the hard one; the limit that holds now.  Never fails."""
@@ -46,6 +49,7 @@ def run(
     policy: str | None = None,
     *,
     keep_alive_s: float | None = None,
+    background_rate: str | None = None,
     simulate_pressure: Path | None = None,
     simulate_ssd: str | None = None,
     reads_ahead: bool = True,
@@ -59,6 +63,7 @@ def run(
         idle_exit_s: end after so long without a session; by default never.
         policy: one of ``POLICIES``.
         keep_alive_s: give a model back when nobody has used it for so long; by default when memory is needed.
+        background_rate: bytes a second that are read at most while nobody waits for them (``sizes.parse_rate``).
         simulate_pressure: a script of memory pressure (``daemon.pressure.scripted``), in the place of the system's.
         reads_ahead: read what sessions will need soon, where that pays.
         simulate_ssd: ``RATE[,LATENCY]`` of an SSD that reads are slowed down to (``daemon.simulated_ssd``).
@@ -67,19 +72,24 @@ def run(
         ExpertdError: it cannot start; nothing is left behind.
     """
     home = Home.current()
-    config = read_config(home, budget=budget, idle_exit=idle_exit_s, policy=policy, keep_alive=keep_alive_s)
+    config = read_config(
+        home, budget=budget, idle_exit=idle_exit_s, policy=policy, keep_alive=keep_alive_s,
+        background_rate=background_rate,
+    )  # fmt: skip
     size = config.budget.value or default_budget(this_machine()).size
     pressure = system_source() if simulate_pressure is None else ScriptedSource(simulate_pressure)
     ssd = None if simulate_ssd is None else SimulatedSsd(parse_ssd(simulate_ssd))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
     raise_file_limit()
+    sys.setswitchinterval(SWITCH_S)
 
     async def serve() -> None:
         await Server(
             home, size, POLICIES[config.policy.value],
             idle_exit_s=config.idle_exit.value, keep_alive_s=config.keep_alive.value, pressure=pressure,
-            read=ssd or os.preadv, simulated_ssd=str(ssd or ""), reads_ahead=reads_ahead,
+            read=ssd or os.preadv, simulated_ssd=str(ssd or ""), background_rate=config.background_rate.value,
+            reads_ahead=reads_ahead,
         ).run()  # fmt: skip
 
     asyncio.run(serve())
@@ -92,6 +102,7 @@ def main() -> int:
     parser.add_argument("--idle-exit", type=float, help="end after so many seconds without a session")
     parser.add_argument("--policy", choices=POLICIES, help="which blocks to evict")
     parser.add_argument("--keep-alive", type=float, help="give a model back after so many seconds without a session")
+    parser.add_argument("--background-rate", help="read at most so much a second while nobody waits for it")
     parser.add_argument("--simulate-pressure", type=Path, help="a script of memory pressure: lines 'SECONDS LEVEL'")
     parser.add_argument("--simulate-ssd", help="slow reads down to an SSD of RATE[,LATENCY], for example 2GB,100us")
     parser.add_argument("--no-read-ahead", action="store_true", help="read only what somebody waits for")
@@ -99,8 +110,9 @@ def main() -> int:
     try:
         run(
             arguments.budget, arguments.idle_exit, arguments.policy,
-            keep_alive_s=arguments.keep_alive, simulate_pressure=arguments.simulate_pressure,
-            simulate_ssd=arguments.simulate_ssd, reads_ahead=not arguments.no_read_ahead,
+            keep_alive_s=arguments.keep_alive, background_rate=arguments.background_rate,
+            simulate_pressure=arguments.simulate_pressure, simulate_ssd=arguments.simulate_ssd,
+            reads_ahead=not arguments.no_read_ahead,
         )  # fmt: skip
     except ExpertdError as error:
         print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)

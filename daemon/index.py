@@ -1,6 +1,6 @@
 """Where each block's bytes are: a manifest checked against the files' own headers, and its packed store if it has one.
 
-Reads headers, never weights (that is ``expertd.daemon.reader``).
+Reads headers, never weights (that is ``expertd.daemon.blocks``).
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Packed stores as the daemon uses them: finding the one that fits a model, and reading its records into slots.
 
 What a store looks like is in ``expertd.protocol.packed``.  What happens when one fails is decided in
-``expertd.daemon.reader``.
+``expertd.daemon.blocks``.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import mmap
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from expertd.daemon.files import SECTOR, Read, drop_behind, leave_direct, open_direct
+from expertd.daemon.files import SECTOR, FillFailed, Read, drop_behind, fill, leave_direct, open_direct, own_buffer
 from expertd.protocol.errors import StoreInvalid
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.packed import (
@@ -36,8 +35,6 @@ log = logging.getLogger("expertd.daemon")
 
 _padding = memoryview(mmap.mmap(-1, ALIGN))
 """Where the zeros between parts go, from all threads at once: nobody reads it."""
-
-_own = threading.local()
 
 
 @dataclass(frozen=True)
@@ -109,23 +106,35 @@ class StoreFile:
         self._direct = False
         self._straight = True  # direct reads go into the slabs themselves
 
-    def read_block(self, layer: int, expert: int, rows: Sequence[memoryview], read: Read) -> int:
-        """Read one record into ``rows``, one for each part; returns the bytes that were read.
+    def read_blocks(self, layer: int, first: int, blocks: Sequence[Sequence[memoryview]], read: Read) -> int:
+        """Read the records of experts ``first`` and so on into ``blocks``, each one row for each part.
+
+        Returns how many bytes each of them took.
 
         Raises:
-            StoreInvalid: the file is gone, is another one, cannot be read, or the record is not what was written.
+            StoreInvalid: the file is gone, is another one, cannot be read, or a record is not what was written.
         """
         path = self.index.path
-        packed, offset = self.index.layout.header.layers[layer], self.index.layout.record(layer, expert)
+        packed, offset = self.index.layout.header.layers[layer], self.index.layout.record(layer, first)
+        failed: FillFailed | None = None
         try:
+            try:
+                with self._open() as descriptor:
+                    self._transfer(descriptor, offset, packed, blocks, read)
+            except FillFailed as error:
+                failed = error
+            # Afterwards, because the device can work meanwhile; what was read of another file is of no use.
             if _mark(path) != self.index.mark:
                 raise StoreInvalid(f"the packed store {path} has changed since it was opened")
-            with self._open() as descriptor:
-                self._transfer(descriptor, offset, packed, rows, read)
         except OSError as error:
             raise StoreInvalid(f"the packed store {path} cannot be read ({error.strerror})") from error
-        if checksum(rows) != self.index.checksums[layer][expert]:
-            raise StoreInvalid(f"the packed store {path} is damaged: layer {layer}, expert {expert}")
+        if failed is not None and failed.ended:
+            raise StoreInvalid(f"the packed store {path} ended at byte {failed.offset}, inside a record")
+        if failed is not None:
+            raise StoreInvalid(f"the packed store {path} cannot be read ({failed.why})") from failed
+        for expert, rows in enumerate(blocks, first):
+            if checksum(rows) != self.index.checksums[layer][expert]:
+                raise StoreInvalid(f"the packed store {path} is damaged: layer {layer}, expert {expert}")
         return packed.record_bytes
 
     def close(self) -> None:
@@ -156,21 +165,23 @@ class StoreFile:
             self._descriptor = None
 
     def _transfer(
-        self, descriptor: int, offset: int, packed: PackedLayer, rows: Sequence[memoryview], read: Read
+        self, descriptor: int, offset: int, packed: PackedLayer, blocks: Sequence[Sequence[memoryview]], read: Read
     ) -> None:
-        """Fill ``rows`` in the best way that the system takes.
+        """Fill ``blocks`` in the best way that the system takes.
 
         Direct reads want everything aligned.  So they go straight into the slabs where all parts are whole sectors,
         else through a buffer; and what a file system or device refuses once is not tried again.
         """
+        size = packed.record_bytes * len(blocks)
         while True:
             direct = self._direct
-            bounce = direct and not (self._straight and all(len(row) % SECTOR == 0 for row in rows))
-            buffer = _buffer(packed.record_bytes) if bounce else None
+            bounce = direct and not (self._straight and all(part.bytes % SECTOR == 0 for part in packed.parts))
+            buffer = own_buffer(size) if bounce else None
+            buffers = [buffer] if buffer is not None else [one for rows in blocks for one in _scattered(packed, rows)]
             try:
-                _fill(read, descriptor, _scattered(packed, rows) if buffer is None else [buffer], offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not direct:
+                fill(read, descriptor, buffers, offset, step=SECTOR if direct else 1)
+            except FillFailed as failed:
+                if not failed.refused or not direct:
                     raise
                 if bounce:
                     leave_direct(descriptor)
@@ -179,11 +190,13 @@ class StoreFile:
                     self._straight = False
                 continue
             if buffer is not None:
-                for part, row in zip(packed.parts, rows, strict=True):
-                    record = np.frombuffer(buffer, np.uint8, part.bytes, part.offset)
-                    np.copyto(np.frombuffer(row, np.uint8), record)
+                for number, rows in enumerate(blocks):
+                    for part, row in zip(packed.parts, rows, strict=True):
+                        start = number * packed.record_bytes + part.offset
+                        # NumPy copies without holding the interpreter.
+                        np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(buffer, np.uint8, part.bytes, start))
             elif not direct:
-                drop_behind(descriptor, offset, packed.record_bytes)
+                drop_behind(descriptor, offset, size)
             return
 
 
@@ -196,29 +209,3 @@ def _scattered(packed: PackedLayer, rows: Sequence[memoryview]) -> list[memoryvi
         if gap := end - part.offset - part.bytes:
             buffers.append(_padding[:gap])
     return buffers
-
-
-def _buffer(size: int) -> memoryview:
-    """``size`` bytes that begin on a page and are this thread's own until it asks again."""
-    held: memoryview | None = getattr(_own, "buffer", None)
-    if held is None or len(held) < size:
-        held = _own.buffer = memoryview(mmap.mmap(-1, size))
-    return held[:size]
-
-
-def _fill(read: Read, descriptor: int, buffers: list[memoryview], offset: int) -> None:
-    """Fill ``buffers`` from ``offset`` on, in as many reads as the system needs.
-
-    Raises:
-        StoreInvalid: the file ended.
-    """
-    while buffers:
-        got = read(descriptor, buffers, offset)
-        if got == 0:
-            raise StoreInvalid(f"a packed store ended at byte {offset}, inside a record")
-        offset += got
-        while buffers and got >= len(buffers[0]):
-            got -= len(buffers[0])
-            buffers = buffers[1:]
-        if got:
-            buffers = [buffers[0][got:], *buffers[1:]]

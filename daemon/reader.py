@@ -1,243 +1,329 @@
-"""Reads blocks from disk straight into slots, on a few threads.
+"""The daemon's reading threads: what is read next, and what waits.
 
-The core decides what is read and sees to it that a block is read once; this module only reads.  Demand goes before
-background.  A block comes from the model's packed store (``expertd.daemon.packed``) as long as that is in order, else
-from the model's files.
+The core decides what is read and sees to it that a block is read once; this module decides when.  What a Fetch waits
+for goes first.  Of all else (read ahead, then background) one read is under way at a time, and none begins while a
+demand is queued or read, so that a demand finds a free thread and at most one other read on the device; more about
+that in ``expertd.daemon.pacing``.  Where the bytes come from is ``expertd.daemon.blocks``.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import queue
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from expertd.daemon.blocks import OpenFiles, read_block, read_blocks
 from expertd.daemon.core.instructions import Priority
-from expertd.daemon.files import Read, drop_behind, open_uncached
-from expertd.daemon.index import BlockIndex
-from expertd.daemon.packed import StoreFile, StoreIndex
-from expertd.protocol.checkpoint import check_unchanged
-from expertd.protocol.errors import ExpertdError, FileChanged, ReadFailed, StoreInvalid
+from expertd.daemon.devices import Devices, ReadStatistics
+from expertd.daemon.files import Read
+from expertd.daemon.pacing import Pacing
+from expertd.daemon.thermal import Hot, never_hot
+from expertd.protocol.errors import ExpertdError, ReadFailed
 
 log = logging.getLogger("expertd.daemon")
 
-THREADS = 4
-"""Buffered reads need a queue depth of 4 to reach what the device gives (measured; docs/decisions.md)."""
+THREADS = 6
+"""Four reads keep a device busy; others begin while some compare a checksum, or copy (docs/decisions.md)."""
+MERGED_BYTES = 2 << 20
+"""Neighbours are read together up to this size: beyond it, one read less saves nothing."""
+MERGED_BUFFERS = 512
+"""And up to so many parts, because a read takes at most 1024 buffers (IOV_MAX), and zeros lie between parts."""
+
+Done = Callable[[int, ExpertdError | None], None]
+Rows = Sequence[memoryview]
+_Place = tuple[OpenFiles, int, int]
 
 
-class OpenFiles:
-    """The open descriptors of one model's files, and its packed store while one is in use (``use``)."""
-
-    def __init__(self, index: BlockIndex) -> None:
-        self.index = index
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
-        self._store: StoreFile | None = None
-        self._refused: StoreIndex | None = None
-
-    @property
-    def packed(self) -> str:
-        """The path of the packed store that blocks are read from, empty if there is none."""
-        store = self._store
-        return "" if store is None else str(store.index.path)
-
-    def use(self, found: StoreIndex | None) -> None:
-        """Read from this store from now on, unless it is the one that is used, or that has failed before."""
-        with self._lock:
-            used = self._store
-            if found is None or found == self._refused or (used is not None and found == used.index):
-                return
-            self._store = StoreFile(found)
-        if used is not None:
-            used.close()
-        log.info("%s is read from the packed store %s", found.layout.header.folder, found.path)
-
-    def read_packed(self, layer: int, expert: int, rows: Sequence[memoryview], read: Read) -> int:
-        """Read one block from the packed store; returns how many bytes were read, 0 if no store is used (any more).
-
-        Raises:
-            FileChanged: a file of the model itself is not the one that was indexed.
-            ReadFailed: the store has failed, and the block is nowhere else.
-        """
-        store = self._store
-        if store is None:
-            return 0
-        for file in self.index.files_of(layer, expert):
-            check_unchanged(self.index.paths[file], self.index.marks[file])
-        try:
-            return store.read_block(layer, expert, rows, read)
-        except StoreInvalid as error:
-            folder = store.index.layout.header.folder
-            if self.index.derived:
-                raise ReadFailed(f"{error}; look at it with: expertd pack {folder} --verify") from error
-            self._refuse(store, f"{error}; from now on the safetensors of {folder} are read")
-            return 0
-
-    def _refuse(self, store: StoreFile, why: str) -> None:
-        with self._lock:
-            first = self._store is store
-            if first:
-                self._store, self._refused = None, store.index
-        if first:
-            log.warning("%s", why)
-            store.close()
-
-    def descriptor(self, file: int) -> int:
-        """The descriptor of file number ``file``, opened at first use.
-
-        Raises:
-            FileChanged: the file is not the one that was indexed.
-        """
-        with self._lock:
-            if file not in self._descriptors:
-                path = self.index.paths[file]
-                try:
-                    self._descriptors[file] = open_uncached(path)
-                except OSError as error:
-                    raise FileChanged(
-                        f"{path} cannot be opened any more ({error.strerror}); load the model again"
-                    ) from error
-            descriptor = self._descriptors[file]
-        check_unchanged(self.index.paths[file], self.index.marks[file], descriptor)
-        return descriptor
-
-    def close(self) -> None:
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-            store, self._store = self._store, None
-        if store is not None:
-            store.close()
-
-
-@dataclass(order=True)
+@dataclass(eq=False, slots=True)
 class Job:
-    priority: int
-    number: int
-    work: Callable[[], int] | None = field(compare=False)  # None ends the thread that takes it
-    done: Callable[[int, ExpertdError | None], None] = field(compare=False)
-    begun: bool = field(default=False, compare=False)
+    """A block that is to be read or copied: an opaque handle for whoever asked for it.
+
+    ``place`` is None for a copy, which comes from ``sources``.
+    """
+
+    place: _Place | None
+    sources: Rows
+    rows: Rows
+    done: Done
+    priority: Priority
+    asked_at: float | None = None
+    size: int = 0
+
+    def forget(self) -> None:
+        """Let go of the rows: as long as somebody holds them, their segment stays."""
+        self.sources = self.rows = ()
 
 
 class Reader:
-    """A bounded number of threads behind one queue.  Its methods may be called from any thread.
+    """A bounded number of threads with one lock.  Its methods may be called from any thread.
 
     ``done(bytes read, None)`` or ``done(0, error)`` is called on one of its threads; until then the rows are its own.
     """
 
-    def __init__(self, threads: int = THREADS, read: Read = os.preadv) -> None:
-        """``read`` is there for those who want to see what happens when reading fails."""
-        self._read = read
-        self._queue: queue.PriorityQueue[Job] = queue.PriorityQueue()
-        self._numbers = itertools.count()
+    def __init__(
+        self,
+        threads: int = THREADS,
+        read: Read = os.preadv,
+        *,
+        background_rate: int | None = None,
+        hot: Hot = never_hot,
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            read: there for those who want to see what happens when reading fails.
+            background_rate: bytes a second of what nobody waits for; None: no limit.
+            hot: whether the machine is too hot for that.
+        """
+        self._preadv, self._hot = read, hot
+        self._changed = threading.Condition(threading.Lock())
+        # All below is under that lock.
+        self._queues: dict[Priority, OrderedDict[Job, None]] = {priority: OrderedDict() for priority in Priority}
+        self._places: dict[_Place, Job] = {}  # the queued job that reads a block, to find neighbours by
+        self._demand_under_way = 0
+        self._other_under_way = False
+        self._watched = False  # a thread waits for the moment when something else than demand may begin
+        self._ending = False
+        self._pacing = Pacing(background_rate)
+        self._devices = Devices()
+        self._last_asked = float("-inf")
         self._threads = [
             threading.Thread(target=self._work, name=f"reader-{n}", daemon=True) for n in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
+    # -- for the server ------------------------------------------------------------------------------------------------
+
     def read(
         self,
         files: OpenFiles,
         layer: int,
         expert: int,
-        rows: Sequence[memoryview],
-        done: Callable[[int, ExpertdError | None], None],
+        rows: Rows,
+        done: Done,
         priority: Priority,
+        asked_at: float | None = None,
     ) -> Job:
-        """Read block (``layer``, ``expert``) into ``rows``, one writable view for each part."""
-        work = partial(read_block, files, layer, expert, rows, self._read)
-        job = Job(priority, next(self._numbers), work, done)
-        self._queue.put(job)
-        return job
+        """Read block (``layer``, ``expert``) into ``rows``, one writable view for each part.
+
+        Args:
+            asked_at: when the Fetch came that waits for it (``time.monotonic``).
+        """
+        return self._put(Job((files, layer, expert), (), rows, done, priority, asked_at, sum(map(len, rows))))
+
+    def copy(self, sources: Rows, rows: Rows, done: Done) -> Job:
+        """Copy a block from ``sources`` into ``rows``."""
+        return self._put(Job(None, sources, rows, done, Priority.DEMAND))
 
     def promote(self, job: Job) -> None:
-        if not job.begun:
-            self._queue.put(Job(Priority.DEMAND, next(self._numbers), job.work, job.done))
-            job.begun = True
+        """Somebody waits for this block now: if it has not begun, it is demand, behind all that is."""
+        with self._changed:
+            if job.priority is not Priority.DEMAND and job in self._queues[job.priority]:
+                del self._queues[job.priority][job]
+                job.priority = Priority.DEMAND
+                self._queues[Priority.DEMAND][job] = None
+                self._changed.notify()
 
     def cancel(self, job: Job) -> bool:
-        begun, job.begun = job.begun, True
-        return not begun
+        """Forget a job that has not begun; False: it has, and ``done`` is or will be called."""
+        with self._changed:
+            if job not in self._queues[job.priority]:
+                return False
+            self._unqueue(job)
+            job.forget()
+            return True
 
-    def copy(
-        self,
-        sources: Sequence[memoryview],
-        rows: Sequence[memoryview],
-        done: Callable[[int, ExpertdError | None], None],
-    ) -> None:
-        """Copy a block from ``sources`` into ``rows``."""
-        self._queue.put(Job(Priority.DEMAND, next(self._numbers), partial(copy_block, sources, rows), done))
+    def devices(self) -> ReadStatistics:
+        """What was read, from which devices, and how long it took."""
+        with self._changed:
+            return self._devices.statistics()
 
     def close(self) -> None:
         """Finish what is being read, forget what is queued, and end the threads."""
-        while True:
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                break
-        for _ in self._threads:
-            self._queue.put(Job(max(Priority) + 1, next(self._numbers), None, lambda size, error: None))
+        with self._changed:
+            self._ending = True
+            for queue in self._queues.values():
+                queue.clear()
+            self._places.clear()
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _work(self) -> None:
-        while True:
-            job = self._queue.get()
-            if job.work is None:
-                return
-            if job.begun:
-                continue
-            job.begun = True
-            try:
-                size = job.work()
-            except ExpertdError as error:
-                job.done(0, error)
-            except Exception as error:
-                # Somebody waits for this block, whatever went wrong.
-                log.exception("a read failed in a way that was not foreseen")
-                job.done(0, ReadFailed(f"reading a block failed ({type(error).__name__}: {error})"))
+    def _put(self, job: Job) -> Job:
+        with self._changed:
+            if not self._ending:
+                self._queues[job.priority][job] = None
+                if job.place is not None:
+                    self._places[job.place] = job
+                self._changed.notify()
+        return job
+
+    # -- what comes next; all of it under the lock ---------------------------------------------------------------------
+
+    def _next(self) -> list[Job]:
+        """What a thread does next, begun; waits for it.  Nothing: the end."""
+        with self._changed:
+            while not self._ending:
+                if self._queues[Priority.DEMAND]:
+                    batch = self._take(Priority.DEMAND, time.monotonic())
+                    self._demand_under_way += 1
+                    return batch
+                if not (job := self._first_other()) or self._watched:
+                    self._changed.wait()
+                    continue
+                now = time.monotonic()
+                if self._pacing.asks_heat(now):
+                    self._measure()
+                elif (wait_s := self._pacing.wait_s(job.size, now)) > 0:
+                    self._watched = True
+                    self._changed.wait(wait_s)
+                    self._watched = False
+                else:
+                    self._other_under_way = True
+                    return self._take(job.priority, now)
+            return []
+
+    def _first_other(self) -> Job | None:
+        """What would be read for nobody who waits, if it may be now as far as other reads are concerned."""
+        if self._demand_under_way or self._other_under_way:
+            return None
+        return next((next(iter(self._queues[p])) for p in Priority if self._queues[p]), None)
+
+    def _measure(self) -> None:
+        """Ask how hot it is, without the lock: no demand waits for the answer."""
+        self._watched = True
+        self._changed.release()
+        try:
+            hot = self._hot()
+        finally:
+            self._changed.acquire()
+            self._watched = False
+        if self._pacing.measured(hot):
+            log.info("nothing is read that nobody waits for: it is hot" if hot else "it is no longer hot")
+
+    def _take(self, priority: Priority, now: float) -> list[Job]:
+        """The first job of a queue, and as many of its neighbours as are read well together with it."""
+        queue = self._queues[priority]
+        first = next(iter(queue))
+        share = len(queue) if priority is not Priority.DEMAND else len(queue) // len(self._threads)
+        batch = [first]
+        self._begin(first, now)
+        if first.place is None:
+            return batch
+        files, layer, expert = first.place
+        total = first.size
+        for step in (1, -1):
+            neighbour = expert + step
+            while (job := self._places.get((files, layer, neighbour))) is not None and job.priority is priority:
+                total += job.size
+                buffers = len(first.rows) * (len(batch) + 1)
+                if total > MERGED_BYTES or buffers > MERGED_BUFFERS or len(batch) >= share:
+                    return batch
+                if priority is not Priority.DEMAND and self._pacing.wait_s(job.size, now) > 0:
+                    return batch
+                self._begin(job, now)
+                batch.insert(len(batch) if step > 0 else 0, job)
+                neighbour += step
+        return batch
+
+    def _begin(self, job: Job, now: float) -> None:
+        self._unqueue(job)
+        if job.priority is not Priority.DEMAND:
+            self._pacing.began(job.size, now)
+
+    def _unqueue(self, job: Job) -> None:
+        del self._queues[job.priority][job]
+        if job.place is not None and self._places.get(job.place) is job:
+            del self._places[job.place]
+
+    def _ended(self, batch: Sequence[Job], well: bool) -> None:
+        with self._changed:
+            if batch[0].priority is Priority.DEMAND:
+                self._demand_under_way -= 1
             else:
-                job.done(size, None)
+                self._other_under_way = False
+                self._pacing.ended(well, time.monotonic())
+
+    # -- the threads ---------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        # A thread that waits holds no job: rows keep their segment.
+        while self._serve(self._next()):
+            pass
+
+    def _serve(self, batch: Sequence[Job]) -> bool:
+        if not batch:
+            return False
+        if batch[0].place is None:
+            results = [_outcome(partial(copy_block, batch[0].sources, batch[0].rows))]
+        else:
+            results = self._read_all(batch)
+        self._ended(batch, all(error is None for _, error in results))
+        for job, (size, error) in zip(batch, results, strict=True):
+            job.forget()
+            job.done(size, error)
+        return True
+
+    def _read_all(self, batch: Sequence[Job]) -> list[tuple[int, ExpertdError | None]]:
+        """Read neighbours, together if that works; else each alone, so that each has its own verdict."""
+        assert batch[0].place is not None
+        files, layer, first = batch[0].place
+        read = self._counting(batch)
+        if len(batch) > 1:
+            size, error = _outcome(partial(read_blocks, files, layer, first, [job.rows for job in batch], read))
+            if error is None:
+                return [(size, None)] * len(batch)
+        alone = [partial(read_block, files, layer, expert, job.rows, read) for expert, job in enumerate(batch, first)]
+        return list(map(_outcome, alone))
+
+    def _counting(self, batch: Sequence[Job]) -> Read:
+        """``preadv`` that notes what it does."""
+        asked = [job.asked_at for job in batch if job.asked_at is not None]
+
+        def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            device = os.fstat(descriptor).st_dev
+            with self._changed:
+                began = time.monotonic()
+                self._devices.begin(device)
+                for at in asked:
+                    if at > self._last_asked:  # the first of a Fetch's reads
+                        self._last_asked = at
+                        self._devices.fetched(began - at)
+                asked.clear()
+            size, took_s = 0, None
+            try:
+                size = self._preadv(descriptor, buffers, offset)
+                took_s = time.monotonic() - began
+            finally:
+                with self._changed:
+                    self._devices.end(device, size, took_s)
+            return size
+
+        return read
 
 
-def copy_block(sources: Sequence[memoryview], rows: Sequence[memoryview]) -> int:
+def _outcome(work: Callable[[], int]) -> tuple[int, ExpertdError | None]:
+    """Do it; returns the bytes that were read and no error, or the error."""
+    try:
+        return work(), None
+    except ExpertdError as error:
+        return 0, error
+    except Exception as error:
+        # Somebody waits for this block, whatever went wrong.
+        log.exception("a read failed in a way that was not foreseen")
+        return 0, ReadFailed(f"reading a block failed ({type(error).__name__}: {error})")
+
+
+def copy_block(sources: Rows, rows: Rows) -> int:
     """Copy one block within memory; no bytes are read.  NumPy copies without holding the interpreter."""
     for source, row in zip(sources, rows, strict=True):
         np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(source, np.uint8))
     return 0
-
-
-def read_block(files: OpenFiles, layer: int, expert: int, rows: Sequence[memoryview], read: Read = os.preadv) -> int:
-    """Read one block into ``rows``; returns the bytes that were read for it.
-
-    Raises:
-        ReadFailed: the system failed, or a file ended early.
-        FileChanged: a file is not the one that was indexed.
-    """
-    if packed := files.read_packed(layer, expert, rows, read):
-        return packed
-    total = 0
-    for piece in files.index.ranges(layer, expert):
-        descriptor = files.descriptor(piece.file)
-        row, path = rows[piece.slab], files.index.paths[piece.file]
-        done = 0
-        while done < piece.size:
-            try:
-                got = read(descriptor, [row[done:]], piece.offset + done)
-            except OSError as error:
-                raise ReadFailed(f"reading {path} failed at byte {piece.offset + done} ({error.strerror})") from error
-            if got == 0:
-                raise ReadFailed(f"{path} ended at byte {piece.offset + done}, inside a block")
-            done += got
-        drop_behind(descriptor, piece.offset, piece.size)
-        check_unchanged(path, files.index.marks[piece.file], descriptor)
-        total += done
-    return total

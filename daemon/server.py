@@ -24,7 +24,9 @@ import zmq
 import zmq.asyncio
 
 from expertd.daemon import memory_watch
+from expertd.daemon.blocks import OpenFiles
 from expertd.daemon.core import Core, events, instructions
+from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
 from expertd.daemon.files import Read
 from expertd.daemon.idleness import Idleness
@@ -37,8 +39,9 @@ from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.pressure import Source, system_source
-from expertd.daemon.reader import Job, OpenFiles, Reader
+from expertd.daemon.reader import Job, Reader
 from expertd.daemon.status import daemon_status
+from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waits
 from expertd.protocol import PROTOCOL, messages
@@ -102,6 +105,7 @@ class Server:
         read: Read = os.preadv,
         simulated_ssd: str = "",
         reads_ahead: bool = True,
+        background_rate: int | None = None,
     ) -> None:
         """Not started yet.
 
@@ -111,13 +115,15 @@ class Server:
             read: reads the model's files; there for those who want to see it fail, or to have it slower.
             simulated_ssd: how slow, for the status.
             reads_ahead: read what sessions will need soon, where that pays.
+            background_rate: bytes a second that are read at most while nobody waits for them; None: no limit.
         """
         self._home = home
         # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
         self._core = Core(budget, policy, first_segment=secrets.randbits(48), reads_ahead=reads_ahead)
         self._memory = MemoryWatch(budget, pressure or system_source())
         self._idleness = Idleness(time.monotonic(), exit_s=idle_exit_s, keep_alive_s=keep_alive_s)
-        self._reader, self._simulated_ssd = Reader(read=read), simulated_ssd
+        self._reader = Reader(read=read, background_rate=background_rate, hot=system_thermal())
+        self._simulated_ssd = simulated_ssd
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended)
         self._pools: dict[int, SharedPool] = {}
         self._files: dict[str, OpenFiles] = {}
@@ -136,6 +142,7 @@ class Server:
         self._frames_dropped = 0
         self._drops_told = (0.0, 0)  # when the log last said how many
         self._attaching = 0  # sessions whose headers are being read
+        self._frame_at: float | None = None  # when the frame came that is being handled
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT, Stop or the idle time.
@@ -193,6 +200,7 @@ class Server:
     async def _receive(self) -> None:
         for number in itertools.count(1):
             identity, *frames = await self._router.recv_multipart()
+            self._frame_at = time.monotonic()
             try:
                 if len(frames) != 1:
                     raise MessageInvalid(f"a message of {len(frames)} frames came where one was expected")
@@ -202,6 +210,8 @@ class Server:
                 self._send(identity, messages.Error.of(error))
             except ExpertdError as error:
                 self._send(identity, messages.Error.of(error))
+            finally:
+                self._frame_at = None
             if number % FAIR_FRAMES == 0:
                 await asyncio.sleep(0)  # awaiting a frame that is there already gives nobody else a turn
 
@@ -449,7 +459,8 @@ class Server:
                     place = Place(what.segment, what.layer, what.expert)
                     self._waits.read_began(place, time.monotonic())
                     done = self._when_filled(what.segment, what.slot)
-                    job = self._reader.read(files, what.layer, what.expert, rows, done, what.priority)
+                    asked_at = self._frame_at if what.priority is Priority.DEMAND else None
+                    job = self._reader.read(files, what.layer, what.expert, rows, done, what.priority, asked_at)
                     self._reads[what.segment, what.slot] = place, job
                 case instructions.Promote(segment, slot) if (segment, slot) in self._reads:
                     self._reader.promote(self._reads[segment, slot][1])
@@ -584,7 +595,10 @@ class Server:
         waited, uptime_s = self._waits.all(now), now - self._began
         dropped, ssd = self._frames_dropped, self._simulated_ssd
         packed = {key: files.packed for key, files in self._files.items()}
-        return daemon_status(self._home, self._core, self._memory, waited, uptime_s, folder, dropped, ssd, packed)
+        reads = self._reader.devices()
+        return daemon_status(
+            self._home, self._core, self._memory, waited, uptime_s, folder, dropped, ssd, reads, packed
+        )
 
     async def _watch_sessions(self) -> None:
         """Ping those of whom something is expected; tell the core of those who have gone silent."""

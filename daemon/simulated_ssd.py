@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from expertd.protocol.errors import SizeInvalid
-from expertd.protocol.sizes import parse_size, show_size
+from expertd.protocol.sizes import parse_rate, show_size
 
 _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -45,7 +45,7 @@ def parse_ssd(text: str) -> Ssd:
     if found is None:
         raise SizeInvalid(f"{latency.strip()!r} is not a latency; write RATE[,LATENCY], for example 2GB,100us")
     try:
-        size = parse_size(rate.strip().removesuffix("/s"))
+        size = parse_rate(rate)
     except SizeInvalid:
         raise SizeInvalid(
             f"{rate.strip()!r} is not a rate in bytes a second; write RATE[,LATENCY], for example 2GB,100us"

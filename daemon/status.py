@@ -13,11 +13,22 @@ import psutil
 from expertd.daemon.core import Core
 from expertd.daemon.core.foresight import Kind
 from expertd.daemon.core.state import Model, Session
+from expertd.daemon.devices import ReadStatistics
+from expertd.daemon.files import device_name
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.waits import Waited
 from expertd.protocol import PROTOCOL
 from expertd.protocol.connection import package_version
-from expertd.protocol.messages import AheadStatus, DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.messages import (
+    AheadStatus,
+    DaemonStatus,
+    DeviceStatus,
+    FetchToRead,
+    LayerStatus,
+    ModelStatus,
+    SessionStatus,
+    Status,
+)
 from expertd.protocol.paths import Home
 
 NOT_PACKED: Mapping[str, str] = MappingProxyType({})
@@ -36,6 +47,7 @@ def daemon_status(
     tracing: str,
     frames_dropped: int,
     simulated_ssd: str,
+    reads: ReadStatistics,
     packed: Mapping[str, str] = NOT_PACKED,
 ) -> Status:
     """All there is to show of this process, which is the daemon of ``home``.
@@ -63,8 +75,26 @@ def daemon_status(
         tracing=tracing,
         frames_dropped=frames_dropped,
         simulated_ssd=simulated_ssd,
+        devices=_devices(reads),
+        fetch_to_read_us=FetchToRead(p50=round(reads.fetch_to_read_p50_us), p99=round(reads.fetch_to_read_p99_us)),
         models=[model_status(model, waited, packed.get(model.key, "")) for model in core.models.values()],
     )
+
+
+def _devices(reads: ReadStatistics) -> list[DeviceStatus]:
+    return [
+        DeviceStatus(
+            name=device_name(device.number),
+            reads=device.reads,
+            bytes=device.bytes,
+            p50_us=round(device.p50_us),
+            p95_us=round(device.p95_us),
+            p99_us=round(device.p99_us),
+            depth_mean=round(device.depth_mean, 2),
+            depth_max=device.depth_max,
+        )
+        for device in reads.devices
+    ]
 
 
 def _rss() -> int:

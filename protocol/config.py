@@ -16,13 +16,16 @@ from typing import Generic, TypeVar
 
 from expertd.protocol.errors import ConfigInvalid, SizeInvalid
 from expertd.protocol.paths import Home
-from expertd.protocol.sizes import parse_budget
+from expertd.protocol.sizes import parse_budget, parse_rate
 
 POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
 """Of ``expertd.daemon.policy.POLICIES``; the first is the default, the others are there to be compared with."""
 
 FOREVER_S = 1e9
 """More seconds are as good as no limit: thirty years."""
+
+UNLIMITED = ("inf", "unlimited")
+"""A rate that is none, as text."""
 
 T = TypeVar("T")
 
@@ -53,12 +56,14 @@ class Config:
         keep_alive: seconds after which a model that nobody uses is given back; None: when memory is needed.
         idle_exit: seconds without a session after which the daemon ends; None: never.
         policy: one of ``POLICY_NAMES``.
+        background_rate: bytes a second that are read at most while nobody waits for them; None: no limit.
     """
 
     budget: Setting[int | None]
     keep_alive: Setting[float | None]
     idle_exit: Setting[float | None]
     policy: Setting[str]
+    background_rate: Setting[int | None]
 
 
 KEYS = tuple(field.name for field in fields(Config))
@@ -98,7 +103,7 @@ def merge(
 
     Raises:
         ConfigInvalid: the file has a key that there is not, or a value cannot be used; says which, where, what can.
-        SizeInvalid: the flag ``budget`` is no budget.
+        SizeInvalid: the flag ``budget`` or ``background_rate`` is none.
     """
 
     def choose(key: str, check: Callable[[object], T], default: T, read: Callable[[str], object] = str) -> Setting[T]:
@@ -123,6 +128,7 @@ def merge(
         keep_alive=choose("keep_alive", _seconds, None, _number),
         idle_exit=choose("idle_exit", _seconds, default_idle_exit_s, _number),
         policy=choose("policy", _policy, POLICY_NAMES[0]),
+        background_rate=choose("background_rate", _rate, None),
     )
 
 
@@ -161,6 +167,17 @@ def _seconds(value: object) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:  # nan is not
         return None if value > FOREVER_S else float(value)
     raise ConfigInvalid(f"{value!r} is not a number of seconds; write 0 or more, or inf for no limit")
+
+
+def _rate(value: object) -> int | None:
+    if value == float("inf") or (isinstance(value, str) and value.strip().lower() in UNLIMITED):
+        return None
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            return parse_rate(str(value))
+        except SizeInvalid as error:
+            raise SizeInvalid(f"{error.message}, or inf for no limit") from None
+    raise SizeInvalid(f'{value!r} is not a rate; write text as "200MB/s", a whole number of bytes, or inf for no limit')
 
 
 def _policy(value: object) -> str:

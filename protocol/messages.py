@@ -340,6 +340,26 @@ class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int
 
 
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One device that blocks were read from: its reads, and how many were under way when one began."""
+
+    name: str
+    reads: int
+    bytes: int
+    p50_us: int
+    p95_us: int
+    p99_us: int
+    depth_mean: float
+    depth_max: int
+
+
+class FetchToRead(msgspec.Struct, frozen=True, kw_only=True):
+    """Microseconds from a Fetch's coming to its first read; 0: no Fetch has led to a read at once."""
+
+    p50: int
+    p99: int
+
+
 class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A change of what the pools may use: ``at`` is in seconds since 1970."""
 
@@ -354,7 +374,8 @@ class Status(Message):
     """Answer to AskStatus: the object that ``expertd status --json`` prints.
 
     ``limit_bytes``: what pressure leaves of the budget now; ``simulated_ssd``: the SSD that reads are slowed down to,
-    "" if they are not.
+    "" if they are not.  It may be left out, and ``devices`` and ``fetch_to_read_us``, as by daemons of this version of
+    the protocol that do not know them.
     """
 
     protocol: int
@@ -370,6 +391,8 @@ class Status(Message):
     pressure_figure: str
     journal: list[JournalEntry]
     simulated_ssd: str = ""
+    devices: list[DeviceStatus] = []
+    fetch_to_read_us: FetchToRead | None = None
 
 
 class SetBudget(Message):

@@ -40,6 +40,18 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_rate(text: str) -> int:
+    """Bytes a second of ``200MB`` or ``200MB/s``.
+
+    Raises:
+        SizeInvalid: anything else, or nothing above zero.
+    """
+    try:
+        return parse_size(text.strip().removesuffix("/s"))
+    except SizeInvalid:
+        raise SizeInvalid(f"{text.strip()!r} is not a rate in bytes a second; write for example 200MB/s") from None
+
+
 def parse_budget(text: str) -> int | None:
     """Bytes of a budget as ``parse_size`` reads them; None for ``auto``: what the machine can spare.
 

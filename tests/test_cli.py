@@ -11,12 +11,20 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
-from expertd.clients.cli.status import table
+from expertd.clients.cli.status import as_object, table
 from expertd.daemon.policy import POLICIES, Forecast
 from expertd.protocol import PROTOCOL
 from expertd.protocol.config import POLICY_NAMES
 from expertd.protocol.connection import package_version
-from expertd.protocol.messages import DaemonStatus, LayerStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.messages import (
+    DaemonStatus,
+    DeviceStatus,
+    FetchToRead,
+    LayerStatus,
+    ModelStatus,
+    SessionStatus,
+    Status,
+)
 from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
 from tests.conftest import DEADLINE_S, StartDaemon, wait_for
@@ -142,6 +150,33 @@ def test_status_says_that_an_older_daemon_does_not_tell_of_layers() -> None:
     assert table(status_of([], []), layers=True)[-1] == (
         "  layers    unknown to this daemon, which is older than this command"
     )
+
+
+def test_status_tells_of_each_device_and_how_soon_a_fetch_reads() -> None:
+    found = status_of([], [])
+    assert not any(line.startswith(("reads", "fetches")) for line in table(found)), "an older daemon does not tell"
+    found.devices = [
+        DeviceStatus(
+            name="nvme0n1", reads=12, bytes=31_850_496, p50_us=870, p95_us=1500, p99_us=2345,
+            depth_mean=3.42, depth_max=5,
+        )
+    ]
+    found.fetch_to_read_us = FetchToRead(p50=85, p99=1200)
+    assert table(found)[2:4] == [
+        "reads     nvme0n1: 12 reads, 31.9 MB, half of them within 870 us, 99 % within 2.3 ms, 3.4 at once",
+        "fetches   begin to read after 85 us, 99 % within 1.2 ms",
+    ]
+    assert json.loads(json.dumps(as_object(found)))["devices"][0]["depth_max"] == 5
+
+
+def test_a_daemon_tells_what_it_has_read(model_path: Path, start_daemon: StartDaemon) -> None:
+    start_daemon(str(budget_for(load_lazily(model_path).manifest, 12)))
+    assert expertd("generate", str(model_path), "hello", "--max-tokens", "4").returncode == 0
+    found = json.loads(expertd("status", "--json").stdout)
+    (device,) = found["devices"]
+    assert device["bytes"] >= found["models"][0]["bytes_read"] > 0
+    assert 1 <= device["depth_mean"] <= device["depth_max"]
+    assert found["fetch_to_read_us"]["p99"] >= found["fetch_to_read_us"]["p50"] > 0
 
 
 def test_status_says_what_to_do_about_a_session_that_was_left_behind() -> None:

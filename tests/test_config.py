@@ -72,6 +72,15 @@ FLAG, ENVIRONMENT, FILE, DEFAULT = Source
         ("policy", None, "lfu", "lcp", ("lfu", ENVIRONMENT)),
         ("policy", None, None, "lcp", ("lcp", FILE)),
         ("policy", None, None, None, ("forecast", DEFAULT)),
+        ("background_rate", "200MB/s", "2GB", "3GB", (200 * 10**6, FLAG)),
+        ("background_rate", None, "200MB", "3GB", (200 * 10**6, ENVIRONMENT)),
+        ("background_rate", None, "1000000", None, (10**6, ENVIRONMENT)),
+        ("background_rate", None, None, "1.5 GiB/s", (3 << 29, FILE)),
+        ("background_rate", None, None, 10**6, (10**6, FILE)),
+        ("background_rate", "inf", "2GB", None, (None, FLAG)),
+        ("background_rate", None, "unlimited", "3GB", (None, ENVIRONMENT)),
+        ("background_rate", None, None, float("inf"), (None, FILE)),
+        ("background_rate", None, None, None, (None, DEFAULT)),
     ],
 )
 def test_a_flag_wins_over_a_variable_and_that_over_the_file(
@@ -108,7 +117,7 @@ IN_FILE = f" in {PATH}: "
         ({"idle-exit": 1}, "did you mean 'idle_exit'? "),
         ({"Policy": "lru"}, "did you mean 'policy'? "),
         ({"daemon": {"budget": 1}}, "'daemon' in"),
-        ({"zzz": 1}, f"'zzz' in {PATH} is not a setting; there are: budget, keep_alive, idle_exit, policy"),
+        ({"zzz": 1}, f"'zzz' in {PATH} is not a setting; there are: budget, keep_alive, idle_exit, policy, back"),
         ({"budget": "much"}, f"budget{IN_FILE}'much' is not a size; write for example 512MB"),
         ({"budget": 0}, f"budget{IN_FILE}'0' is no size"),
         ({"budget": -1}, f"budget{IN_FILE}'-1' is not a size"),
@@ -120,6 +129,11 @@ IN_FILE = f" in {PATH}: "
         ({"keep_alive": -1}, f"keep_alive{IN_FILE}-1 is not"),
         ({"idle_exit": float("nan")}, f"idle_exit{IN_FILE}nan is not"),
         ({"policy": "lruu"}, f"policy{IN_FILE}'lruu' is not a policy; did you mean 'lru'? There are: forecast, "),
+        ({"background_rate": "fast"}, f"background_rate{IN_FILE}'fast' is not a rate in bytes a second; write for ex"),
+        ({"background_rate": 0}, f"background_rate{IN_FILE}'0' is not a rate"),
+        ({"background_rate": 2e8}, f"background_rate{IN_FILE}200000000.0 is not a rate; write text as \"200MB/s\""),
+        ({"background_rate": True}, f"background_rate{IN_FILE}True is not a rate"),
+        ({"background_rate": float("nan")}, f"background_rate{IN_FILE}nan is not a rate"),
         ({"policy": 3}, f"policy{IN_FILE}3 is not a policy; there are: forecast, "),
     ],
 )
@@ -154,6 +168,8 @@ def test_a_wrong_flag_is_told_by_its_name_and_a_wrong_size_as_anywhere_else() ->
         merge({"idle_exit": -1}, {}, {}, PATH)
     with pytest.raises(SizeInvalid, match=r"^'much' is not"):
         merge({"budget": "much"}, {}, {}, PATH)
+    with pytest.raises(SizeInvalid, match=r"^'fast' is not a rate .* 200MB/s, or inf for no limit$"):
+        merge({"background_rate": "fast"}, {}, {}, PATH)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -197,8 +213,8 @@ import sys
 import expertd.daemon.__main__ as daemon
 
 class Server:
-    def __init__(self, home, size, policy, *, idle_exit_s, keep_alive_s, **others):
-        print(size, policy.__name__, idle_exit_s, keep_alive_s)
+    def __init__(self, home, size, policy, *, idle_exit_s, keep_alive_s, background_rate, **others):
+        print(size, policy.__name__, idle_exit_s, keep_alive_s, background_rate)
 
     async def run(self):
         pass
@@ -208,7 +224,7 @@ sys.exit(daemon.main())
 """
 """``python -m expertd.daemon`` with a server that only says what it was made with."""
 
-SETTINGS = 'budget = "1MiB"\nkeep_alive = 60\nidle_exit = 30\npolicy = "lru"\n'
+SETTINGS = 'budget = "1MiB"\nkeep_alive = 60\nidle_exit = 30\npolicy = "lru"\nbackground_rate = "9MB/s"\n'
 
 
 def made_with(*flags: str) -> str:
@@ -219,11 +235,12 @@ def made_with(*flags: str) -> str:
 
 def test_each_setting_reaches_the_daemon(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     home.config.write_text(SETTINGS)
-    assert made_with() == "1048576 LRU 30.0 60.0\n"
+    assert made_with() == "1048576 LRU 30.0 60.0 9000000\n"
     monkeypatch.setenv("EXPERTD_POLICY", "lfu")
     monkeypatch.setenv("EXPERTD_IDLE_EXIT", "inf")
-    assert made_with("--keep-alive", "5") == "1048576 LFU None 5.0\n"
-    assert made_with("--budget", "2MiB", "--policy", "ewma", "--idle-exit", "7") == "2097152 EWMA 7.0 60.0\n"
+    assert made_with("--keep-alive", "5") == "1048576 LFU None 5.0 9000000\n"
+    flags = ("--budget", "2MiB", "--policy", "ewma", "--idle-exit", "7", "--background-rate", "1MB")
+    assert made_with(*flags) == "2097152 EWMA 7.0 60.0 1000000\n"
 
 
 def test_daemon_run_takes_the_file_and_ends_when_it_says(home: Home) -> None:
@@ -294,14 +311,15 @@ def test_a_command_tells_a_mistake_in_one_sentence(command: str, home: Home, che
 
 
 def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    home.config.write_text('budget = "2GiB"\nidle_exit = 60\n')
+    home.config.write_text('budget = "2GiB"\nidle_exit = 60\nbackground_rate = "200MB/s"\n')
     monkeypatch.setenv("EXPERTD_IDLE_EXIT", "120")
     assert expertd("config", "show").stdout.splitlines() == [
-        f"file        {home.config}",
-        f"budget      2.1 GB  ({home.config})",
-        "keep_alive  until memory is needed  (default)",
-        "idle_exit   120 s  (EXPERTD_IDLE_EXIT)",
-        "policy      forecast  (default)",
+        f"file             {home.config}",
+        f"budget           2.1 GB  ({home.config})",
+        "keep_alive       until memory is needed  (default)",
+        "idle_exit        120 s  (EXPERTD_IDLE_EXIT)",
+        "policy           forecast  (default)",
+        f"background_rate  200 MB/s  ({home.config})",
     ]
     assert json.loads(expertd("config", "show", "--json").stdout) == {
         "file": str(home.config),
@@ -310,17 +328,19 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
             "keep_alive": {"value": None, "source": "default"},
             "idle_exit": {"value": 120, "source": "environment"},
             "policy": {"value": "forecast", "source": "default"},
+            "background_rate": {"value": 200_000_000, "source": "file"},
         },
     }
 
 
 def test_config_show_says_that_there_is_no_file_and_creates_nothing(home: Home) -> None:
     assert expertd("config", "show").stdout.splitlines() == [
-        f"file        {home.config}, which is not there",
-        "budget      auto: what the machine can spare  (default)",
-        "keep_alive  until memory is needed  (default)",
-        "idle_exit   never; a daemon that is started on demand: 900 s  (default)",
-        "policy      forecast  (default)",
+        f"file             {home.config}, which is not there",
+        "budget           auto: what the machine can spare  (default)",
+        "keep_alive       until memory is needed  (default)",
+        "idle_exit        never; a daemon that is started on demand: 900 s  (default)",
+        "policy           forecast  (default)",
+        "background_rate  no limit  (default)",
     ]
     assert not home.config.exists()
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import xxhash
 
+from expertd.daemon.blocks import OpenFiles, read_block
 from expertd.daemon.index import build_index
 from expertd.daemon.packed import find_store
-from expertd.daemon.reader import OpenFiles, read_block
 from expertd.protocol import packed
 from expertd.protocol.checkpoint import read_header
 from expertd.protocol.errors import DerivedExperts, FileChanged, HeaderInvalid, StoreInvalid
@@ -36,7 +37,8 @@ def write_model(folder: Path, layers: dict[str, tuple[int, ...]] = SIZES) -> Man
     for name, sizes in layers.items():
         for number, size in enumerate(sizes):
             begin = len(data)
-            data += bytes((7 * begin + 31 * n + n // 251) % 256 for n in range(EXPERTS * size))
+            n = np.arange(EXPERTS * size)
+            data += ((7 * begin + 31 * n + n // 251) % 256).astype(np.uint8).tobytes()
             shape = [EXPERTS, size]
             entries[f"{name}.{number}"] = {"dtype": "U8", "shape": shape, "data_offsets": [begin, len(data)]}
     header = json.dumps(entries).encode()

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from expertd.daemon.files import SECTOR
 from expertd.daemon.server import Server
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
@@ -42,7 +43,9 @@ class FaultyReads:
                 return 0
             case _:  # short, which is no failure: the reader has to go on where it ended
                 first = buffers[0]
-                return os.preadv(descriptor, [first[: max(1, len(first) // 3)]], offset)
+                third = len(first) // 3
+                # Direct reads take whole sectors only; where there is but one, they are refused, which is a fault too.
+                return os.preadv(descriptor, [first[: max(1, third - third % SECTOR or third)]], offset)
 
 
 def main() -> int:

@@ -26,6 +26,8 @@ def config() -> None:
       keep_alive  seconds until a model that nobody uses is given back
       idle_exit   seconds without a session until the daemon ends
       policy      how to choose the blocks that go
+      background_rate
+                  bytes a second that are read while nobody waits ("200MB/s")
 
     The variable of a key (EXPERTD_BUDGET and so on) comes before the file, and a flag before both.
     """
@@ -56,10 +58,11 @@ def as_object(home: Home, found: Config) -> dict[str, object]:
 def table(home: Home, found: Config) -> list[str]:
     """The settings as lines for a person."""
     there = "" if home.config.exists() else ", which is not there"
-    lines = [f"file        {home.config}{there}"]
+    width = max(map(len, KEYS))
+    lines = [f"{'file':{width}}  {home.config}{there}"]
     for key, setting in _settings(found):
         origin = {Source.ENVIRONMENT: variable(key), Source.FILE: str(home.config)}.get(setting.source, setting.source)
-        lines.append(f"{key:10}  {_shown(key, setting)}  ({origin})")
+        lines.append(f"{key:{width}}  {_shown(key, setting)}  ({origin})")
     return lines
 
 
@@ -75,6 +78,10 @@ def _shown(key: str, setting: Setting[Any]) -> str:
             return show_size(size)
         case "keep_alive", None:
             return "until memory is needed"
+        case "background_rate", None:
+            return "no limit"
+        case "background_rate", rate:
+            return f"{show_size(rate)}/s"
         case "idle_exit", None:
             on_demand = f"; a daemon that is started on demand: {IDLE_EXIT_S} s"
             return "never" + (on_demand if setting.source is Source.DEFAULT else "")

@@ -34,6 +34,11 @@ def daemon() -> None:
     help="Give a model's memory back when nobody has used it for so long.  [default: when memory is needed]",
 )
 @click.option(
+    "--background-rate",
+    metavar="RATE",
+    help="Read at most so much a second while nobody waits for it, for example 200MB/s.  [default: no limit]",
+)
+@click.option(
     "--simulate-pressure",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -46,7 +51,7 @@ def daemon() -> None:
 )
 def run(
     budget: str | None, idle_exit: float | None, policy: str | None, keep_alive: float | None,
-    simulate_pressure: Path | None, simulate_ssd: str | None,
+    background_rate: str | None, simulate_pressure: Path | None, simulate_ssd: str | None,
 ) -> None:  # fmt: skip
     """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'.
 
@@ -56,7 +61,8 @@ def run(
 
     run_daemon(
         budget, idle_exit, policy,
-        keep_alive_s=keep_alive, simulate_pressure=simulate_pressure, simulate_ssd=simulate_ssd,
+        keep_alive_s=keep_alive, background_rate=background_rate,
+        simulate_pressure=simulate_pressure, simulate_ssd=simulate_ssd,
     )  # fmt: skip
 
 

@@ -78,8 +78,8 @@ def pack(model: Path, output: Path | None, verify: bool) -> None:
 
 def _filler(loaded: LazyModel) -> Fill:
     """Where blocks come from: the model's files, or mlx-lm, where that computes them."""
+    from expertd.daemon.blocks import OpenFiles, read_block
     from expertd.daemon.index import build_index
-    from expertd.daemon.reader import OpenFiles, read_block
     from expertd.worker.computed import ComputedBlocks
 
     if loaded.manifest.derived_by:

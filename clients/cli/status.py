@@ -61,6 +61,7 @@ def table(found: Status, *, layers: bool = False, journal: bool = False) -> list
         lines.append(f"limit     {show_size(found.limit_bytes)} because of memory pressure: {why}")
     if found.simulated_ssd:
         lines.append(f"disk      slowed down to {found.simulated_ssd} (--simulate-ssd)")
+    lines += _reads(found)
     if journal:
         lines += _journal(found)
     if found.tracing:
@@ -72,6 +73,22 @@ def table(found: Status, *, layers: bool = False, journal: bool = False) -> list
     if not found.models:
         lines.append("models    none yet")
     return lines
+
+
+def _reads(found: Status) -> list[str]:
+    lines = [
+        f"reads     {device.name}: {device.reads} reads, {show_size(device.bytes)}, half of them within "
+        f"{_time(device.p50_us)}, 99 % within {_time(device.p99_us)}, {device.depth_mean:.1f} at once"
+        for device in found.devices
+    ]
+    if found.fetch_to_read_us is not None and found.fetch_to_read_us.p50:
+        begin, most = _time(found.fetch_to_read_us.p50), _time(found.fetch_to_read_us.p99)
+        lines.append(f"fetches   begin to read after {begin}, 99 % within {most}")
+    return lines
+
+
+def _time(us: int) -> str:
+    return f"{us} us" if us < 1000 else f"{us / 1000:.1f} ms"
 
 
 def _journal(found: Status) -> list[str]:

@@ -1,0 +1,119 @@
+"""How near the daemon's reading is to what the device gives, and what it costs.
+
+Fetches of 64 blocks that all miss, by a session without a model, from a packed store and from plain safetensors; and a
+C program that reads the same records in the same order with O_DIRECT on four threads.  The three take turns in changing
+order, because a disk that others use is twice as fast at one moment as at the next; figures are medians of ratios of
+neighbours (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.io.stage import EXPERTS, FETCH, Read, Stored, reading, write_model
+from benchmarks.io.yardstick import Yardstick
+from expertd.protocol.messages import FetchToRead
+
+PACKED, PLAIN = "packed", "unpacked"
+SMALL = 8
+"""Blocks of a Fetch as decoding makes it, of which the way to the first read is measured."""
+
+
+def run(quick: bool = False) -> dict[str, Any]:
+    """See the module; figures that this system cannot give are None, and it says why."""
+    layers, stretches, rounds, small_fetches = (2, 2, 6, 50) if quick else (4, 6, 12, 400)
+    chance = random.Random(0)
+    beside = Path(os.environ.get("TMPDIR") or Path.cwd() / ".tmp")  # /tmp may be memory
+    beside.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="expertd-io-", dir=beside) as folder:
+        stored = write_model(Path(folder), layers)
+        yardstick = _yardstick(Path(folder), stored)
+        c_seconds: list[float] = []
+        reads: dict[str, list[Read]] = {PACKED: [], PLAIN: []}
+        large = [_stretch(stored, yardstick, rounds, chance, c_seconds, reads).p50 for _ in range(stretches)]
+        with reading(stored, packed=True) as daemon:
+            for number in range(small_fetches):
+                daemon.fetch(number % layers, chance.sample(range(EXPERTS), SMALL))
+            small = daemon.fetch_to_read()
+    needed = FETCH * stored.block_bytes
+    figures: dict[str, Any] = {}
+    for name, found in reads.items():
+        figures |= _figures(name, found, c_seconds, needed)
+    return figures | {
+        "fetch_to_read_us": small.p50,
+        "fetch_to_read_p99_us": small.p99,
+        f"fetch_to_read_us_{FETCH}": round(statistics.median(large)),
+        "c_mb_per_s": round(needed / statistics.median(c_seconds) / 1e6) if c_seconds else None,
+        "rounds": stretches * rounds,
+    }
+
+
+def _stretch(
+    stored: Stored,
+    yardstick: Yardstick | None,
+    rounds: int,
+    chance: random.Random,
+    c_seconds: list[float],
+    reads: dict[str, list[Read]],
+) -> FetchToRead:
+    """The same blocks by the C reader and both daemons, again and again, into ``c_seconds`` and ``reads``.
+
+    The daemons are new ones, because whether their memory lies in large pieces is luck that lasts as long as they do.
+    Returns how soon the packed one began to read.
+    """
+    with reading(stored, packed=True) as packed, reading(stored, packed=False) as plain:
+        daemons = {PACKED: packed, PLAIN: plain}
+        for number in range(rounds):
+            layer, experts = number % len(stored.manifest.layers), chance.sample(range(EXPERTS), FETCH)
+            turns = ["C", *daemons]
+            chance.shuffle(turns)
+            for turn in turns:
+                if turn in daemons:
+                    reads[turn].append(daemons[turn].fetch(layer, experts))
+                elif yardstick is not None:
+                    c_seconds.append(yardstick.read([stored.layout.record(layer, expert) for expert in experts]))
+        return packed.fetch_to_read()
+
+
+def _yardstick(folder: Path, stored: Stored) -> Yardstick | None:
+    packed = stored.layout.header.layers[0]
+    try:
+        found = Yardstick(folder, stored.store, packed.record_bytes, max(part.bytes for part in packed.parts))
+        found.read([stored.layout.record(0, 0)])
+    except RuntimeError as error:
+        print(f"nothing to compare with: {error}")
+        return None
+    return found
+
+
+def _figures(name: str, reads: Sequence[Read], c_seconds: Sequence[float], needed: int) -> dict[str, Any]:
+    """Of one way of reading.  A ratio of 1 is as fast as the C program, or no byte more than is needed."""
+    ratios = [c / read.seconds for c, read in zip(c_seconds, reads, strict=True)] if c_seconds else []
+    rate = needed / statistics.median(read.seconds for read in reads)
+    if ratios:
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name}: {rate / 1e6:.0f} MB/s; of the C reader's speed {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
+    else:
+        print(f"{name}: {rate / 1e6:.0f} MB/s")
+    return {
+        f"{name}_ratio": round(statistics.median(ratios), 3) if ratios else None,
+        f"{name}_bytes_ratio": _over([read.process_bytes for read in reads], needed, "process"),
+        f"{name}_device_bytes_ratio": _over([read.device_bytes for read in reads], needed, "device"),
+        f"{name}_mb_per_s": round(rate / 1e6),
+        f"daemon_cpu_s_per_gb_{name}": round(sum(read.cpu_s for read in reads) / (len(reads) * needed / 1e9), 3),
+    }
+
+
+def _over(counted: Sequence[int | None], needed: int, whose: str) -> float | None:
+    """Bytes that were read over bytes that were needed, the median: others may use the device too."""
+    found = [size for size in counted if size is not None]
+    if not found:
+        print(f"this system does not count the bytes of the {whose}")
+        return None
+    return round(statistics.median(found) / needed, 4)

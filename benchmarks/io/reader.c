@@ -1,0 +1,84 @@
+/* The yardstick of benchmarks/io: reads the records whose offsets come on stdin, O_DIRECT, preadv, some threads.
+
+   reader FILE RECORD_BYTES PART_BYTES THREADS: a record is read with one preadv into buffers of PART_BYTES each, as the
+   daemon scatters it into slabs.  Every record has its own place in shared memory, as in a pool: how large the pieces
+   are that the memory lies in makes a difference of a half.  Prints the seconds that reading took. */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MOST_OFFSETS 65536
+#define MOST_BUFFERS 512
+#define MOST_THREADS 64
+
+static long long offsets[MOST_OFFSETS];
+static int count, descriptor;
+static size_t record_bytes, part_bytes;
+static atomic_int taken;
+static char *memory;
+
+static void *work(void *unused)
+{
+    struct iovec buffers[MOST_BUFFERS];
+    for (;;) {
+        int number = atomic_fetch_add(&taken, 1), used = 0;
+        if (number >= count)
+            return unused;
+        for (size_t at = 0; at < record_bytes; at += part_bytes, used++) {
+            buffers[used].iov_base = memory + number * record_bytes + at;
+            buffers[used].iov_len = record_bytes - at < part_bytes ? record_bytes - at : part_bytes;
+        }
+        if (preadv(descriptor, buffers, used, offsets[number]) != (ssize_t)record_bytes) {
+            fprintf(stderr, "a read failed at byte %lld (%s)\n", offsets[number], strerror(errno));
+            exit(4);
+        }
+    }
+}
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec + time.tv_nsec / 1e9;
+}
+
+int main(int argc, char **argv)
+{
+    pthread_t threads[MOST_THREADS];
+    if (argc != 5)
+        return 2;
+    record_bytes = strtoull(argv[2], NULL, 10);
+    part_bytes = strtoull(argv[3], NULL, 10);
+    int most = atoi(argv[4]);
+    if (!part_bytes || record_bytes / part_bytes >= MOST_BUFFERS || most < 1 || most > MOST_THREADS)
+        return 2;
+    while (count < MOST_OFFSETS && scanf("%lld", &offsets[count]) == 1)
+        count++;
+    descriptor = open(argv[1], O_RDONLY | O_DIRECT);
+    if (descriptor < 0) {
+        fprintf(stderr, "%s cannot be opened for direct reads (%s)\n", argv[1], strerror(errno));
+        return 4;
+    }
+    memory = mmap(NULL, count * record_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (memory == MAP_FAILED) {
+        fprintf(stderr, "there is no memory for %d records (%s)\n", count, strerror(errno));
+        return 3;
+    }
+    double began = now();
+    for (int n = 0; n < most; n++)
+        pthread_create(&threads[n], NULL, work, NULL);
+    for (int n = 0; n < most; n++)
+        pthread_join(threads[n], NULL);
+    printf("%.6f\n", now() - began);
+    return 0;
+}
