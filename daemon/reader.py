@@ -8,8 +8,10 @@ that in ``expertd.daemon.pacing``.  Where the bytes come from is ``expertd.daemo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import threading
 import time
 from collections import OrderedDict
@@ -83,7 +85,12 @@ class Reader:
             hot: whether the machine is too hot for that.
         """
         self._preadv, self._hot = read, hot
-        self._changed = threading.Condition(threading.Lock())
+        # Threads wait for a byte of this pipe and not for a condition: whoever writes one lets go of the interpreter,
+        # and the thread that it wakes takes that at once (10 us), not when the loop has nothing else to do.
+        self._bell, self._ring = os.pipe()
+        os.set_blocking(self._bell, False)
+        os.set_blocking(self._ring, False)
+        self._lock = threading.Lock()
         # All below is under that lock.
         self._queues: dict[Priority, OrderedDict[Job, None]] = {priority: OrderedDict() for priority in Priority}
         self._places: dict[_Place, Job] = {}  # the queued job that reads a block, to find neighbours by
@@ -125,16 +132,17 @@ class Reader:
 
     def promote(self, job: Job) -> None:
         """Somebody waits for this block now: if it has not begun, it is demand, behind all that is."""
-        with self._changed:
-            if job.priority is not Priority.DEMAND and job in self._queues[job.priority]:
-                del self._queues[job.priority][job]
-                job.priority = Priority.DEMAND
-                self._queues[Priority.DEMAND][job] = None
-                self._changed.notify()
+        with self._lock:
+            if job.priority is Priority.DEMAND or job not in self._queues[job.priority]:
+                return
+            del self._queues[job.priority][job]
+            job.priority = Priority.DEMAND
+            self._queues[Priority.DEMAND][job] = None
+        self._wake()
 
     def cancel(self, job: Job) -> bool:
         """Forget a job that has not begun; False: it has, and ``done`` is or will be called."""
-        with self._changed:
+        with self._lock:
             if job not in self._queues[job.priority]:
                 return False
             self._unqueue(job)
@@ -143,71 +151,89 @@ class Reader:
 
     def devices(self) -> ReadStatistics:
         """What was read, from which devices, and how long it took."""
-        with self._changed:
+        with self._lock:
             return self._devices.statistics()
 
     def close(self) -> None:
         """Finish what is being read, forget what is queued, and end the threads."""
-        with self._changed:
+        with self._lock:
+            if self._ending:
+                return
             self._ending = True
             for queue in self._queues.values():
                 queue.clear()
             self._places.clear()
-            self._changed.notify_all()
+        for _ in self._threads:
+            self._wake()
         for thread in self._threads:
             thread.join()
+        os.close(self._bell)
+        os.close(self._ring)
 
     def _put(self, job: Job) -> Job:
-        with self._changed:
-            if not self._ending:
-                self._queues[job.priority][job] = None
-                if job.place is not None:
-                    self._places[job.place] = job
-                self._changed.notify()
+        with self._lock:
+            if self._ending:
+                return job
+            self._queues[job.priority][job] = None
+            if job.place is not None:
+                self._places[job.place] = job
+        self._wake()
         return job
 
-    # -- what comes next; all of it under the lock ---------------------------------------------------------------------
+    def _wake(self) -> None:
+        """Have one more thread look at what is queued."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full, so all will look
+            os.write(self._ring, b"x")
+
+    # -- what comes next -----------------------------------------------------------------------------------------------
 
     def _next(self) -> list[Job]:
         """What a thread does next, begun; waits for it.  Nothing: the end."""
-        with self._changed:
-            while not self._ending:
-                if self._queues[Priority.DEMAND]:
-                    batch = self._take(Priority.DEMAND, time.monotonic())
-                    self._demand_under_way += 1
-                    return batch
-                if not (job := self._first_other()) or self._watched:
-                    self._changed.wait()
-                    continue
-                now = time.monotonic()
-                if self._pacing.asks_heat(now):
-                    self._measure()
-                elif (wait_s := self._pacing.wait_s(job.size, now)) > 0:
-                    self._watched = True
-                    self._changed.wait(wait_s)
+        while True:
+            with self._lock:
+                if self._ending:
+                    return []
+                batch, wait_s = self._choose(time.monotonic())
+            if batch:
+                return batch
+            if wait_s == 0:
+                self._measure()
+            elif select.select([self._bell], [], [], wait_s)[0]:
+                with contextlib.suppress(BlockingIOError):  # another thread was faster
+                    os.read(self._bell, 1)
+            if wait_s is not None:
+                with self._lock:
                     self._watched = False
-                else:
-                    self._other_under_way = True
-                    return self._take(job.priority, now)
-            return []
+
+    # All that follows is under the lock, up to the threads.
+
+    def _choose(self, now: float) -> tuple[list[Job], float | None]:
+        """What a thread should do; if nothing: how long to wait for a wake, None: until there is one.
+
+        One thread at a time waits for the moment when something else than demand may begin; 0: it should find out
+        how hot it is, and ask again.
+        """
+        if self._queues[Priority.DEMAND]:
+            self._demand_under_way += 1
+            return self._take(Priority.DEMAND, now), None
+        job = self._first_other()
+        if job is None or self._watched:
+            return [], None
+        if self._pacing.asks_heat(now):
+            self._watched = True
+            return [], 0.0
+        wait_s = self._pacing.wait_s(job.size, now)
+        if wait_s > 0:
+            self._watched = True
+            return [], wait_s
+        self._other_under_way = True
+        return self._take(job.priority, now), None
 
     def _first_other(self) -> Job | None:
         """What would be read for nobody who waits, if it may be now as far as other reads are concerned."""
         if self._demand_under_way or self._other_under_way:
             return None
         return next((next(iter(self._queues[p])) for p in Priority if self._queues[p]), None)
-
-    def _measure(self) -> None:
-        """Ask how hot it is, without the lock: no demand waits for the answer."""
-        self._watched = True
-        self._changed.release()
-        try:
-            hot = self._hot()
-        finally:
-            self._changed.acquire()
-            self._watched = False
-        if self._pacing.measured(hot):
-            log.info("nothing is read that nobody waits for: it is hot" if hot else "it is no longer hot")
 
     def _take(self, priority: Priority, now: float) -> list[Job]:
         """The first job of a queue, and as many of its neighbours as are read well together with it."""
@@ -245,7 +271,7 @@ class Reader:
             del self._places[job.place]
 
     def _ended(self, batch: Sequence[Job], well: bool) -> None:
-        with self._changed:
+        with self._lock:
             if batch[0].priority is Priority.DEMAND:
                 self._demand_under_way -= 1
             else:
@@ -258,6 +284,14 @@ class Reader:
         # A thread that waits holds no job: rows keep their segment.
         while self._serve(self._next()):
             pass
+
+    def _measure(self) -> None:
+        """Ask how hot it is; no demand waits for the answer."""
+        hot = self._hot()
+        with self._lock:
+            changed = self._pacing.measured(hot)
+        if changed:
+            log.info("nothing is read that nobody waits for: it is hot" if hot else "it is no longer hot")
 
     def _serve(self, batch: Sequence[Job]) -> bool:
         if not batch:
@@ -290,7 +324,7 @@ class Reader:
 
         def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
             device = os.fstat(descriptor).st_dev
-            with self._changed:
+            with self._lock:
                 began = time.monotonic()
                 self._devices.begin(device)
                 for at in asked:
@@ -303,7 +337,7 @@ class Reader:
                 size = self._preadv(descriptor, buffers, offset)
                 took_s = time.monotonic() - began
             finally:
-                with self._changed:
+                with self._lock:
                     self._devices.end(device, size, took_s)
             return size
 

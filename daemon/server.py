@@ -15,7 +15,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -434,66 +434,65 @@ class Server:
             return
         try:
             while self._events:
-                self._carry_out(self._core.handle(self._events[0]))
+                self._core.handle(self._events[0], self._carry_out)
                 self._events.popleft()
+            for key in self._files.keys() - self._core.models.keys():
+                self._files.pop(key).close()
         except Exception:
             # What the core believes is no longer what is: end, so that nobody computes on it.
             log.critical("the daemon has an error in itself and ends", exc_info=True)
             self._ending.set()
             raise
 
-    def _carry_out(self, todo: Iterable[instructions.Instruction]) -> None:
-        for what in todo:
-            match what:
-                case instructions.Answer(session, sequence, version, slots, announce):
-                    self._waits.answered(session, time.monotonic())
-                    resident = messages.Resident(
-                        session=session, sequence=sequence, version=version, slots=list(slots), announce=announce
-                    )
-                    self._to_data(session, resident)
-                case instructions.Publish(segment, row, expert, slot):
-                    self._pools[segment].table[row, expert] = slot
-                case instructions.StartRead():
-                    rows = self._pools[what.segment].rows(what.slot)
-                    files = self._files[what.model]
-                    place = Place(what.segment, what.layer, what.expert)
-                    self._waits.read_began(place, time.monotonic())
-                    done = self._when_filled(what.segment, what.slot)
-                    asked_at = self._frame_at if what.priority is Priority.DEMAND else None
-                    job = self._reader.read(files, what.layer, what.expert, rows, done, what.priority, asked_at)
-                    self._reads[what.segment, what.slot] = place, job
-                case instructions.Promote(segment, slot) if (segment, slot) in self._reads:
-                    self._reader.promote(self._reads[segment, slot][1])
-                case instructions.Cancel(segment, slot) if (segment, slot) in self._reads:
-                    place, job = self._reads[segment, slot]
-                    if self._reader.cancel(job):
-                        del self._reads[segment, slot]
-                        self._waits.read_ended(place, time.monotonic())
-                        self._feed(events.ReadCancelled(segment, slot))
-                case instructions.StartCopy(source, source_slot, segment, slot):
-                    sources, rows = self._pools[source].rows(source_slot), self._pools[segment].rows(slot)
-                    self._reader.copy(sources, rows, self._when_filled(segment, slot))
-                case instructions.AskAck(session, version):
-                    self._to_control(session, messages.AckRequest(session=session, version=version))
-                case instructions.Announce(session, segment):
-                    self._to_control(session, messages.Complete(session=session, segment=segment))
-                case instructions.Grant():
-                    self._grant(what)
-                case instructions.Move(session, info):
-                    if (info_named := self._hand_over(session, info)) is not None:
-                        self._to_control(session, messages.Moved(session=session, pool=info_named))
-                case instructions.Refuse(session, error, None):
-                    self._to_control(session, messages.Error.of(error))
-                    self._end(session)
-                case instructions.Refuse(session, error, sequence):
-                    self._waits.answered(session, time.monotonic())
-                    self._to_data(session, messages.Error.of(error, sequence))
-                case instructions.CreatePool():
-                    self._spawn(self._create_pool(what))
-                case instructions.UnlinkPool(segment):
-                    self._pools.pop(segment).close()
-        for key in self._files.keys() - self._core.models.keys():
-            self._files.pop(key).close()
+    def _carry_out(self, what: instructions.Instruction) -> None:
+        match what:
+            case instructions.Answer(session, sequence, version, slots, announce):
+                self._waits.answered(session, time.monotonic())
+                resident = messages.Resident(
+                    session=session, sequence=sequence, version=version, slots=list(slots), announce=announce
+                )
+                self._to_data(session, resident)
+            case instructions.Publish(segment, row, expert, slot):
+                self._pools[segment].table[row, expert] = slot
+            case instructions.StartRead():
+                rows = self._pools[what.segment].rows(what.slot)
+                files = self._files[what.model]
+                place = Place(what.segment, what.layer, what.expert)
+                self._waits.read_began(place, time.monotonic())
+                done = self._when_filled(what.segment, what.slot)
+                asked_at = self._frame_at if what.priority is Priority.DEMAND else None
+                job = self._reader.read(files, what.layer, what.expert, rows, done, what.priority, asked_at)
+                self._reads[what.segment, what.slot] = place, job
+            case instructions.Promote(segment, slot) if (segment, slot) in self._reads:
+                self._reader.promote(self._reads[segment, slot][1])
+            case instructions.Cancel(segment, slot) if (segment, slot) in self._reads:
+                place, job = self._reads[segment, slot]
+                if self._reader.cancel(job):
+                    del self._reads[segment, slot]
+                    self._waits.read_ended(place, time.monotonic())
+                    self._feed(events.ReadCancelled(segment, slot))
+            case instructions.StartCopy(source, source_slot, segment, slot):
+                sources, rows = self._pools[source].rows(source_slot), self._pools[segment].rows(slot)
+                self._reader.copy(sources, rows, self._when_filled(segment, slot))
+            case instructions.AskAck(session, version):
+                self._to_control(session, messages.AckRequest(session=session, version=version))
+            case instructions.Announce(session, segment):
+                self._to_control(session, messages.Complete(session=session, segment=segment))
+            case instructions.Grant():
+                self._grant(what)
+            case instructions.Move(session, info):
+                if (info_named := self._hand_over(session, info)) is not None:
+                    self._to_control(session, messages.Moved(session=session, pool=info_named))
+            case instructions.Refuse(session, error, None):
+                self._to_control(session, messages.Error.of(error))
+                self._end(session)
+            case instructions.Refuse(session, error, sequence):
+                self._waits.answered(session, time.monotonic())
+                self._to_data(session, messages.Error.of(error, sequence))
+            case instructions.CreatePool():
+                self._spawn(self._create_pool(what))
+            case instructions.UnlinkPool(segment):
+                self._pools.pop(segment).close()
 
     def _when_filled(self, segment: int, slot: int) -> Callable[[int, ExpertdError | None], None]:
         """What the reader calls, on a thread of its own, when the slot is filled."""

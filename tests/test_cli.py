@@ -67,8 +67,8 @@ def test_status_as_json_has_the_promised_shape(model_path: Path, home: Home, sta
     assert (model["moe_layers"], model["experts"], model["top_k"]) == (3, 16, 4)
     assert model["block_bytes"] == 3 * (128 * 256 // 2 + 128 * 256 // 32)  # 4 bits each, and a scale for 32 of them
     assert model["resident_blocks"] == model["slots"] == 12
-    assert model["misses"] == model["evictions"] + model["resident_blocks"]
-    assert model["bytes_read"] == model["misses"] * model["block_bytes"]
+    assert 0 < model["misses"] <= model["evictions"] + model["resident_blocks"]  # some were read ahead
+    assert model["bytes_read"] == model["block_bytes"] * (model["evictions"] + model["resident_blocks"])
     assert model["hits"] > 0
     assert model["sessions"] == []
     assert len(model["layers"]) == 3

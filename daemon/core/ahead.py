@@ -22,8 +22,11 @@ HELD = 4
 """Blocks that were read ahead and wait for their event take one in so many slots of a pool at most."""
 FEW = 4
 """An event of at most so many times the experts of one token is one of single tokens."""
-SPARE = 16
-"""Where it pays for single tokens, one in so many slots is kept free for it, a token's experts at most."""
+SPARE = 64
+"""One in so many slots is kept free, a token's experts at most: what is fetched, or read ahead, is needed too soon to
+make room first."""
+SPARE_AHEAD = 16
+"""One in so many where it pays to read ahead for single tokens."""
 
 
 def begin_event(model: Model, pool: Pool, session: Session, event: events.Fetch, out: Out) -> bool:
@@ -111,10 +114,11 @@ def read(model: Model, pool: Pool, out: Out, alone: bool) -> None:
 
 
 def keep_spare(model: Model, pool: Pool, out: Out, alone: bool) -> None:
-    """Keep some slots free where what single tokens will need is read ahead: there is no time to make room."""
-    if model.foresight.reads_for_tokens and not pool.holds_all:
+    """Keep some slots free."""
+    if not pool.holds_all and not pool.wish:
         top_k = max(model.manifest.layers[layer].top_k for layer in pool.layers)
-        slots.make_room(model, pool, min(top_k, pool.layout.slots // SPARE), out, alone)
+        part = SPARE_AHEAD if model.foresight.reads_for_tokens else SPARE
+        slots.make_room(model, pool, min(top_k, pool.layout.slots // part), out, alone)
 
 
 def in_the_way(model: Model, pool: Pool) -> list[Session]:

@@ -1,6 +1,6 @@
 """The state machine that owns residency: who may read what, which slot may be refilled, who waits for whom.
 
-    instructions = core.handle(event)
+    instructions = core.handle(event)  # or, as they come: core.handle(event, carry_out)
 
 No locks, no clock, no sockets, no memory: one loop owns the object, carries the instructions out in order, and feeds
 back what came of them.  The rule that everything rests on (DESIGN section 5): no slot is refilled while a living
@@ -16,10 +16,10 @@ need soon (``ahead``), divide memory (``plan`` and ``memory``), read, write or s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots
-from expertd.daemon.core.holdings import Holdings
+from expertd.daemon.core.holdings import AtOnce, Holdings
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.plan import largest, resized
 from expertd.daemon.core.state import Model, Pool, Session, Waiting
@@ -35,10 +35,17 @@ GROWTH = 9 / 8
 class Core(Holdings):
     """Owned by one loop; not thread-safe."""
 
-    def handle(self, event: events.Event) -> list[instructions.Instruction]:
-        """Take ``event`` in and return what has to be done about it, in order."""
+    def handle(
+        self, event: events.Event, at_once: Callable[[instructions.Instruction], None] | None = None
+    ) -> list[instructions.Instruction]:
+        """Take ``event`` in and return what has to be done about it, in order.
+
+        Args:
+            at_once: does each of these as soon as it is known, and nothing is returned: what is to be read is known
+                before the rest has been worked out.  It must not call back.
+        """
         self._events += 1
-        self._out = []
+        self._out = [] if at_once is None else AtOnce(at_once)
         match event:
             case events.Attach():
                 self._attach(event)
@@ -55,7 +62,7 @@ class Core(Holdings):
             case events.Routed(session, routing):
                 if session in self.sessions:
                     self._heard(self.sessions[session])
-                    self._observe_hits(self.sessions[session], routing)
+                    self._learn(self.sessions[session], self._hits(self.sessions[session], routing))
             case events.Released(session, segment):
                 self._released(session, segment)
             case events.Silent(session):
@@ -205,30 +212,31 @@ class Core(Holdings):
         session.leases_only = event.leases_only
         session.owes = False
         session.answer = session.refusal = None
-        self._observe_hits(session, event.routing)
+        events_before = self._hits(session, event.routing)
         self._abandon(model, session)
         pool = model.pool_of_layer.get(event.layer)
+        problem = fetches.problem(event, pool)
         if pool is not None and (event.segment != pool.segment or session.number not in pool.holders):
             self._offer(model, session)
             moved = PoolMoved(f"layer {event.layer} is in segment {pool.segment} now")
             self._refuse_fetch(model, session, moved)
-            self._pump_all(model)
-            return
-        if problem := fetches.problem(event, pool):
-            self._refuse_fetch(model, session, FetchInvalid(problem))
-            self._pump_all(model)
-            return
-        assert pool is not None
-        ahead.note_wait(model, session, event)
-        if ahead.begin_event(model, pool, session, event, self._out):
-            experts = (*event.experts, *event.then)
-            self._ran(model, 1)
-            model.policy.observe(event.session, event.layer, experts)
-            resident = sum(pool.sealed_slot((event.layer, expert)) is not None for expert in experts)
-            model.counts[event.layer].hits += resident
-            model.counts[event.layer].misses += len(experts) - resident
-        session.waiting = Waiting(event)
-        pool.queue.append(session.waiting)
+        elif pool is None or problem is not None:
+            self._refuse_fetch(model, session, FetchInvalid(problem or ""))
+        else:
+            ahead.note_wait(model, session, event)
+            begins = ahead.begin_event(model, pool, session, event, self._out)
+            session.waiting = Waiting(event)
+            crowded = bool(fetches.ungranted(pool))
+            pool.queue.append(session.waiting)
+            if not crowded and fetches.absent(event, pool) <= pool.spare:
+                self._grant(model, pool, session.waiting)  # its reads begin before anything else is worked out
+            if begins:
+                experts = (*event.experts, *event.then)
+                resident = sum(pool.sealed_slot((event.layer, expert)) is not None for expert in experts)
+                model.counts[event.layer].hits += resident
+                model.counts[event.layer].misses += len(experts) - resident
+                events_before.append((event.layer, experts))
+        self._learn(session, events_before)
         self._pump_all(model)
 
     def _ahead(self, event: events.Ahead) -> None:
@@ -236,7 +244,7 @@ class Core(Holdings):
         if session is None:
             return
         self._heard(session)
-        self._observe_hits(session, event.routing)
+        self._learn(session, self._hits(session, event.routing))
         model = self.models[session.model]
         pool = model.pool_of_layer.get(event.layer)
         fits = pool is not None and event.segment == pool.segment and max(event.experts) < pool.layout.experts
@@ -287,31 +295,35 @@ class Core(Holdings):
         model = self.models[session.model]
         if event.version >= session.asked[0] and event.sequence >= session.asked[1]:
             session.owes = False  # else it was sent before the question
-        self._observe_hits(session, event.routing)
+        self._learn(session, self._hits(session, event.routing))
         session.acked = max(session.acked, min(event.version, model.version))
         if event.sequence == session.sequence and session.waiting is None:
             self._release(session)
             session.leases_only = False  # it may still read what it had, until it acks what is evicted from now on
         self._pump_all(model)
 
-    def _observe_hits(self, session: Session, routing: Iterable[tuple[int, list[int]]]) -> None:
+    def _hits(
+        self, session: Session, routing: Iterable[tuple[int, Sequence[int]]]
+    ) -> list[tuple[int, Sequence[int]]]:
+        """Count the events of a routing log, and judge announcements by them; returns those that make sense."""
         model = self.models[session.model]
-        hits = []
+        hits: list[tuple[int, Sequence[int]]] = []
         for layer, experts in routing:
             pool = model.pool_of_layer.get(layer)
             if pool is not None and experts and max(experts) < pool.layout.experts:
                 hits.append((layer, experts))
                 model.counts[layer].hits += len(experts)
             ahead.passed(model, session, layer, experts, self._out)
-        self._ran(model, len(hits))
-        for layer, experts in hits[-LEARNED_FORWARDS * len(model.counts) :]:
-            model.policy.observe(session.number, layer, experts)
+        return hits
 
-    def _ran(self, model: Model, events: int) -> None:
-        """So many events have run: now and then it is seen whether pools should give each other memory."""
-        model.foresight.ran(events)
-        if model.quotas.ran(events):
+    def _learn(self, session: Session, ran: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """These events have run; now and then it is seen whether pools should give each other memory."""
+        model = self.models[session.model]
+        model.foresight.ran(len(ran))
+        if model.quotas.ran(len(ran)):
             self._memory_changed |= memory.step(self.models.values())
+        for layer, experts in ran[-LEARNED_FORWARDS * len(model.counts) :]:
+            model.policy.observe(session.number, layer, experts)
 
     def _release(self, session: Session) -> None:
         if session.leased_pool is not None:
@@ -336,7 +348,7 @@ class Core(Holdings):
         slots.reap(model, pool)
         alone = len(self._pools) == 1
         for waiting in fetches.ungranted(pool):
-            if not self._grant(model, pool, waiting, alone):
+            if not self._grant(model, pool, waiting):
                 break
         else:
             ahead.read(model, pool, self._out, alone)
@@ -344,7 +356,7 @@ class Core(Holdings):
             self._ask(model, ahead.in_the_way(model, pool))
         slots.fill(model, pool, self._out)
 
-    def _grant(self, model: Model, pool: Pool, waiting: Waiting, alone: bool) -> bool:
+    def _grant(self, model: Model, pool: Pool, waiting: Waiting) -> bool:
         """Give ``waiting`` all the slots it needs, evicting where it must; False if it has to wait for others.
 
         What sessions expect to need soon goes last.
@@ -355,7 +367,7 @@ class Core(Holdings):
         short = len(absent) - pool.spare - len(pool.retired)
         for keep in ({*wanted, *pool.expected}, wanted):
             if short > 0:
-                slots.evict(model, pool, short, keep, self._out, alone)
+                slots.evict(model, pool, short, keep, self._out, len(self._pools) == 1)
                 short = len(absent) - pool.spare - len(pool.retired)
         if pool.spare < len(absent):
             slots.reap(model, pool)

@@ -23,6 +23,11 @@ def problem(event: events.Fetch, pool: Pool | None) -> str | None:
     return None
 
 
+def absent(event: events.Fetch, pool: Pool) -> int:
+    """How many of its blocks are neither resident nor on their way."""
+    return sum((event.layer, expert) not in pool.where for expert in event.experts)
+
+
 def ungranted(pool: Pool) -> list[Waiting]:
     """Those that hold nothing yet, the oldest first."""
     return [waiting for waiting in pool.queue if not waiting.granted]

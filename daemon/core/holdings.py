@@ -6,12 +6,24 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 from expertd.daemon.core import events, instructions, memory
 from expertd.daemon.core.plan import beginning, largest, plan_pools, smallest
 from expertd.daemon.core.state import Model, Pool, Session
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.layout import PoolLayout
+
+
+class AtOnce(list[instructions.Instruction]):
+    """Has each instruction carried out when it is appended, and keeps none."""
+
+    def __init__(self, carry_out: Callable[[instructions.Instruction], None]) -> None:
+        super().__init__()
+        self._carry_out = carry_out
+
+    def append(self, instruction: instructions.Instruction, /) -> None:
+        self._carry_out(instruction)
 
 
 class Holdings:
