@@ -365,10 +365,11 @@ class Core(Holdings):
         wanted = {(layer, expert) for expert in waiting.fetch.experts}
         absent = [block for block in sorted(wanted) if block not in pool.where]
         short = len(absent) - pool.spare - len(pool.retired)
-        for keep in ({*wanted, *pool.expected}, wanted):
-            if short > 0:
-                slots.evict(model, pool, short, keep, self._out, len(self._pools) == 1)
-                short = len(absent) - pool.spare - len(pool.retired)
+        if short > 0:
+            alone = len(self._pools) == 1
+            slots.evict(model, pool, short, {*wanted, *pool.expected}, self._out, alone)
+            if (short := len(absent) - pool.spare - len(pool.retired)) > 0:
+                slots.evict(model, pool, short, wanted, self._out, alone)
         if pool.spare < len(absent):
             slots.reap(model, pool)
         if pool.spare < len(absent):
