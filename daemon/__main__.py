@@ -52,7 +52,7 @@ def run(
     background_rate: str | None = None,
     simulate_pressure: Path | None = None,
     simulate_ssd: str | None = None,
-    reads_ahead: bool = True,
+    read_ahead: bool | None = None,
 ) -> None:
     """Run a daemon in the current home until it is told to end.
 
@@ -65,7 +65,7 @@ def run(
         keep_alive_s: give a model back when nobody has used it for so long; by default when memory is needed.
         background_rate: bytes a second that are read at most while nobody waits for them (``sizes.parse_rate``).
         simulate_pressure: a script of memory pressure (``daemon.pressure.scripted``), in the place of the system's.
-        reads_ahead: read what sessions will need soon, where that pays.
+        read_ahead: whether what sessions will soon need is read before they ask for it; by default it is.
         simulate_ssd: ``RATE[,LATENCY]`` of an SSD that reads are slowed down to (``daemon.simulated_ssd``).
 
     Raises:
@@ -89,7 +89,7 @@ def run(
             home, size, POLICIES[config.policy.value],
             idle_exit_s=config.idle_exit.value, keep_alive_s=config.keep_alive.value, pressure=pressure,
             read=ssd or os.preadv, simulated_ssd=str(ssd or ""), background_rate=config.background_rate.value,
-            reads_ahead=reads_ahead,
+            reads_ahead=config.read_ahead.value,
         ).run()  # fmt: skip
 
     asyncio.run(serve())
@@ -105,14 +105,16 @@ def main() -> int:
     parser.add_argument("--background-rate", help="read at most so much a second while nobody waits for it")
     parser.add_argument("--simulate-pressure", type=Path, help="a script of memory pressure: lines 'SECONDS LEVEL'")
     parser.add_argument("--simulate-ssd", help="slow reads down to an SSD of RATE[,LATENCY], for example 2GB,100us")
-    parser.add_argument("--no-read-ahead", action="store_true", help="read only what somebody waits for")
+    parser.add_argument(
+        "--read-ahead", action=argparse.BooleanOptionalAction, help="read what will soon be needed, where that pays"
+    )
     arguments = parser.parse_args()
     try:
         run(
             arguments.budget, arguments.idle_exit, arguments.policy,
             keep_alive_s=arguments.keep_alive, background_rate=arguments.background_rate,
             simulate_pressure=arguments.simulate_pressure, simulate_ssd=arguments.simulate_ssd,
-            reads_ahead=not arguments.no_read_ahead,
+            read_ahead=arguments.read_ahead,
         )  # fmt: skip
     except ExpertdError as error:
         print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)

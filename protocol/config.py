@@ -57,6 +57,7 @@ class Config:
         idle_exit: seconds without a session after which the daemon ends; None: never.
         policy: one of ``POLICY_NAMES``.
         background_rate: bytes a second that are read at most while nobody waits for them; None: no limit.
+        read_ahead: whether what sessions will soon need is read before they ask for it, where that pays.
     """
 
     budget: Setting[int | None]
@@ -64,6 +65,7 @@ class Config:
     idle_exit: Setting[float | None]
     policy: Setting[str]
     background_rate: Setting[int | None]
+    read_ahead: Setting[bool]
 
 
 KEYS = tuple(field.name for field in fields(Config))
@@ -129,6 +131,7 @@ def merge(
         idle_exit=choose("idle_exit", _seconds, default_idle_exit_s, _number),
         policy=choose("policy", _policy, POLICY_NAMES[0]),
         background_rate=choose("background_rate", _rate, None),
+        read_ahead=choose("read_ahead", _yes, True, _truth),
     )
 
 
@@ -184,6 +187,16 @@ def _policy(value: object) -> str:
     if isinstance(value, str) and value in POLICY_NAMES:
         return value
     raise ConfigInvalid(f"{value!r} is not a policy; {_instead(str(value), POLICY_NAMES)}")
+
+
+def _yes(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ConfigInvalid(f"{value!r} is neither true nor false")
+
+
+def _truth(text: str) -> object:
+    return {"true": True, "false": False}.get(text.strip().lower(), text)
 
 
 def _number(text: str) -> object:

@@ -81,6 +81,10 @@ FLAG, ENVIRONMENT, FILE, DEFAULT = Source
         ("background_rate", None, "unlimited", "3GB", (None, ENVIRONMENT)),
         ("background_rate", None, None, float("inf"), (None, FILE)),
         ("background_rate", None, None, None, (None, DEFAULT)),
+        ("read_ahead", False, "true", True, (False, FLAG)),
+        ("read_ahead", None, "False", True, (False, ENVIRONMENT)),
+        ("read_ahead", None, None, False, (False, FILE)),
+        ("read_ahead", None, None, None, (True, DEFAULT)),
     ],
 )
 def test_a_flag_wins_over_a_variable_and_that_over_the_file(
@@ -134,6 +138,7 @@ IN_FILE = f" in {PATH}: "
         ({"background_rate": 2e8}, f"background_rate{IN_FILE}200000000.0 is not a rate; write text as \"200MB/s\""),
         ({"background_rate": True}, f"background_rate{IN_FILE}True is not a rate"),
         ({"background_rate": float("nan")}, f"background_rate{IN_FILE}nan is not a rate"),
+        ({"read_ahead": 1}, f"read_ahead{IN_FILE}1 is neither true nor false"),
         ({"policy": 3}, f"policy{IN_FILE}3 is not a policy; there are: forecast, "),
     ],
 )
@@ -213,8 +218,8 @@ import sys
 import expertd.daemon.__main__ as daemon
 
 class Server:
-    def __init__(self, home, size, policy, *, idle_exit_s, keep_alive_s, background_rate, **others):
-        print(size, policy.__name__, idle_exit_s, keep_alive_s, background_rate)
+    def __init__(self, home, size, policy, *, idle_exit_s, keep_alive_s, background_rate, reads_ahead, **others):
+        print(size, policy.__name__, idle_exit_s, keep_alive_s, background_rate, reads_ahead)
 
     async def run(self):
         pass
@@ -224,7 +229,7 @@ sys.exit(daemon.main())
 """
 """``python -m expertd.daemon`` with a server that only says what it was made with."""
 
-SETTINGS = 'budget = "1MiB"\nkeep_alive = 60\nidle_exit = 30\npolicy = "lru"\nbackground_rate = "9MB/s"\n'
+SETTINGS = 'budget = "1MiB"\nkeep_alive = 60\nidle_exit = 30\npolicy = "lru"\nbackground_rate = "9MB/s"\nread_ahead = false\n'
 
 
 def made_with(*flags: str) -> str:
@@ -235,12 +240,12 @@ def made_with(*flags: str) -> str:
 
 def test_each_setting_reaches_the_daemon(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     home.config.write_text(SETTINGS)
-    assert made_with() == "1048576 LRU 30.0 60.0 9000000\n"
+    assert made_with() == "1048576 LRU 30.0 60.0 9000000 False\n"
     monkeypatch.setenv("EXPERTD_POLICY", "lfu")
     monkeypatch.setenv("EXPERTD_IDLE_EXIT", "inf")
-    assert made_with("--keep-alive", "5") == "1048576 LFU None 5.0 9000000\n"
-    flags = ("--budget", "2MiB", "--policy", "ewma", "--idle-exit", "7", "--background-rate", "1MB")
-    assert made_with(*flags) == "2097152 EWMA 7.0 60.0 1000000\n"
+    assert made_with("--keep-alive", "5") == "1048576 LFU None 5.0 9000000 False\n"
+    flags = ("--budget", "2MiB", "--policy", "ewma", "--idle-exit", "7", "--background-rate", "1MB", "--read-ahead")
+    assert made_with(*flags) == "2097152 EWMA 7.0 60.0 1000000 True\n"
 
 
 def test_daemon_run_takes_the_file_and_ends_when_it_says(home: Home) -> None:
@@ -320,6 +325,7 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
         "idle_exit        120 s  (EXPERTD_IDLE_EXIT)",
         "policy           forecast  (default)",
         f"background_rate  200 MB/s  ({home.config})",
+        "read_ahead       where it pays  (default)",
     ]
     assert json.loads(expertd("config", "show", "--json").stdout) == {
         "file": str(home.config),
@@ -329,6 +335,7 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
             "idle_exit": {"value": 120, "source": "environment"},
             "policy": {"value": "forecast", "source": "default"},
             "background_rate": {"value": 200_000_000, "source": "file"},
+            "read_ahead": {"value": True, "source": "default"},
         },
     }
 
@@ -341,6 +348,7 @@ def test_config_show_says_that_there_is_no_file_and_creates_nothing(home: Home) 
         "idle_exit        never; a daemon that is started on demand: 900 s  (default)",
         "policy           forecast  (default)",
         "background_rate  no limit  (default)",
+        "read_ahead       where it pays  (default)",
     ]
     assert not home.config.exists()
 

@@ -28,6 +28,7 @@ def config() -> None:
       policy      how to choose the blocks that go
       background_rate
                   bytes a second that are read while nobody waits ("200MB/s")
+      read_ahead  false: read only what somebody waits for
 
     The variable of a key (EXPERTD_BUDGET and so on) comes before the file, and a flag before both.
     """
@@ -87,4 +88,6 @@ def _shown(key: str, setting: Setting[Any]) -> str:
             return "never" + (on_demand if setting.source is Source.DEFAULT else "")
         case "keep_alive" | "idle_exit", seconds:
             return f"{seconds:.12g} s"
+        case "read_ahead", yes:
+            return "where it pays" if yes else "no"
     return str(setting.value)

@@ -39,6 +39,11 @@ def daemon() -> None:
     help="Read at most so much a second while nobody waits for it, for example 200MB/s.  [default: no limit]",
 )
 @click.option(
+    "--read-ahead/--no-read-ahead",
+    default=None,
+    help="Read what sessions will soon need before they ask for it, where that pays.  [default: read-ahead]",
+)
+@click.option(
     "--simulate-pressure",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -51,7 +56,7 @@ def daemon() -> None:
 )
 def run(
     budget: str | None, idle_exit: float | None, policy: str | None, keep_alive: float | None,
-    background_rate: str | None, simulate_pressure: Path | None, simulate_ssd: str | None,
+    background_rate: str | None, read_ahead: bool | None, simulate_pressure: Path | None, simulate_ssd: str | None,
 ) -> None:  # fmt: skip
     """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'.
 
@@ -61,7 +66,7 @@ def run(
 
     run_daemon(
         budget, idle_exit, policy,
-        keep_alive_s=keep_alive, background_rate=background_rate,
+        keep_alive_s=keep_alive, background_rate=background_rate, read_ahead=read_ahead,
         simulate_pressure=simulate_pressure, simulate_ssd=simulate_ssd,
     )  # fmt: skip
 

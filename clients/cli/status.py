@@ -8,7 +8,7 @@ import time
 import click
 import msgspec
 
-from expertd.protocol.messages import AskStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.messages import AheadStatus, AskStatus, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
@@ -113,6 +113,7 @@ def _model(model: ModelStatus) -> list[str]:
         f"  lookups   {rate} ({model.hits} hits, {model.misses} misses), {model.evictions} evictions, "
         f"{show_size(model.bytes_read)} read",
     ]
+    lines += [f"  ahead     {_ahead(kind)}" for kind in model.ahead if kind.announced]
     if model.packed:
         lines.append(f"  packed    {model.packed}")
     if model.moves:
@@ -123,6 +124,17 @@ def _model(model: ModelStatus) -> list[str]:
     if not model.sessions:
         lines.append("  session   none")
     return lines
+
+
+def _ahead(kind: AheadStatus) -> str:
+    names = {"prompt": "prompts", "next layer": "tokens, next layer", "second next layer": "tokens, layer after that"}
+    found = (
+        f"{names[kind.kind]}: {kind.announced} blocks announced, {100 * kind.useful:.0f} % of them used "
+        f"({100 * kind.shuffled:.0f} % by a shuffled guess)"
+    )
+    if kind.useful_bytes or kind.wasted_bytes:
+        found += f"; read {show_size(kind.useful_bytes)} that was used, {show_size(kind.wasted_bytes)} in vain"
+    return found + ("" if kind.reading else "; not read ahead now")
 
 
 def _layers(model: ModelStatus) -> list[str]:
