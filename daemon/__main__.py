@@ -74,7 +74,7 @@ def run(
     home = Home.current()
     config = read_config(
         home, budget=budget, idle_exit=idle_exit_s, policy=policy, keep_alive=keep_alive_s,
-        background_rate=background_rate,
+        background_rate=background_rate, read_ahead=read_ahead,
     )  # fmt: skip
     size = config.budget.value or default_budget(this_machine()).size
     pressure = system_source() if simulate_pressure is None else ScriptedSource(simulate_pressure)

@@ -229,7 +229,9 @@ sys.exit(daemon.main())
 """
 """``python -m expertd.daemon`` with a server that only says what it was made with."""
 
-SETTINGS = 'budget = "1MiB"\nkeep_alive = 60\nidle_exit = 30\npolicy = "lru"\nbackground_rate = "9MB/s"\nread_ahead = false\n'
+SETTINGS = (
+    'budget = "1MiB"\nkeep_alive = 60\nidle_exit = 30\npolicy = "lru"\nbackground_rate = "9MB/s"\nread_ahead = false\n'
+)
 
 
 def made_with(*flags: str) -> str:
