@@ -31,6 +31,7 @@ from expertd.daemon.core.state import Model
 from expertd.daemon.files import Read
 from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
+from expertd.daemon.large_pages import LargePages, system_collapse
 from expertd.daemon.lifelines import Lifelines
 from expertd.daemon.liveness import TICK_S, Liveness
 from expertd.daemon.machine import default_budget, this_machine
@@ -126,6 +127,7 @@ class Server:
         self._simulated_ssd = simulated_ssd
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended)
         self._pools: dict[int, SharedPool] = {}
+        self._large_pages = LargePages(system_collapse(), short=lambda: self._memory.pressure.level != "normal")
         self._files: dict[str, OpenFiles] = {}
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
@@ -184,6 +186,7 @@ class Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._reader.close)
+        await asyncio.to_thread(self._large_pages.close)
         self._lifelines.close()
         self._router.close()
         context.term()
@@ -492,6 +495,7 @@ class Server:
             case instructions.CreatePool():
                 self._spawn(self._create_pool(what))
             case instructions.UnlinkPool(segment):
+                self._large_pages.forget(segment)
                 self._pools.pop(segment).close()
 
     def _when_filled(self, segment: int, slot: int) -> Callable[[int, ExpertdError | None], None]:
@@ -561,6 +565,7 @@ class Server:
                 event = events.PoolFailed(what.segment, error)
             else:
                 self._pools[what.segment] = pool
+                self._large_pages.gather(what.segment, pool.segment.readonly, pool.layout.size)
                 event = events.PoolCreated(what.segment)
         self._feed(event)
 

@@ -35,13 +35,15 @@ def run(quick: bool = False) -> dict[str, Any]:
         stored = write_model(Path(folder), layers)
         yardstick = _yardstick(Path(folder), stored)
         c_seconds: list[float] = []
+        shares: list[float] = []
         reads: dict[str, list[Read]] = {PACKED: [], PLAIN: []}
-        large = [_stretch(stored, yardstick, rounds, chance, c_seconds, reads).p50 for _ in range(stretches)]
+        large = [_stretch(stored, yardstick, rounds, chance, c_seconds, reads, shares).p50 for _ in range(stretches)]
         with reading(stored, packed=True) as daemon:
             for number in range(small_fetches):
                 daemon.fetch(number % layers, chance.sample(range(EXPERTS), SMALL))
             small = daemon.fetch_to_read()
     needed = FETCH * stored.block_bytes
+    print(_told(shares))
     figures: dict[str, Any] = {}
     for name, found in reads.items():
         figures |= _figures(name, found, c_seconds, needed)
@@ -50,6 +52,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         "fetch_to_read_p99_us": small.p99,
         f"fetch_to_read_us_{FETCH}": round(statistics.median(large)),
         "c_mb_per_s": round(needed / statistics.median(c_seconds) / 1e6) if c_seconds else None,
+        "pool_in_large_pages": round(statistics.median(shares), 3) if shares else None,
         "rounds": stretches * rounds,
     }
 
@@ -61,14 +64,16 @@ def _stretch(
     chance: random.Random,
     c_seconds: list[float],
     reads: dict[str, list[Read]],
+    shares: list[float],
 ) -> FetchToRead:
     """The same blocks by the C reader and both daemons, again and again, into ``c_seconds`` and ``reads``.
 
-    The daemons are new ones, because whether their memory lies in large pieces is luck that lasts as long as they do.
-    Returns how soon the packed one began to read.
+    The daemons are new ones, because how much of their memory lies in large pages is settled soon after they begin, and
+    stays; that goes into ``shares``.  Returns how soon the packed one began to read.
     """
     with reading(stored, packed=True) as packed, reading(stored, packed=False) as plain:
         daemons = {PACKED: packed, PLAIN: plain}
+        shares += [daemon.large_share for daemon in daemons.values() if daemon.large_share is not None]
         for number in range(rounds):
             layer, experts = number % len(stored.manifest.layers), chance.sample(range(EXPERTS), FETCH)
             turns = ["C", *daemons]
@@ -79,6 +84,13 @@ def _stretch(
                 elif yardstick is not None:
                     c_seconds.append(yardstick.read([stored.layout.record(layer, expert) for expert in experts]))
         return packed.fetch_to_read()
+
+
+def _told(shares: Sequence[float]) -> str:
+    if not shares:
+        return "this system does not tell how much of a pool lies in large pages"
+    middle, least, most = statistics.median(shares), min(shares), max(shares)
+    return f"of a pool {middle:.0%} lay in large pages before it was read into ({least:.0%} to {most:.0%})"
 
 
 def _yardstick(folder: Path, stored: Stored) -> Yardstick | None:

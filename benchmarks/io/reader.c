@@ -1,8 +1,9 @@
 /* The yardstick of benchmarks/io: reads the records whose offsets come on stdin, O_DIRECT, preadv, some threads.
 
    reader FILE RECORD_BYTES PART_BYTES THREADS: a record is read with one preadv into buffers of PART_BYTES each, as the
-   daemon scatters it into slabs.  Every record has its own place in shared memory, as in a pool: how large the pieces
-   are that the memory lies in makes a difference of a half.  Prints the seconds that reading took. */
+   daemon scatters it into slabs.  Every record has its own place in shared memory, which is put together into large
+   pages as the daemon does it with its pools (where the system can): how large the pieces are that the memory lies in
+   makes a difference of a half, and both are to have the same luck.  Prints the seconds that reading took. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,6 +21,10 @@
 #define MOST_OFFSETS 65536
 #define MOST_BUFFERS 512
 #define MOST_THREADS 64
+#define PIECE ((size_t)2 << 20) /* as in daemon/large_pages.py */
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
 
 static long long offsets[MOST_OFFSETS];
 static int count, descriptor;
@@ -43,6 +48,21 @@ static void *work(void *unused)
             exit(4);
         }
     }
+}
+
+/* As much shared memory as a pool's: aligned, because nothing else is put together, and its pages present. */
+static char *shared_memory(size_t size)
+{
+    char *reserved = mmap(NULL, size + PIECE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (reserved == MAP_FAILED)
+        return reserved;
+    char *aligned = (char *)(((size_t)reserved + PIECE - 1) / PIECE * PIECE);
+    char *found = mmap(aligned, size, PROT_READ | PROT_WRITE,
+                       MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE | MAP_FIXED, -1, 0);
+    if (found != MAP_FAILED)
+        for (size_t at = 0; at + PIECE <= size; at += PIECE)
+            madvise(found + at, PIECE, MADV_COLLAPSE); /* refused: it stays as it is, like a pool */
+    return found;
 }
 
 static double now(void)
@@ -69,7 +89,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "%s cannot be opened for direct reads (%s)\n", argv[1], strerror(errno));
         return 4;
     }
-    memory = mmap(NULL, count * record_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    memory = shared_memory(count * record_bytes);
     if (memory == MAP_FAILED) {
         fprintf(stderr, "there is no memory for %d records (%s)\n", count, strerror(errno));
         return 3;

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.io.counters import Counted, Counters, between
+from benchmarks.io.pages import PageCount
 from expertd.daemon.blocks import OpenFiles, read_block
 from expertd.daemon.index import build_index
 from expertd.protocol.manifest import Manifest
@@ -82,12 +83,13 @@ def _forget(path: Path) -> None:
 
 
 class Reading:
-    """A daemon with one session, which fetches."""
+    """A daemon with one session, which fetches; ``large_share`` of its pool lies in large pages (None: unknown)."""
 
-    def __init__(self, home: Home, pid: int, stored: Stored) -> None:
+    def __init__(self, home: Home, pid: int, stored: Stored, count: PageCount) -> None:
         self.home, self._stored = home, stored
         self._session = Session(home, stored.manifest, "shm")
         self._counters = Counters(pid, stored.store)
+        self.large_share = count.share_when_still(budget_for(stored.manifest, FETCH))
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Read:
         """Fetch blocks of which none is resident."""
@@ -120,13 +122,14 @@ def _difference(seconds: float, before: Counted, after: Counted) -> Read:
 
 @contextmanager
 def reading(stored: Stored, packed: bool) -> Iterator[Reading]:
-    """A daemon that reads from the store, or from the model's own files."""
+    """A daemon that reads from the store, or from the model's own files; what its pool lies in is settled."""
+    count = PageCount()
     with temporary_home() as home:
         if packed:
             home.packed.mkdir(mode=0o700)
             (home.packed / stored.store.name).symlink_to(stored.store)
         with running_daemon(home, budget_for(stored.manifest, FETCH)) as daemon:
-            found = Reading(home, daemon.pid, stored)
+            found = Reading(home, daemon.pid, stored, count)
             try:
                 (model,) = ask_status(home).models
                 assert bool(model.packed) is packed, f"the daemon reads from {model.packed or 'the files'}"
