@@ -14,6 +14,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class Reader:
         self._bell, self._ring = os.pipe()
         os.set_blocking(self._bell, False)
         os.set_blocking(self._ring, False)
+        weakref.finalize(self, _close, self._bell, self._ring)  # not earlier: somebody may be about to write
         self._lock = threading.Lock()
         # All below is under that lock.
         self._queues: dict[Priority, OrderedDict[Job, None]] = {priority: OrderedDict() for priority in Priority}
@@ -167,8 +169,6 @@ class Reader:
             self._wake()
         for thread in self._threads:
             thread.join()
-        os.close(self._bell)
-        os.close(self._ring)
 
     def _put(self, job: Job) -> Job:
         with self._lock:
@@ -342,6 +342,11 @@ class Reader:
             return size
 
         return read
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _outcome(work: Callable[[], int]) -> tuple[int, ExpertdError | None]:

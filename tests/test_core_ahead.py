@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from expertd.daemon.core import foresight
-from expertd.daemon.core.ahead import HELD, READS
+from expertd.daemon.core.ahead import READS, STALE
 from expertd.daemon.core.events import (
     Ahead,
     BudgetChanged,
@@ -194,12 +194,12 @@ def test_a_fetch_that_finds_nothing_else_takes_what_is_expected() -> None:
     assert daemon.get(1, 1, 0, 0, 1, 2, 3).slots
 
 
-def test_half_of_a_pool_at_most_holds_what_waits_for_its_event() -> None:
+def test_a_quarter_of_a_pool_at_most_holds_what_waits_for_its_event() -> None:
     daemon = wide(8)
     announce(daemon, 1, *range(12))
     daemon.finish()
     (model,) = daemon.core.models.values()
-    assert model.pools[0].sealed == 8 // HELD
+    assert model.pools[0].sealed == 2
 
 
 def test_a_few_reads_ahead_are_on_their_way_at_a_time() -> None:
@@ -260,7 +260,9 @@ def test_nothing_is_expected_of_sessions_that_have_ended_or_are_silent() -> None
     daemon.attach(3, manifest(experts=16))
     daemon.fetch(3, 1, 0, 0, 1, 2, 3, 4, 6, 7, 8)
     assert 2 in daemon.core.owing
-    assert len(of(Cancel, daemon.feed(Silent(2)))) == 1
+    daemon.feed(Silent(2))
+    (model,) = daemon.core.models.values()
+    assert not model.pools[0].expected
 
 
 def test_two_sessions_that_expect_the_same_share_one_read_and_it_stays_for_the_later_one() -> None:
@@ -269,6 +271,68 @@ def test_two_sessions_that_expect_the_same_share_one_read_and_it_stays_for_the_l
     assert ahead(announce(daemon, 1, 4, session=2)) == []
     assert not of(Cancel, daemon.fetch(1, 1, 1, 9)), "the other one still expects it"
     assert len(of(Cancel, daemon.fetch(2, 1, 1, 9))) == 1
+
+
+def test_a_fetch_that_waits_for_the_slots_of_reads_ahead_makes_them_demand() -> None:
+    """They may begin late or never: it may be too hot for them."""
+    daemon = wide(8, sessions=2)
+    announce(daemon, 1, 1, 2, session=1)
+    daemon.ack(1, 0, 0)
+    out = daemon.fetch(2, 1, 0, *range(8))
+    assert {promote.slot for promote in of(Promote, out)} == {daemon.reads[1, 1].slot, daemon.reads[1, 2].slot}
+    daemon.finish()
+    daemon.ack(1, 2, 0)
+    assert of(Answer, daemon.finish())
+
+
+def test_what_was_called_off_in_a_pool_that_holds_all_is_filled_in_all_the_same() -> None:
+    daemon = Daemon(32)
+    daemon.attach(1, manifest(experts=16))
+    announce(daemon, 1, 4, 5, 6)
+    for cancel in of(Cancel, daemon.fetch(1, 1, 1, 9)):
+        daemon.reads = {block: read for block, read in daemon.reads.items() if read.slot != cancel.slot}
+        daemon.feed(ReadCancelled(cancel.segment, cancel.slot))
+    daemon.finish()
+    (model,) = daemon.core.models.values()
+    assert model.pools[0].complete
+
+
+def test_an_event_does_not_go_on_across_an_ack() -> None:
+    daemon = wide(16, sessions=2)
+    group(daemon, 1, 1, 0, (3,), then=(7, 5))
+    daemon.finish()
+    daemon.ack(1, 0, 1)
+    (model,) = daemon.core.models.values()
+    assert not model.pools[0].expected
+
+
+def test_a_session_that_has_long_been_silent_does_not_keep_others_from_reading_ahead() -> None:
+    daemon = wide(8, sessions=2)
+    announce(daemon, 1, 1, 2, session=1)
+    daemon.finish()
+    for sequence in range(1, STALE + 2):
+        daemon.get(2, sequence, 0, sequence % 4)
+    assert ahead(announce(daemon, 1, 8, 9, session=2)) == [8, 9]
+
+
+def test_announcements_again_and_again_take_no_more_room_than_there_are_blocks() -> None:
+    daemon = wide(8)
+    for _ in range(50):
+        announce(daemon, 1, *range(16))
+    (model,) = daemon.core.models.values()
+    assert len(model.pools[0].ahead) <= 16
+
+
+def test_a_promise_ends_with_an_error_and_then_slots_wait_for_acks_again() -> None:
+    daemon = wide(4, sessions=2)
+    daemon.get(1, 1, 1, 0, 1)
+    group(daemon, 1, 2, 0, (3,), then=())
+    read = daemon.reads.pop((0, 3))
+    daemon.feed(ReadFailed(read.segment, read.slot, errors.ReadFailed("bad sector")))
+    looked_up = {slot for (layer, _), slot in daemon.core.models[manifest(experts=16).key].pools[0].where.items()}
+    out = daemon.fetch(2, 1, 0, 5, 6, 7, 8)
+    assert [ask.session for ask in of(AskAck, out)] == [1]
+    assert looked_up.isdisjoint(read.slot for read in of(StartRead, out))
 
 
 def test_announcements_that_make_no_sense_are_ignored() -> None:

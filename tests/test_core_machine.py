@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from expertd.daemon.core import Core, events, foresight, quotas
+from expertd.daemon.core import Core, events, foresight, instructions, quotas
 from expertd.daemon.core.core import GROWTH
 from expertd.daemon.core.plan import largest, resized
 from expertd.protocol.errors import ReadFailed
@@ -431,6 +431,20 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.pools_have_grown()
 
     def until_nothing_happens(self, act: Callable[[Worker], None]) -> None:
+        """First only what somebody waits for is read: nobody may wait for what is read for nobody."""
+        self.let_things_happen(act, self.finish_demand)
+        for worker in self.workers.values():
+            if worker.granted and not worker.stopped:
+                assert worker.fetching is None, f"session {worker.number} waits for reads that nobody waits for"
+        self.let_things_happen(act, self.finish_reads)
+
+    def finish_demand(self) -> None:
+        for place in sorted(self.reads):
+            read = self.reads.get(place)
+            if isinstance(read, instructions.StartCopy) or (read is not None and read.priority is instructions.Priority.DEMAND):
+                self.read_done(place)
+
+    def let_things_happen(self, act: Callable[[Worker], None], read: Callable[[], None]) -> None:
         before = -1
         rounds = 0
         while before != self.steps:
@@ -440,7 +454,7 @@ class CacheMachine(World, RuleBasedStateMachine):
             while self.ghosts:
                 self.hear_from_the_dead()
             self.create_pools()
-            self.finish_reads()
+            read()
             for session in _everybody(self):
                 if session in self.workers and self.workers[session].granted:
                     act(self.workers[session])

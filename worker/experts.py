@@ -364,8 +364,12 @@ class _Parts:
         guesses = []
         for distance in range(1, 2 if many else self.events.session.announces + 1):
             parts = self.events.of_layer.get(self.layer + distance)
-            if parts is not None and parts.foresight is not None and not parts.complete and ABSENT in parts._row:
-                guesses.append((parts, parts.foresight(x)))
+            if parts is None or parts.foresight is None or parts.complete or ABSENT not in parts._row:
+                continue
+            if not parts.foresight.takes(x):
+                parts.foresight = None
+                continue
+            guesses.append((parts, parts.foresight(x)))
         return guesses
 
     def _announce(self, guesses: list[Guess], many: bool) -> None:
@@ -421,10 +425,11 @@ class _Parts:
             slots = slot_of[flat[mine]].view(np.uint32)
             self.slabs.bring(self.layer, flat[mine], slots)
             out = self.switch(tokens[mx.array(mine // ids.shape[-1])], mx.array(slots[:, None]))
+            self.events.unevaluated = out  # noted first: an interrupt may come any time
             if number == 0:
                 mx.async_eval(out)  # type: ignore[no-untyped-call]
                 self._announce(guesses, many=True)
-            mx.eval(out)  # the next fetch gives these slots away
+            self.events.settle()  # the next fetch gives these slots away
             rows.append(mine)
             outs.append(out)
         place = np.argsort(np.concatenate(rows))

@@ -73,8 +73,16 @@ class Foresight:
         self._router, self._bias, self._top_k = router, bias, top_k
         self._class = type(router)  # nobody listens to what is asked here
 
+    def takes(self, x: Any) -> bool:
+        """Whether ``x`` is as wide as what the router is given: some switches work on a projection of that."""
+        weight = self._router.weight
+        width = weight.shape[-1]
+        if isinstance(self._router, nn.QuantizedLinear):
+            width = width * 32 // self._router.bits
+        return bool(x.shape[-1] == width)
+
     def __call__(self, x: Any) -> Any:
-        """Ids ``[..., top_k]`` for ``x[..., hidden]``, not evaluated."""
+        """Ids ``[..., top_k]`` for ``x[..., hidden]``, which it ``takes``; not evaluated."""
         if isinstance(self._router, nn.Linear | nn.QuantizedLinear):
             scores = self._class.__call__(self._router, x)
         else:

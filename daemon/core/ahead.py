@@ -20,6 +20,8 @@ READS = 8
 """Reads ahead that may be on their way into one pool.  One is under way at a time; neighbours among them are merged."""
 HELD = 4
 """Blocks that were read ahead and wait for their event take one in so many slots of a pool at most."""
+STALE = 1000
+"""A session that has said nothing for so many events of all sessions does not hold the room of what it expected."""
 FEW = 4
 """An event of at most so many times the experts of one token is one of single tokens."""
 SPARE = 64
@@ -38,8 +40,9 @@ def begin_event(model: Model, pool: Pool, session: Session, event: events.Fetch,
     now = {(event.layer, expert) for expert in event.experts}
     before, session.rest = session.rest, tuple((event.layer, expert) for expert in event.then)
     rest = set(session.rest)
-    goes_on = bool(before) and rest | now == set(before)
-    _expect(pool, [block for block in session.rest if block not in before])
+    was = set(before)
+    goes_on = bool(was) and rest | now == was
+    _expect(pool, [block for block in session.rest if block not in was])
     if not goes_on:
         passed(model, session, event.layer, (*event.experts, *event.then), out)
     _expect_no_more(model, [block for block in before if block not in rest], now, out)
@@ -79,6 +82,11 @@ def forget(model: Model, session: Session, out: Out) -> None:
     """Nothing is expected of ``session`` any more."""
     for place in list(session.announced):
         _judge(model, session, place, None, out)
+    forget_rest(model, session, out)
+
+
+def forget_rest(model: Model, session: Session, out: Out) -> None:
+    """The event that ``session`` has begun does not go on."""
     rest, session.rest = session.rest, ()
     _expect_no_more(model, rest, (), out)
 
@@ -95,19 +103,26 @@ def forget_pool(model: Model, pool: Pool) -> None:
     pool.read_ahead.clear()
 
 
-def read(model: Model, pool: Pool, out: Out, alone: bool) -> None:
-    """Begin to read what is expected, as far as there is room; what is evicted for it is expected by nobody."""
+def read(model: Model, pool: Pool, out: Out, alone: bool, now: int) -> None:
+    """Begin to read what is expected, as far as there is room; what is evicted for it is expected by nobody.
+
+    ``now`` is the number of the core's event.
+    """
     most = max(1, pool.layout.slots // HELD)
+    if pool.ahead and len(pool.read_ahead) >= most:
+        for session in model.sessions.values():
+            if (session.announced or session.rest) and now - session.heard_at > STALE:
+                forget(model, session, out)
     while pool.ahead and len(pool.going_ahead) < READS and len(pool.read_ahead) < most:
-        block = pool.ahead[0]
-        if block in pool.where or block not in pool.expected:
-            pool.ahead.popleft()
+        block = next(iter(pool.ahead))
+        if block in pool.where:
+            del pool.ahead[block]
             continue
         if not pool.spare:
             slots.make_room(model, pool, min(len(pool.ahead), READS), out, alone)
         if not pool.spare:
             return
-        pool.ahead.popleft()
+        del pool.ahead[block]
         slots.bring(model, pool, block, out, Priority.AHEAD)
         pool.read_ahead.add(block)
         _note_begun(model, block)
@@ -156,7 +171,7 @@ def _judge(model: Model, session: Session, place: tuple[int, Kind], used: set[in
 
 def _expect(pool: Pool, blocks: list[Block]) -> None:
     pool.expected.update(blocks)
-    pool.ahead.extend(block for block in blocks if block not in pool.where)
+    pool.ahead.update(dict.fromkeys(block for block in blocks if block not in pool.where))
 
 
 def _expect_no_more(model: Model, blocks: Iterable[Block], fetched: Collection[Block], out: Out) -> None:
@@ -168,6 +183,7 @@ def _expect_no_more(model: Model, blocks: Iterable[Block], fetched: Collection[B
             continue
         del pool.expected[block]
         pool.read_ahead.discard(block)
+        pool.ahead.pop(block, None)
         if block in pool.going_ahead and block not in fetched:
             out.append(Cancel(pool.segment, pool.where[block]))
 

@@ -175,7 +175,8 @@ class Core(Holdings):
         self._sweep(model)
 
     def _heard(self, session: Session) -> None:
-        """A session that was left behind is back: let it follow."""
+        """A session has said something; if it was left behind, let it follow."""
+        session.heard_at = self._events
         if session.silent:
             session.silent = session.owes = False
             session.asked = (0, 0)
@@ -299,6 +300,7 @@ class Core(Holdings):
         session.acked = max(session.acked, min(event.version, model.version))
         if event.sequence == session.sequence and session.waiting is None:
             self._release(session)
+            ahead.forget_rest(model, session, self._out)  # no event goes on across an ack
             session.leases_only = False  # it may still read what it had, until it acks what is evicted from now on
         self._pump_all(model)
 
@@ -351,9 +353,9 @@ class Core(Holdings):
             if not self._grant(model, pool, waiting):
                 break
         else:
-            ahead.read(model, pool, self._out, alone)
+            ahead.read(model, pool, self._out, alone, self._events)
             ahead.keep_spare(model, pool, self._out, alone)
-            self._ask(model, ahead.in_the_way(model, pool))
+            self._ask(model, ahead.in_the_way(model, pool), waiting=False)
         slots.fill(model, pool, self._out)
 
     def _grant(self, model: Model, pool: Pool, waiting: Waiting) -> bool:
@@ -373,6 +375,8 @@ class Core(Holdings):
         if pool.spare < len(absent):
             slots.reap(model, pool)
         if pool.spare < len(absent):
+            # What is read for nobody who waits may be read late, and its slots are waited for now.
+            slots.demand(pool, pool.going_ahead | pool.background, self._out)
             self._ask_for_room(model, pool)
             return False
         session = self.sessions[waiting.fetch.session]
@@ -392,17 +396,19 @@ class Core(Holdings):
     def _ask_for_room(self, model: Model, pool: Pool) -> None:
         """A Fetch waits for slots: ask those who stand in the way; if only silent ones do, go on without them."""
         blockers = slots.in_the_way(model, pool)
-        self._ask(model, blockers)
+        self._ask(model, blockers, waiting=True)
         if slots.only_silent(blockers):
             self._move(model, pool, self.budget - self.used)
 
-    def _ask(self, model: Model, blockers: Iterable[Session]) -> None:
-        """Ask those for an ack who have not been asked since they said something."""
+    def _ask(self, model: Model, blockers: Iterable[Session], waiting: bool) -> None:
+        """Ask those for an ack who have not been asked since they said something; they owe it if a Fetch waits."""
         for session in blockers:
             reason = (model.version, session.sequence)
-            if not session.silent and session.asked != reason:
+            if session.silent:
+                continue
+            session.owes |= waiting
+            if session.asked != reason:
                 session.asked = reason
-                session.owes = True
                 self._out.append(instructions.AskAck(session.number, model.version))
 
     # -- generations ---------------------------------------------------------------------------------------------------

@@ -215,9 +215,14 @@ def called_off(model: Model, pool: Pool, number: int, out: Out) -> None:
     wanted = any(block in waiting.missing for waiting in pool.queue)
     if wanted or block in pool.expected:
         priority = Priority.DEMAND if wanted else Priority.AHEAD
+        pool.late.pop(block, None)
+        if not wanted:
+            pool.read_ahead.add(block)
         out.append(instructions.StartRead(model.key, pool.segment, number, block[0], block[1], priority))
     else:
         failed(model, pool, number)
+        if pool.holds_all and not pool.superseded:
+            pool.wish.append(block)
 
 
 def _no_longer_filling(model: Model, pool: Pool, number: int) -> None:

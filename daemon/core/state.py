@@ -90,7 +90,7 @@ class Pool:
         background: those of them that are on their way.
         expected: blocks that sessions will soon need, as far as they say, and how many sessions say so; they stay as
             long as a Fetch finds something else to evict.
-        ahead: those of them that are to be read, in the order of their need; what is expected no more stays in it.
+        ahead: those of them that are to be read, in the order of their need.
         read_ahead: those that were begun because of that, and are still expected.
         going_ahead: blocks whose reads ahead are on their way, and that nobody waits for.
         late: those of them whose event has passed without them, with the gate of the announcement.
@@ -118,7 +118,7 @@ class Pool:
     wish: deque[Block] = field(default_factory=deque)
     background: set[Block] = field(default_factory=set)
     expected: Counter[Block] = field(default_factory=Counter)
-    ahead: deque[Block] = field(default_factory=deque)
+    ahead: dict[Block, None] = field(default_factory=dict)
     read_ahead: set[Block] = field(default_factory=set)
     going_ahead: set[Block] = field(default_factory=set)
     late: dict[Block, Gate] = field(default_factory=dict)
@@ -234,6 +234,7 @@ class Session:
         announced: what it expects of later events, by layer and kind.
         waited_s: how long it had waited in all its Fetches when the newest came.
         few: whether that is for single tokens, or a few together.
+        heard_at: the number of the core's event with which it said something last.
         leased: slots leased to it, all in ``leased_pool``.
     """
 
@@ -256,6 +257,7 @@ class Session:
     announced: dict[tuple[int, Kind], Announced] = field(default_factory=dict)
     waited_s: float = 0.0
     few: bool = False
+    heard_at: int = 0
     leased: list[int] = field(default_factory=list)
     leased_pool: Pool | None = None
 
