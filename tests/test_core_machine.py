@@ -441,7 +441,7 @@ class CacheMachine(World, RuleBasedStateMachine):
     def finish_demand(self) -> None:
         for place in sorted(self.reads):
             read = self.reads.get(place)
-            if isinstance(read, instructions.StartCopy) or (read is not None and read.priority is instructions.Priority.DEMAND):
+            if read is not None and getattr(read, "priority", instructions.Priority.DEMAND) == 0:  # copies are demand
                 self.read_done(place)
 
     def let_things_happen(self, act: Callable[[Worker], None], read: Callable[[], None]) -> None:

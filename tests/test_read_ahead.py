@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
@@ -16,8 +17,9 @@ from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AheadStatus
 from expertd.protocol.paths import Home
 from expertd.worker.attach import Session
-from expertd.worker.load import session_of
+from expertd.worker.load import events_of, session_of
 from expertd.worker.manifest import load_lazily
+from expertd.worker.routers import Foresight
 from tests.conftest import StartDaemon
 from tools.factory import write_checkpoint
 from tools.stage import ask_status, budget_for
@@ -132,6 +134,40 @@ def test_an_event_that_is_left_between_its_groups_spoils_nothing(
     for number in range(3):
         assert mx.array_equal(model(prompt(number, 3)), plain(prompt(number, 3)))
         assert not session.leases_only
+    expertd.unload(model)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_after_a_promise_to_read_leases_only_the_next_event_is_fetched_though_all_is_resident(
+    tokens: int, model_path: Path, manifest: Manifest, plain: Any, home: Home, start_daemon: StartDaemon,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Only then the daemon knows that tables are looked up again: until then it may fill slots without an ack."""
+    start_daemon(str(budget_for(manifest, 4 * 32 - 1)))
+    model, _ = expertd.load(model_path)
+    text = mx.array([[7] * tokens])  # which needs few experts
+    for _ in range(3):
+        model(text)  # all that it needs is resident now
+    session = session_of(model)
+    watched = Watched(monkeypatch)
+    mx.eval(model(text))
+    assert watched.fetches == []
+    session.leases_only = True
+    assert mx.array_equal(model(text), plain(text))
+    assert len(watched.fetches) >= 1
+    expertd.unload(model)
+
+
+def test_a_guess_that_cannot_be_made_is_not_made(
+    model_path: Path, manifest: Manifest, plain: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    """Some models have their experts work on a projection of what their routers are given."""
+    start_daemon(str(budget_for(manifest, 32)))
+    model, _ = expertd.load(model_path)
+    for parts in events_of(model).layers:
+        parts.foresight = Foresight(nn.Linear(48, 32), None, 4)
+    assert mx.array_equal(model(prompt(1)), plain(prompt(1)))
+    assert of("prompt", home).announced == 0
     expertd.unload(model)
 
 
