@@ -147,7 +147,7 @@ def test_after_a_promise_to_read_leases_only_the_next_event_is_fetched_though_al
     model, _ = expertd.load(model_path)
     text = mx.array([[7] * tokens])  # which needs few experts
     for _ in range(3):
-        model(text)  # all that it needs is resident now
+        mx.eval(model(text))  # all that it needs is resident now, and the last promise has ended
     session = session_of(model)
     watched = Watched(monkeypatch)
     mx.eval(model(text))

@@ -347,7 +347,7 @@ class _Parts:
         if resident.all() and not session.leases_only:
             session.routing.append((self.layer, wanted.tolist()))
         else:
-            overlap = session.announces >= 0 and many
+            overlap = session.announces >= 0 and many and not resident.all()
             groups = plan_groups(wanted, resident, self._pool.layout.slots, overlap)
             if len(groups) > 1:
                 return self._in_groups(x, indices, ids, groups, overlap, guesses)
