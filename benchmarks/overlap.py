@@ -146,12 +146,12 @@ def shared(folder: Path, rate: int, workers: int) -> tuple[int, list[dict[str, A
         return ask_status(home).models[0].bytes_read, found
 
 
-def decode(tokens: int) -> dict[str, Any]:
+def decode(tokens: int, disk: str = "100MB,200us") -> dict[str, Any]:
     """Single tokens of the demo model, with and without reading ahead, on a disk where that could matter."""
     manifest = load_lazily(DEMO).manifest
     slots = round(RESIDENT * sum(layer.experts for layer in manifest.layers))
     text = (DEMO / "held_out" / "prose.txt").read_text(encoding="utf-8")
-    options = ("--simulate-ssd", "100MB,200us")
+    options = ("--simulate-ssd", disk)
     with ExitStack() as stack:
         pair = [Cached(stack, DEMO, slots, *options), Cached(stack, DEMO, slots, *options, "--no-read-ahead")]
         seconds: list[list[float]] = [[], []]

@@ -5,8 +5,6 @@ Orders that nobody thought of are ``test_core_machine``'s business; when announc
 
 from __future__ import annotations
 
-import pytest
-
 from expertd.daemon.core import foresight
 from expertd.daemon.core.ahead import READS, STALE
 from expertd.daemon.core.events import (
@@ -362,19 +360,18 @@ def test_single_tokens_are_on_trial_first_and_nothing_is_read_for_them() -> None
     assert gate(daemon, Kind.NEXT).useful_part == 1.0
 
 
-def test_where_it_pays_for_single_tokens_some_slots_are_kept_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foresight, "EVIDENCE", 1)
-    daemon = Daemon(32)
-    daemon.attach(1, manifest(experts=32))
-    for sequence in range(1, 33):
+def test_some_slots_are_kept_free_and_what_is_fetched_is_read_into_them_at_once() -> None:
+    """No victim has to be found first, and nobody's ack waited for."""
+    daemon = Daemon(128)
+    for session in (1, 2):
+        daemon.attach(session, manifest(experts=100))
+    for sequence in range(1, 65):
         daemon.get(1, sequence, 0, sequence - 1)
+        daemon.get(2, sequence, 1, sequence - 1)
     (model,) = daemon.core.models.values()
-    assert model.pools[0].spare == 0
-    announce(daemon, 1, 4, prompt=False)
-    daemon.get(1, 33, 1, 4)
-    daemon.get(1, 34, 0, 4)
-    assert model.foresight.reads_for_tokens
-    assert model.pools[0].spare + len(model.pools[0].retired) == 2, "a token's experts, and 32 / SPARE"
+    assert model.pools[0].spare + len(model.pools[0].retired) == 2
+    out = daemon.fetch(1, 65, 0, 70)
+    assert isinstance(out[0], StartRead)
 
 
 def test_a_pool_that_moves_forgets_what_was_expected() -> None:

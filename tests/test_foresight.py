@@ -107,7 +107,7 @@ def test_where_nobody_ever_waited_nothing_is_decided_against_it() -> None:
 def test_prompts_are_read_ahead_for_at_once_and_single_tokens_are_tried_now_and_then() -> None:
     foresight = Foresight(layers=4)
     assert foresight.reads(Kind.PROMPT)
-    assert not foresight.reads_for_tokens
+    assert not foresight.reads(Kind.NEXT)
     wanted = []
     for _ in range(TRIALS):
         wanted.append(foresight.wanted)
@@ -130,7 +130,7 @@ def test_the_comparison_decides_about_single_tokens_and_not_about_prompts() -> N
     for _ in range(ROUND):
         foresight.comparison.waited(2.0 if foresight.comparison.on else 1.0)
         foresight.ran(1)
-    assert not foresight.reads_for_tokens
+    assert not foresight.reads(Kind.NEXT)
     assert foresight.reads(Kind.PROMPT)
 
 

@@ -27,8 +27,6 @@ FEW = 4
 SPARE = 64
 """One in so many slots is kept free, a token's experts at most: what is fetched, or read ahead, is needed too soon to
 make room first."""
-SPARE_AHEAD = 16
-"""One in so many where it pays to read ahead for single tokens."""
 
 
 def begin_event(model: Model, pool: Pool, session: Session, event: events.Fetch, out: Out) -> bool:
@@ -132,8 +130,7 @@ def keep_spare(model: Model, pool: Pool, out: Out, alone: bool) -> None:
     """Keep some slots free."""
     if not pool.holds_all and not pool.wish:
         top_k = max(model.manifest.layers[layer].top_k for layer in pool.layers)
-        part = SPARE_AHEAD if model.foresight.reads_for_tokens else SPARE
-        slots.make_room(model, pool, min(top_k, pool.layout.slots // part), out, alone)
+        slots.make_room(model, pool, min(top_k, pool.layout.slots // SPARE), out, alone)
 
 
 def in_the_way(model: Model, pool: Pool) -> list[Session]:

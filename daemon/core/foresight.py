@@ -150,11 +150,6 @@ class Foresight:
         return max([0, *(int(kind) for kind in (Kind.NEXT, Kind.SECOND) if on_trial or self.reads(kind))])
 
     @property
-    def reads_for_tokens(self) -> bool:
-        """Whether anything is read ahead for single tokens."""
-        return self.reads(Kind.NEXT) or self.reads(Kind.SECOND)
-
-    @property
     def _tokens_are_worth(self) -> bool:
         return self.gates[Kind.NEXT].worth or self.gates[Kind.SECOND].worth
 
