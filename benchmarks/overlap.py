@@ -190,7 +190,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     """See the module."""
     with tempfile.TemporaryDirectory(prefix="expertd-") as temporary:
         folder = write_checkpoint(Path(temporary) / "model", "qwen3_moe", **SIZES)
-        figures = prefill(folder, 2 if quick else 9)
+        figures = prefill(folder, 2 if quick else 7)
         rate = round(figures["rate_mb_s"] * 1e6)
         one, (alone,) = shared(folder, rate, 1)
         ratios = []

@@ -1,9 +1,10 @@
 """How near the daemon's reading is to what the device gives, and what it costs.
 
 Fetches of 64 blocks that all miss, by a session without a model, from a packed store and from plain safetensors; and a
-C program that reads the same records in the same order with O_DIRECT on four threads.  The three take turns in changing
-order, because a disk that others use is twice as fast at one moment as at the next; figures are medians of ratios of
-neighbours (docs/benchmarks.md).
+C program that reads the same records in the same order with O_DIRECT on four threads, once into a buffer of each thread
+(as fio) and once into large pages (the most that the device gives).  All take turns in changing order, because a disk
+that others use is twice as fast at one moment as at the next; figures are medians of ratios of neighbours
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,12 @@ from benchmarks.io.yardstick import Yardstick
 from expertd.protocol.messages import FetchToRead
 
 PACKED, PLAIN = "packed", "unpacked"
-SMALL = 8
-"""Blocks of a Fetch as decoding makes it, of which the way to the first read is measured."""
+EVENT, ABSENT, COMPUTING_S = 8, 2, 0.003
+"""Blocks of a Fetch as decoding makes it, of which the way to the first read is measured; how many of them are absent,
+and how long a model computes between two."""
+
+Seconds = dict[bool, list[float]]
+"""What the C program took, without and with large pages."""
 
 
 def run(quick: bool = False) -> dict[str, Any]:
@@ -34,13 +40,14 @@ def run(quick: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="expertd-io-", dir=beside) as folder:
         stored = write_model(Path(folder), layers)
         yardstick = _yardstick(Path(folder), stored)
-        c_seconds: list[float] = []
+        c_seconds: Seconds = {False: [], True: []}
         shares: list[float] = []
         reads: dict[str, list[Read]] = {PACKED: [], PLAIN: []}
         large = [_stretch(stored, yardstick, rounds, chance, c_seconds, reads, shares).p50 for _ in range(stretches)]
-        with reading(stored, packed=True) as daemon:
+        with reading(stored, packed=True, slots=layers * EXPERTS // 2) as daemon:
             for number in range(small_fetches):
-                daemon.fetch(number % layers, chance.sample(range(EXPERTS), SMALL))
+                daemon.fetch(number % layers, daemon.choose(chance, number % layers, EVENT, ABSENT))
+                time.sleep(COMPUTING_S)
             small = daemon.fetch_to_read()
     needed = FETCH * stored.block_bytes
     print(_told(shares))
@@ -51,7 +58,8 @@ def run(quick: bool = False) -> dict[str, Any]:
         "fetch_to_read_us": small.p50,
         "fetch_to_read_p99_us": small.p99,
         f"fetch_to_read_us_{FETCH}": round(statistics.median(large)),
-        "c_mb_per_s": round(needed / statistics.median(c_seconds) / 1e6) if c_seconds else None,
+        "c_mb_per_s": _rate(needed, c_seconds[False]),
+        "c_large_mb_per_s": _rate(needed, c_seconds[True]),
         "pool_in_large_pages": round(statistics.median(shares), 3) if shares else None,
         "rounds": stretches * rounds,
     }
@@ -62,7 +70,7 @@ def _stretch(
     yardstick: Yardstick | None,
     rounds: int,
     chance: random.Random,
-    c_seconds: list[float],
+    c_seconds: Seconds,
     reads: dict[str, list[Read]],
     shares: list[float],
 ) -> FetchToRead:
@@ -76,13 +84,14 @@ def _stretch(
         shares += [daemon.large_share for daemon in daemons.values() if daemon.large_share is not None]
         for number in range(rounds):
             layer, experts = number % len(stored.manifest.layers), chance.sample(range(EXPERTS), FETCH)
-            turns = ["C", *daemons]
+            turns: list[str | bool] = [*c_seconds, *daemons]
             chance.shuffle(turns)
             for turn in turns:
-                if turn in daemons:
+                if isinstance(turn, str):
                     reads[turn].append(daemons[turn].fetch(layer, experts))
                 elif yardstick is not None:
-                    c_seconds.append(yardstick.read([stored.layout.record(layer, expert) for expert in experts]))
+                    offsets = [stored.layout.record(layer, expert) for expert in experts]
+                    c_seconds[turn].append(yardstick.read(offsets, large=turn))
         return packed.fetch_to_read()
 
 
@@ -104,17 +113,25 @@ def _yardstick(folder: Path, stored: Stored) -> Yardstick | None:
     return found
 
 
-def _figures(name: str, reads: Sequence[Read], c_seconds: Sequence[float], needed: int) -> dict[str, Any]:
+def _rate(needed: int, seconds: Sequence[float]) -> int | None:
+    return round(needed / statistics.median(seconds) / 1e6) if seconds else None
+
+
+def _figures(name: str, reads: Sequence[Read], c_seconds: Seconds, needed: int) -> dict[str, Any]:
     """Of one way of reading.  A ratio of 1 is as fast as the C program, or no byte more than is needed."""
-    ratios = [c / read.seconds for c, read in zip(c_seconds, reads, strict=True)] if c_seconds else []
     rate = needed / statistics.median(read.seconds for read in reads)
-    if ratios:
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name}: {rate / 1e6:.0f} MB/s; of the C reader's speed {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
-    else:
-        print(f"{name}: {rate / 1e6:.0f} MB/s")
+    print(f"{name}: {rate / 1e6:.0f} MB/s")
+    found: dict[bool, float | None] = dict.fromkeys(c_seconds)
+    for large, seconds in c_seconds.items():
+        if seconds:
+            ratios = [c / read.seconds for c, read in zip(seconds, reads, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            where = "into large pages" if large else "into buffers of its threads"
+            print(f"  of the C reader's speed {where}: {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
+            found[large] = round(middle, 3)
     return {
-        f"{name}_ratio": round(statistics.median(ratios), 3) if ratios else None,
+        f"{name}_ratio": found[False],
+        f"{name}_ratio_large": found[True],
         f"{name}_bytes_ratio": _over([read.process_bytes for read in reads], needed, "process"),
         f"{name}_device_bytes_ratio": _over([read.device_bytes for read in reads], needed, "device"),
         f"{name}_mb_per_s": round(rate / 1e6),

@@ -1,9 +1,10 @@
 /* The yardstick of benchmarks/io: reads the records whose offsets come on stdin, O_DIRECT, preadv, some threads.
 
-   reader FILE RECORD_BYTES PART_BYTES THREADS: a record is read with one preadv into buffers of PART_BYTES each, as the
-   daemon scatters it into slabs.  Every record has its own place in shared memory, which is put together into large
-   pages as the daemon does it with its pools (where the system can): how large the pieces are that the memory lies in
-   makes a difference of a half, and both are to have the same luck.  Prints the seconds that reading took. */
+   reader FILE RECORD_BYTES PART_BYTES THREADS LARGE: a record is read with one preadv into buffers of PART_BYTES each,
+   as the daemon scatters it into slabs.  LARGE 0: each thread has one buffer, in pages as the system gives them, as
+   fio does it.  LARGE 1: every record has its own place in shared memory, which is put together into large pages as the
+   daemon does it with its pools (where the system can); that is the most that the device gives.  Prints the seconds that
+   reading took. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,7 +28,7 @@
 #endif
 
 static long long offsets[MOST_OFFSETS];
-static int count, descriptor;
+static int count, descriptor, large;
 static size_t record_bytes, part_bytes;
 static atomic_int taken;
 static char *memory;
@@ -35,12 +36,15 @@ static char *memory;
 static void *work(void *unused)
 {
     struct iovec buffers[MOST_BUFFERS];
+    char *own = NULL;
+    if (!large && (own = aligned_alloc(4096, (record_bytes + 4095) / 4096 * 4096)) == NULL)
+        exit(3);
     for (;;) {
         int number = atomic_fetch_add(&taken, 1), used = 0;
         if (number >= count)
             return unused;
         for (size_t at = 0; at < record_bytes; at += part_bytes, used++) {
-            buffers[used].iov_base = memory + number * record_bytes + at;
+            buffers[used].iov_base = (large ? memory + number * record_bytes : own) + at;
             buffers[used].iov_len = record_bytes - at < part_bytes ? record_bytes - at : part_bytes;
         }
         if (preadv(descriptor, buffers, used, offsets[number]) != (ssize_t)record_bytes) {
@@ -75,7 +79,7 @@ static double now(void)
 int main(int argc, char **argv)
 {
     pthread_t threads[MOST_THREADS];
-    if (argc != 5)
+    if (argc != 6)
         return 2;
     record_bytes = strtoull(argv[2], NULL, 10);
     part_bytes = strtoull(argv[3], NULL, 10);
@@ -89,8 +93,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "%s cannot be opened for direct reads (%s)\n", argv[1], strerror(errno));
         return 4;
     }
-    memory = shared_memory(count * record_bytes);
-    if (memory == MAP_FAILED) {
+    large = atoi(argv[5]);
+    if (large && (memory = shared_memory(count * record_bytes)) == MAP_FAILED) {
         fprintf(stderr, "there is no memory for %d records (%s)\n", count, strerror(errno));
         return 3;
     }

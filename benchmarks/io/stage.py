@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,15 @@ class Reading:
         session.end(True)
         return _difference(seconds, before, after)
 
+    def choose(self, chance: random.Random, layer: int, count: int, absent: int) -> list[int]:
+        """``count`` experts of a layer, ``absent`` of them not resident as far as there are others."""
+        (pool,) = (pool for pool in self._session.pools if layer in pool.layers)
+        row = pool.table[pool.layers.index(layer)]
+        resident = [expert for expert in range(EXPERTS) if row[expert] >= 0]
+        others = [expert for expert in range(EXPERTS) if row[expert] < 0]
+        chosen = chance.sample(resident, min(count - absent, len(resident)))
+        return chosen + chance.sample(others, count - len(chosen))
+
     def fetch_to_read(self) -> FetchToRead:
         """How soon the daemon has begun to read after a Fetch came, since its start."""
         return ask_status(self.home).fetch_to_read_us or FetchToRead(p50=0, p99=0)
@@ -121,14 +131,14 @@ def _difference(seconds: float, before: Counted, after: Counted) -> Read:
 
 
 @contextmanager
-def reading(stored: Stored, packed: bool) -> Iterator[Reading]:
+def reading(stored: Stored, packed: bool, slots: int = FETCH) -> Iterator[Reading]:
     """A daemon that reads from the store, or from the model's own files; what its pool lies in is settled."""
     count = PageCount()
     with temporary_home() as home:
         if packed:
             home.packed.mkdir(mode=0o700)
             (home.packed / stored.store.name).symlink_to(stored.store)
-        with running_daemon(home, budget_for(stored.manifest, FETCH)) as daemon:
+        with running_daemon(home, budget_for(stored.manifest, slots)) as daemon:
             found = Reading(home, daemon.pid, stored, count)
             try:
                 (model,) = ask_status(home).models

@@ -31,13 +31,14 @@ class Yardstick:
             raise RuntimeError(f"{compiler} does not compile {SOURCE.name}: {done.stderr.strip()}")
         self._command = [str(program), str(store), str(record_bytes), str(part_bytes), str(THREADS)]
 
-    def read(self, offsets: Sequence[int]) -> float:
-        """Seconds that it takes to read the records at ``offsets``.
+    def read(self, offsets: Sequence[int], large: bool = False) -> float:
+        """Seconds that it takes to read the records at ``offsets``; ``large``: into large pages.
 
         Raises:
             RuntimeError: it cannot.
         """
-        done = subprocess.run(self._command, input="\n".join(map(str, offsets)), capture_output=True, text=True)
+        command = [*self._command, str(int(large))]
+        done = subprocess.run(command, input="\n".join(map(str, offsets)), capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the C reader failed: {done.stderr.strip() or done.returncode}")
         return float(done.stdout)
