@@ -26,6 +26,7 @@ from expertd.protocol.connection import Connection
 from expertd.protocol.errors import BudgetTooSmall, DaemonLost, FileChanged
 from expertd.protocol.paths import Home
 from expertd.worker import attach, load
+from expertd.worker.link import Link
 from expertd.worker.load import session_of
 from expertd.worker.manifest import load_lazily
 from tests.conftest import DEADLINE_S, StartDaemon
@@ -377,3 +378,31 @@ def test_a_failed_daemon_leaves_no_numpy_views(manifest: Any, home: Home, start_
     session.close()
     assert not session._thread.is_alive()
     assert np.array_equal(session.pools, [])
+
+
+def test_a_session_that_took_no_segment_is_over_only_when_nothing_is_looked_up_there_any_more(
+    model_path: Path, manifest: Any, expected: list[int], home: Home, start_daemon: StartDaemon,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its process has no descriptor left, say.  A daemon that took it for over would fill slots again that it reads."""
+    start_daemon(str(budget_for(manifest, 40)))
+    model, _ = expertd.load(model_path)
+    assert generate(model, 5) == expected[:5]
+    receive, failed = Link.receive_pool, threading.Event()
+
+    def fail_once(link: Link, info: messages.PoolInfo) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(24, "too many open files")
+        return receive(link, info)
+
+    monkeypatch.setattr(Link, "receive_pool", fail_once)
+    session = session_of(model)
+    with session.between_forwards():  # so nothing is adopted
+        with Connection(home.daemon_socket, "test") as connection:
+            connection.ask(messages.SetBudget(budget=budget_for(manifest, 30)), messages.BudgetSet)
+        wait_for(lambda: failed.is_set() and len(ask_status(home).models[0].sessions) == 2)
+    assert generate(model, 60) == expected[:60]
+    wait_for(lambda: len(ask_status(home).models[0].sessions) == 1)
+    assert generate(model, 60) == expected[:60]
+    expertd.unload(model)

@@ -121,6 +121,7 @@ class Session:
         self._exchange = threading.Condition()
         self._offers: dict[tuple[int, ...], MappedPool] = {}
         self._outbox: deque[messages.Released | messages.Recorded] = deque()
+        self._left: deque[Link] = deque()  # nothing is looked up there any more; the control thread hangs up
         self._needed = False
         self._attempts = 0
         self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
@@ -161,8 +162,10 @@ class Session:
         try:
             self._check_open()
             if self._unanswered is not None:
-                with contextlib.suppress(PoolMoved):  # it will not be answered any more, so nothing is owed
+                try:
                     self._await_answer(self._link, self._unanswered)
+                except PoolMoved:
+                    self.leases_only = True  # a daemon that lives may believe for ever that nothing is looked up
             self._settled = False
             self.owner = threading.get_ident()
         except BaseException:
@@ -377,6 +380,7 @@ class Session:
             if self._link is not link:
                 self._frames_before += self._link.frames
                 self._link.data.close()
+                self._left.append(self._link)
                 self._link = link
                 self._unanswered, self.leases_only = None, False
                 self.acked = self.asked
@@ -426,7 +430,7 @@ class Session:
         while self._closed is None and not self._abandoned:
             try:
                 if self._active.lost:
-                    self._active.hang_up()
+                    self._leave(self._active)
                     self.pressure.reset()
                     self._bell.wait(pause_s if not self._needed else min(pause_s, _RETRY_S[0]))
                     pause_s = self._attach_again(pause_s)
@@ -444,11 +448,20 @@ class Session:
             self._send_outbox(self._active)
             if self._recorded:
                 self._active.say_goodbye()
-            self._active.hang_up()
+            for link in (*self._left, self._link, self._active):
+                link.hang_up()
         if self._abandoned:
             self._close_sockets()
         with self._exchange:
             self._exchange.notify_all()
+
+    def _leave(self, link: Link) -> None:
+        """Nothing more is said over ``link``; its daemon hears of that when nothing is looked up in its pools any more.
+
+        Until then a daemon that lives must not take the session for over: it would fill slots again that are read.
+        """
+        if link is not self._link or link.ended():
+            link.hang_up()
 
     def _send_outbox(self, link: Link) -> None:
         while self._outbox:
@@ -496,6 +509,8 @@ class Session:
         ready = dict(poller.poll(round(IDLE_S * 1000)))
         if self._bell.fileno() in ready:
             self._bell.answer()
+        while self._left:
+            self._left.popleft().hang_up()
         self._send_outbox(link)
         if link.control.socket in ready:
             self._listen(link)
@@ -629,8 +644,9 @@ def _void_after_fork() -> None:
         session._closed = SessionClosed(_FORKED)
         session._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
         # The parent's death must reach the daemon as an end of file, so the child may not hold the line open.
-        for end in (session._active.line, session._link.line, session._bell):
-            end.close()
+        for link in (session._active, session._link, *session._left):
+            link.line.close()
+        session._bell.close()
 
 
 def close_all() -> None:

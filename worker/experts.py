@@ -318,7 +318,7 @@ class _Parts:
                 if self._copies:
                     self.slabs.bring(self.layer, np.asarray(chosen), self._slots_here)
                 out = self._compute(x)
-                self._announce(guesses, many)
+                self._announce(self._missing(guesses), many)
                 return out
         while True:
             try:
@@ -344,19 +344,20 @@ class _Parts:
         wanted = np.unique(ids)
         slot_of = self._row.copy()  # read once: the daemon may evict at any moment
         resident = slot_of[wanted] != ABSENT
-        if resident.all() and not session.leases_only:
+        missing = self._missing(guesses)
+        overlap = many and session.announces >= 0 and bool(missing or not resident.all())
+        if resident.all() and not overlap and not session.leases_only:
             session.routing.append((self.layer, wanted.tolist()))
         else:
-            overlap = session.announces >= 0 and many and not resident.all()
             groups = plan_groups(wanted, resident, self._pool.layout.slots, overlap)
             if len(groups) > 1:
-                return self._in_groups(x, indices, ids, groups, overlap, guesses)
+                return self._in_groups(x, indices, ids, groups, overlap, missing)
             slot_of = self._fetch(wanted, (), overlap)
         slot_of.view(np.uint32).take(ids, out=self._slots_here, mode="clip")
         if self._copies:
             self.slabs.bring(self.layer, ids, self._slots_here)
         out = self._compute(x)
-        self._announce(guesses, many)
+        self._announce(missing, many)
         return out
 
     def _guess(self, x: Any, many: bool) -> list[Guess]:
@@ -372,14 +373,21 @@ class _Parts:
             guesses.append((parts, parts.foresight(x)))
         return guesses
 
-    def _announce(self, guesses: list[Guess], many: bool) -> None:
-        """Tell the daemon what is absent of what was guessed, the likeliest first."""
+    def _missing(self, guesses: list[Guess]) -> list[tuple[_Parts, list[int]]]:
+        """What is absent of what was guessed, and evaluated: of each layer, if there is any, the likeliest first."""
+        missing = []
         for parts, guess in guesses:
             experts, uses = np.unique(np.array(guess, copy=False), return_counts=True)
             experts = experts[np.argsort(-uses, kind="stable")]
             absent = experts[parts._row[experts] == ABSENT].tolist()
             if absent:
-                self.events.session.announce(parts._pool, parts.layer, absent, parts.layer - self.layer, many)
+                missing.append((parts, absent))
+        return missing
+
+    def _announce(self, missing: list[tuple[_Parts, list[int]]], many: bool) -> None:
+        """Tell the daemon what later events may miss."""
+        for parts, absent in missing:
+            self.events.session.announce(parts._pool, parts.layer, absent, parts.layer - self.layer, many)
 
     def _compute(self, x: Any) -> Any:
         """The output of an event whose slots are in their array, already being computed.
@@ -404,7 +412,7 @@ class _Parts:
         ids: NDArray[np.integer],
         groups: list[NDArray[np.integer]],
         overlap: bool,
-        guesses: list[Guess],
+        missing: list[tuple[_Parts, list[int]]],
     ) -> Any:
         """An event whose blocks are computed group after group; ``overlap``: the next are read meanwhile.
 
@@ -428,7 +436,7 @@ class _Parts:
             self.events.unevaluated = out  # noted first: an interrupt may come any time
             if number == 0:
                 mx.async_eval(out)  # type: ignore[no-untyped-call]
-                self._announce(guesses, many=True)
+                self._announce(missing, many=True)
             self.events.settle()  # the next fetch gives these slots away
             rows.append(mine)
             outs.append(out)

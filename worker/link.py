@@ -123,7 +123,9 @@ class Link:
         raise DaemonLost(f"the daemon of {self._home.root} went away while a session was opened; load the model again")
 
     def ended(self) -> bool:
-        """Whether the daemon has closed the lifeline."""
+        """Whether the daemon has closed the lifeline, or we have."""
+        if self.line.fileno() < 0:
+            return True
         readable, _, _ = select.select([self.line], [], [], 0)
         if not readable:
             return False
