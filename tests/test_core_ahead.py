@@ -192,12 +192,12 @@ def test_a_fetch_that_finds_nothing_else_takes_what_is_expected() -> None:
     assert daemon.get(1, 1, 0, 0, 1, 2, 3).slots
 
 
-def test_a_quarter_of_a_pool_at_most_holds_what_waits_for_its_event() -> None:
+def test_half_of_a_pool_at_most_holds_what_waits_for_its_event() -> None:
     daemon = wide(8)
     announce(daemon, 1, *range(12))
     daemon.finish()
     (model,) = daemon.core.models.values()
-    assert model.pools[0].sealed == 2
+    assert model.pools[0].sealed == 4
 
 
 def test_a_few_reads_ahead_are_on_their_way_at_a_time() -> None:

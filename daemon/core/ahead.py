@@ -18,7 +18,7 @@ from expertd.daemon.policy import Block
 
 READS = 8
 """Reads ahead that may be on their way into one pool.  One is under way at a time; neighbours among them are merged."""
-HELD = 4
+HELD = 2
 """Blocks that were read ahead and wait for their event take one in so many slots of a pool at most."""
 STALE = 1000
 """A session that has said nothing for so many events of all sessions does not hold the room of what it expected."""
