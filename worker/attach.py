@@ -456,12 +456,20 @@ class Session:
             self._exchange.notify_all()
 
     def _leave(self, link: Link) -> None:
-        """Nothing more is said over ``link``; its daemon hears of that when nothing is looked up in its pools any more.
+        """Nothing more is said over ``link``: tell its daemon, when nothing is looked up in its pools any more.
 
-        Until then a daemon that lives must not take the session for over: it would fill slots again that are read.
+        A daemon that lives must not take the session for over before: it would fill slots again that are read.  Of one
+        that has gone the pages stay as they are.
         """
         if link is not self._link or link.ended():
             link.hang_up()
+        elif self._forward.acquire(blocking=False):
+            try:
+                if self._settled:
+                    self.leases_only = True  # so the next event fetches, and waits for other pools
+                    link.hang_up()
+            finally:
+                self._forward.release()
 
     def _send_outbox(self, link: Link) -> None:
         while self._outbox:
