@@ -28,7 +28,7 @@ from expertd.daemon.devices import Devices, ReadStatistics
 from expertd.daemon.files import Read
 from expertd.daemon.pacing import Pacing
 from expertd.daemon.thermal import Hot, never_hot
-from expertd.protocol.errors import ExpertdError, ReadFailed
+from expertd.protocol.errors import ExpertdError, ReadFailed, from_code
 
 log = logging.getLogger("expertd.daemon")
 
@@ -354,7 +354,8 @@ def _outcome(work: Callable[[], int]) -> tuple[int, ExpertdError | None]:
     try:
         return work(), None
     except ExpertdError as error:
-        return 0, error
+        # A new one: this one's story holds the rows, and they their segment, as long as the core remembers it.
+        return 0, from_code(error.code, error.message)
     except Exception as error:
         # Somebody waits for this block, whatever went wrong.
         log.exception("a read failed in a way that was not foreseen")

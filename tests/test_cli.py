@@ -74,8 +74,8 @@ def test_status_as_json_has_the_promised_shape(model_path: Path, home: Home, sta
     assert len(model["layers"]) == 3
     for layer in model["layers"]:
         assert (layer["pool"], layer["pool_slots"]) == (0, 12)
-        assert layer["misses"] == layer["evictions"] + layer["resident_blocks"]
-        assert layer["bytes_read"] == layer["misses"] * model["block_bytes"]
+        assert layer["misses"] <= layer["evictions"] + layer["resident_blocks"]
+        assert layer["bytes_read"] == model["block_bytes"] * (layer["evictions"] + layer["resident_blocks"])
     for name in ("hits", "misses", "bytes_read", "evictions", "resident_blocks"):
         assert sum(layer[name] for layer in model["layers"]) == model[name]
 

@@ -127,14 +127,11 @@ def _model(model: ModelStatus) -> list[str]:
 
 
 def _ahead(kind: AheadStatus) -> str:
-    names = {"prompt": "prompts", "next layer": "tokens, next layer", "second next layer": "tokens, layer after that"}
-    found = (
-        f"{names[kind.kind]}: {kind.announced} blocks announced, {100 * kind.useful:.0f} % of them used "
-        f"({100 * kind.shuffled:.0f} % by a shuffled guess)"
-    )
+    name = f"{kind.kind}:"
+    found = f"{name:18} {100 * kind.useful:.0f} % used (shuffled {100 * kind.shuffled:.0f} %)"
     if kind.useful_bytes or kind.wasted_bytes:
-        found += f"; read {show_size(kind.useful_bytes)} that was used, {show_size(kind.wasted_bytes)} in vain"
-    return found + ("" if kind.reading else "; not read ahead now")
+        found += f", {show_size(kind.useful_bytes)} useful, {show_size(kind.wasted_bytes)} wasted"
+    return found + ("" if kind.reading else ", off now")
 
 
 def _layers(model: ModelStatus) -> list[str]:
