@@ -18,7 +18,7 @@ from expertd.daemon.core.instructions import Priority
 from expertd.daemon.files import SECTOR, device_name
 from expertd.daemon.index import build_index
 from expertd.daemon.plain import CHUNK, PAGE, Piece, runs
-from expertd.daemon.reader import MERGED_BYTES, Job, Reader, copy_block
+from expertd.daemon.reader import MERGED_BYTES, Job, Reader, _outcome, copy_block
 from expertd.protocol.errors import ExpertdError, ReadFailed
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.packed import checksum
@@ -611,3 +611,15 @@ def test_only_the_first_read_of_a_fetch_counts_as_its_beginning(apart: Manifest)
 def test_a_device_has_a_name() -> None:
     assert device_name(Path("/").stat().st_dev)
     assert device_name(os.makedev(4000, 77)) == "4000:77"
+
+
+def test_what_is_told_of_a_failed_read_holds_no_rows() -> None:
+    """The core remembers the error; with its story it would keep the rows, and they a segment that was given back."""
+
+    def fail() -> int:
+        raise ReadFailed("bad sector") from OSError(errno.EIO, "bad sector")
+
+    size, error = _outcome(fail)
+    assert (size, type(error), str(error)) == (0, ReadFailed, "bad sector")
+    assert error is not None
+    assert error.__traceback__ is error.__cause__ is error.__context__ is None
