@@ -91,7 +91,8 @@ class Reader:
         self._bell, self._ring = os.pipe()
         os.set_blocking(self._bell, False)
         os.set_blocking(self._ring, False)
-        weakref.finalize(self, _close, self._bell, self._ring)  # not earlier: somebody may be about to write
+        # Not earlier: somebody may be about to write.  Nor when the process exits, as long as threads wait for it.
+        weakref.finalize(self, _close, self._bell, self._ring).atexit = False
         self._lock = threading.Lock()
         # All below is under that lock.
         self._queues: dict[Priority, OrderedDict[Job, None]] = {priority: OrderedDict() for priority in Priority}
