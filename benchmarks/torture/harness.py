@@ -32,6 +32,8 @@ PAUSE_S = 1.1
 BARRAGE_S = 12.0
 """How long one and the same daemon is attacked, at the end, to see whether it grows."""
 SHORT_S = 60.0
+SETTLED_S = 15.0
+"""What a daemon still holds for somebody who is gone has to be closed by then."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -149,25 +151,32 @@ def _growth(cast: Cast, schedule: Schedule, seconds: float) -> dict[str, Any]:
     First it is attacked as long, so that whatever it allocates once is there.
     """
     figures: dict[str, Any] = {"leaked_descriptors": None, "daemon_rss_growth_mb": None}
-    found = []
-    for _ in range(3):
-        schedule.everybody_answers()
-        pid = cast.supervisor.pid()
-        schedule.wait(1.0)
-        found.append(None if pid is None else leaks.held_by(cast.stage, pid))
-        if len(found) == 3:
-            break
-        schedule.barrage(seconds)
-    _, before, after = found
-    print(f"the last daemon, before and after {seconds:.0f} s of attacks: {before}; {after}")
-    if before is None or after is None or before.pid != after.pid:
+    schedule.everybody_answers()
+    schedule.barrage(seconds)
+    before = _held(cast, schedule)
+    schedule.barrage(seconds)
+    after = _held(cast, schedule)
+    if before is None:
         return figures
-    more = after.descriptors - after.of_use - (before.descriptors - before.of_use)
-    figures["leaked_descriptors"] = max(0, more)
+    until = time.monotonic() + SETTLED_S
+    while after is not None and after.not_of_use > before.not_of_use and time.monotonic() < until:
+        after = leaks.held_by(cast.stage, after.pid)  # who was stopped hangs up when it gets to it; a leak stays
+    print(f"the last daemon, before and after {seconds:.0f} s of attacks: {before}; {after}")
+    if after is None or before.pid != after.pid:
+        return figures
+    figures["leaked_descriptors"] = max(0, after.not_of_use - before.not_of_use)
     figures["daemon_rss_growth_mb"] = round((after.anonymous - before.anonymous) / 1e6, 2)
     if figures["leaked_descriptors"]:
         print(f"descriptors of daemon {after.pid}: {leaks.descriptors_by_kind(after.pid)}")
     return figures
+
+
+def _held(cast: Cast, schedule: Schedule) -> leaks.Held | None:
+    """What the daemon holds when everybody has an answer and has been left alone for a second."""
+    schedule.everybody_answers()
+    pid = cast.supervisor.pid()
+    schedule.wait(1.0)
+    return None if pid is None else leaks.held_by(cast.stage, pid)
 
 
 def _reaped() -> bool:

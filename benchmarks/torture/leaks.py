@@ -35,9 +35,9 @@ class Held:
         )
 
     @property
-    def of_use(self) -> int:
-        """Descriptors of sessions (a lifeline, two connections) and of models (a file, and two of a pool)."""
-        return 3 * self.sessions + 3 * self.models
+    def not_of_use(self) -> int:
+        """All but those of sessions (a lifeline, two connections) and of models (a file, and two of a pool)."""
+        return self.descriptors - 3 * self.sessions - 3 * self.models
 
 
 def held_by(stage: Stage, pid: int) -> Held | None:
