@@ -79,15 +79,21 @@ def make_room(model: Model, pool: Pool, count: int, out: Out, alone: bool) -> No
         reap(model, pool)
 
 
-def evict(model: Model, pool: Pool, count: int, keep: Collection[Block], out: Out, alone: bool) -> None:
+def evict(
+    model: Model, pool: Pool, count: int, keep: Collection[Block], out: Out, alone: bool, pins: bool = True
+) -> None:
     """Take up to ``count`` blocks out of the table, none of ``keep``; their slots retire at a new version.
+
+    What is pinned stays too, unless there are no ``pins`` in this need.
 
     What they were worth is not worked out for a pool that is ``alone``: no other could give it memory.
     """
 
+    pinned: Collection[Block] = model.pinned if pins else ()
+
     def evictable(block: Block) -> bool:
         number = pool.sealed_slot(block)
-        return block not in keep and number is not None and not pool.slots[number].leases
+        return block not in keep and block not in pinned and number is not None and not pool.slots[number].leases
 
     victims = model.policy.victims(pool.layers, count, evictable)
     if not victims:
@@ -170,6 +176,7 @@ def hand_over(model: Model, old: Pool, new: Pool) -> list[Block]:
             model.policy.removed(slot.block)
             slot.carried = False
     known = model.policy.victims(old.layers, len(old.where), lambda block: old.sealed_slot(block) is not None)
+    known.sort(key=model.pinned.__contains__)
     leaving = len(known) if new.fresh else max(0, len(known) - new.layout.slots)
     for block in known[:leaving]:
         model.policy.removed(block)
