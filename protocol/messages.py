@@ -427,7 +427,8 @@ class Unloaded(Message):
 class Warm(Message):
     """Bring blocks of a loaded model in while there is room, the first first; none: all, the most used first.
 
-    ``model`` as in Unload; ``blocks`` are packed as a routing log (``protocol.routing``).  Nothing is evicted for it, and whoever waits for a read goes first.
+    ``model`` as in Unload; ``blocks`` are packed as a routing log (``protocol.routing``).  Nothing is evicted for it,
+    and whoever waits for a read goes first.
     """
 
     model: Name
@@ -442,7 +443,7 @@ class Warming(Message):
 
 
 class Pin(Message):
-    """Have blocks of a loaded model stay (and bring them in), or with ``pinned`` false no longer (none: all of them)."""
+    """Have blocks of a loaded model stay, and bring them in; or with ``pinned`` false no longer (none: all of them)."""
 
     model: Name
     blocks: Routing = b""

@@ -11,8 +11,8 @@ nothing is written to the old one any more.
 
 Attributes are those of ``holdings``, which adds models and gives them back.  What it does not do: choose victims
 (``expertd.daemon.policy``), the life of slots (``slots``), what a Fetch may ask for (``fetches``), what sessions will
-need soon (``ahead``), what somebody wants to be resident (``warmth``), divide memory (``plan`` and ``memory``), read, write
-or send (``expertd.daemon.server``).
+need soon (``ahead``), what somebody wants to be resident (``warmth``), divide memory (``plan`` and ``memory``), read,
+write or send (``expertd.daemon.server``).
 """
 
 from __future__ import annotations

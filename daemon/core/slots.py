@@ -216,20 +216,18 @@ def failed(model: Model, pool: Pool, number: int) -> Block:
 
 
 def called_off(model: Model, pool: Pool, number: int, out: Out) -> None:
-    """The read into a slot was called off: free it, or read again if somebody has come to need its block."""
+    """The read into a slot was called off: free it, or read again if somebody has come to wait for its block."""
     block = pool.slots[number].block
     assert block is not None
-    wanted = any(block in waiting.missing for waiting in pool.queue)
-    if wanted or block in pool.expected:
-        priority = Priority.DEMAND if wanted else Priority.AHEAD
+    if any(block in waiting.missing for waiting in pool.queue):
         pool.late.pop(block, None)
-        if not wanted:
-            pool.read_ahead.add(block)
-        out.append(instructions.StartRead(model.key, pool.segment, number, block[0], block[1], priority))
-    else:
-        failed(model, pool, number)
-        if pool.holds_all and not pool.superseded:
-            pool.wish.append(block)
+        out.append(instructions.StartRead(model.key, pool.segment, number, block[0], block[1], Priority.DEMAND))
+        return
+    failed(model, pool, number)
+    if block in pool.expected:
+        pool.ahead[block] = None  # it is read again when its turn comes
+    elif pool.holds_all and not pool.superseded:
+        pool.wish.append(block)
 
 
 def _no_longer_filling(model: Model, pool: Pool, number: int) -> None:
