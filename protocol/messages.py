@@ -509,18 +509,72 @@ class WorkerFailed(Message):
     message: Text
 
 
-class Generate(Message):
-    """Start generating.  ``messages`` are chat messages as the tokenizer's template takes them.
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of an answer are chosen.  The defaults: the likeliest token, whatever came before.
 
-    ``max_tokens`` None: as many as fit into the context behind the prompt.
+    ``seed`` None: another answer each time, where ``temperature`` is above 0.  ``logit_bias``: added to the logits of
+    these tokens.  Presence and frequency penalties look at the answer, the repetition penalty at the prompt too.
+    """
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0)] | None = None
+    logit_bias: dict[Count, float] = {}
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+
+
+class Generate(Message):
+    """Start generating.
+
+    Exactly one of the three is given: ``messages``, chat messages as the tokenizer's template takes them (with
+    ``tools``, and ``template`` for its further variables); ``text``, a prompt as it is; ``tokens``, one in tokens.
+    ``tool_choice`` required: one of the tools has to be called; without ``parallel_calls`` a call ends the answer.
+
+    ``max_tokens`` None: as many as fit into the context behind the prompt.  ``schema``: a JSON schema, itself JSON,
+    that the answer has to fit; None: no such.  ``top_logprobs``: so many of the likeliest tokens are told with each
+    token of the answer, and its own log-probability; None: neither.
     """
 
     request: Count
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] | None = None
+    text: Text | None = None
+    tokens: list[Count] | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: Literal["auto", "required"] = "auto"
+    parallel_calls: bool = True
+    template: dict[str, Any] = {}
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     stop: list[Name] = []
+    sampling: Sampling = Sampling()
+    schema: Text | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a tool; ``arguments`` are JSON."""
+
+    id: Name
+    name: Text
+    arguments: Text
+
+
+class TopToken(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that might have been: its bytes and log-probability."""
+
+    token: Routing
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token of an answer: its bytes, its log-probability, and the likeliest that might have stood there."""
+
+    token: Routing
+    logprob: float
+    top: list[TopToken] = []
 
 
 class Cancel(Message):
@@ -530,20 +584,32 @@ class Cancel(Message):
 
 
 class Delta(Message):
-    """More text of an answer (empty while a character is incomplete); ``tokens`` counts those since the last."""
+    """More of an answer (no text while a character is incomplete); ``tokens`` counts those since the last.
+
+    ``reasoning``: what comes before the answer itself, without its markers; ``calls``: tools that it calls.
+    """
 
     request: Count
     text: Text
     tokens: Count
+    reasoning: Text = ""
+    calls: list[ToolCall] = []
+    logprobs: list[TokenLogprob] = []
 
 
 class Finished(Message):
-    """An answer is complete: ``reason`` is OpenAI's."""
+    """An answer is complete: ``reason`` is OpenAI's.
+
+    ``cached_tokens`` of the prompt were not computed, because an earlier request had; ``stop``: the stop string that
+    ended the answer, if one did.
+    """
 
     request: Count
-    reason: Literal["stop", "length"]
+    reason: Literal["stop", "length", "tool_calls"]
     prompt_tokens: Count
     completion_tokens: Count
+    cached_tokens: Count = 0
+    stop: Name | None = None
 
 
 class Refused(Message):

@@ -2,8 +2,9 @@
 
 Continuous batching is mlx-lm's ``BatchGenerator``; this adds what a server needs around it: the chat template, text
 instead of tokens, stop strings, cancelling, limits, memory for caches, and failures that end requests and not the
-engine.  No sockets, no threads, no clock: see ``expertd.worker.process`` for the loop.  Reasoning and tool calls are
-not parsed; they are text.
+engine.  No sockets, no threads, no clock: see ``expertd.worker.process`` for the loop.  How tokens are chosen is in
+``sampling`` and ``grammar``, what their text consists of in ``channels``, what earlier requests left in
+``prompt_cache``.
 """
 
 from __future__ import annotations
@@ -14,14 +15,25 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
 
-from expertd.protocol.errors import ExpertdError, MemoryPressure, MessageInvalid, PromptTooLong, RequestInvalid
-from expertd.protocol.messages import Delta, Finished, Generate, Refused
+from expertd.protocol.errors import (
+    ExpertdError,
+    MemoryPressure,
+    MessageInvalid,
+    ParameterUnsupported,
+    PromptTooLong,
+    RequestInvalid,
+)
+from expertd.protocol.messages import Delta, Finished, Generate, Refused, TokenLogprob, TopToken
+from expertd.worker.channels import Channels, Piece
+from expertd.worker.grammar import Vocabulary
 from expertd.worker.kv_memory import CacheMemory, Growth
 from expertd.worker.pressure import Buffers, Gauge
+from expertd.worker.prompt_cache import PromptCache
+from expertd.worker.sampling import LogitsProcessor, Sampler, processors_of, sampler_of
 from expertd.worker.sequential import SequentialGenerator
 from expertd.worker.stops import StopText
 from expertd.worker.wired import WiredLimit
@@ -38,8 +50,12 @@ PREFILL_TOKENS = 512
 PREFILL_REQUESTS = 4
 """Prompts that are computed side by side: they share each expert that a step fetches."""
 DECODE_REQUESTS = 32
-COLDEST = 1e-5
-"""Below this a temperature is greedy: its inverse would overflow to NaN on the way to the same token."""
+PROMPT_CACHE = 1 << 30
+"""Bytes of caches that are kept for requests whose prompts begin alike."""
+JSON_CALLS = "mlx_lm.tool_parsers.json_tools"
+"""The parser of those models that write a call as JSON with a name and arguments."""
+LEAST_LOGPROB = -9999.0
+"""What OpenAI says for a token that is next to impossible."""
 LONGEST_REASON = 1000
 """Characters of an error's sentence that are passed on: a chat template may quote the whole prompt in one."""
 
@@ -52,9 +68,14 @@ class _Request:
     prompt: list[int]
     max_tokens: int
     asked_tokens: int | None  # what the client gave as max_tokens
-    sampler: Any
+    sampler: Sampler | None
+    processors: list[LogitsProcessor]
+    one_call: bool  # a call of a tool ends the answer
+    top_logprobs: int | None
     stops: StopText
+    channels: Channels
     detokenizer: Any
+    cached: int = 0
     prefilling: bool = True
     tokens: int = 0
     unreported: int = field(default=0)
@@ -110,6 +131,7 @@ class Engine:
         buffers: Buffers | None = None,
         wired: WiredLimit | None = None,
         memory: CacheMemory | None = None,
+        prompt_cache: int = PROMPT_CACHE,
     ) -> None:
         """Take a model and its tokenizer as ``mlx_lm.load`` returns them.
 
@@ -118,6 +140,7 @@ class Engine:
             buffers: the model's, if it has any to share with its layers.
             wired: the wired limit to hold until ``close``.
             memory: what its requests' caches need; None: no request is refused for it.
+            prompt_cache: bytes of caches to keep for requests to come.
         """
         self.context = context or context_length(model)
         self._model = model
@@ -125,6 +148,8 @@ class Engine:
         self._buffers = buffers or Buffers(Gauge())
         self._wired = wired
         self._memory = memory or CacheMemory([])
+        self._vocabulary = Vocabulary(tokenizer)
+        self._kept = PromptCache(prompt_cache)
         self._hold_limit()  # once before the first generator, which sets its own: what is former is not that
         self._generator = self._new_generator()
         self._waiting: deque[_Request] = deque()
@@ -160,7 +185,8 @@ class Engine:
 
     def relieve(self) -> None:
         """Between two steps: give back what can be spared, if memory has become short."""
-        self._buffers.relieve()
+        if self._buffers.relieve():
+            self._kept.give_back()
 
     def step(self) -> list[Event]:
         """Compute one token of every running answer and at most ``PREFILL_TOKENS`` of every running prompt.
@@ -195,6 +221,7 @@ class Engine:
         self._running.clear()
         self._outbox.clear()
         self._generator.close()
+        self._kept.give_back()
         if self._wired is not None:
             self._wired.release()
         self._buffers.clear()
@@ -209,43 +236,96 @@ class Engine:
             self._wired.hold()
 
     def _prepare(self, message: Generate) -> _Request:
-        prompt = self._encode(message.messages)
+        prompt, param = self._encode(message)
         room = self.context - len(prompt)
         if message.max_tokens is not None and message.max_tokens > room > 0:
             raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {message.max_tokens}, which is more than the "
                 f"model's context of {self.context}; shorten the prompt or lower max_tokens",
-                param="max_tokens" if message.max_tokens >= self.context else "messages",
+                param="max_tokens" if message.max_tokens >= self.context else param,
             )
         if room < 1:
             raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}; "
                 "shorten the prompt",
-                param="messages",
+                param=param,
             )
+        channels = Channels(self._tokenizer, prompt, message.tools)
         return _Request(
             id=message.request,
             prompt=prompt,
             max_tokens=message.max_tokens or room,
             asked_tokens=message.max_tokens,
-            sampler=make_sampler(message.temperature, top_p=message.top_p) if message.temperature > COLDEST else None,
+            sampler=sampler_of(message.sampling),
+            processors=self._processors(message, len(prompt), channels.thinking),
+            one_call=not message.parallel_calls,
+            top_logprobs=message.top_logprobs,
             stops=StopText(message.stop),
+            channels=channels,
             detokenizer=self._tokenizer.detokenizer,
         )
 
-    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _processors(self, message: Generate, prompt_tokens: int, thinking: bool) -> list[LogitsProcessor]:
+        """What the logits pass through; what enforces a grammar comes last, and begins where the reasoning ends."""
+        unknown = [token for token in message.sampling.logit_bias if token >= self._vocabulary_size]
+        if unknown:
+            raise RequestInvalid(f"the model has no token {unknown[0]}", param="logit_bias")
+        processors = processors_of(message.sampling, prompt_tokens)
+        after = tuple(self._tokenizer.think_end_tokens or ()) if thinking else ()
+        if message.schema is not None:
+            processors.append(self._vocabulary.json(message.schema, prompt_tokens, after))
+        elif message.tool_choice == "required":
+            if getattr(self._tokenizer.tool_parser, "__module__", "") != JSON_CALLS:
+                raise ParameterUnsupported(
+                    "a call of a tool cannot be enforced with this model, which does not write calls as JSON; "
+                    "leave 'tool_choice' out", param="tool_choice",
+                )  # fmt: skip
+            markers = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
+            processors.append(
+                self._vocabulary.calls(message.tools, markers, message.parallel_calls, prompt_tokens, after)
+            )
+        return processors
+
+    def _encode(self, message: Generate) -> tuple[list[int], str]:
+        """The prompt's tokens, and what of the request they were made of."""
+        if message.tokens is not None:
+            unknown = [token for token in message.tokens if token >= self._vocabulary_size]
+            if unknown:
+                raise RequestInvalid(f"the model has no token {unknown[0]}", param="prompt")
+            prompt, param = list(message.tokens), "prompt"
+        elif message.text is not None:
+            prompt, param = list(self._tokenizer.encode(message.text)), "prompt"
+        else:
+            prompt, param = self._encode_chat(message), "messages"
+        if not prompt:
+            raise RequestInvalid("the prompt has no tokens", param=param)
+        return prompt, param
+
+    def _encode_chat(self, message: Generate) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise RequestInvalid("the model's tokenizer has no chat template, so it takes no chat messages")
+        if message.tools and not self._tokenizer.has_tool_calling:
+            raise ParameterUnsupported("this model's chat template knows no tools; leave them out", param="tools")
+        template = str(getattr(self._tokenizer, "chat_template", "") or "")
+        for name in message.template:
+            if name not in template and not (name == "enable_thinking" and self._tokenizer.has_thinking):
+                raise ParameterUnsupported(f"this model's chat template knows no '{name}'; leave it out", param=name)
+        tools = {"tools": message.tools} if message.tools else {}
         try:
-            prompt = list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+            return list(
+                self._tokenizer.apply_chat_template(
+                    message.messages, add_generation_prompt=True, **tools, **message.template
+                )
+            )
         except Exception as error:
             # A template is a program of the model's author: it may raise anything, about what the messages contain.
             raise RequestInvalid(
                 f"the model's chat template refused the messages ({error})", param="messages"
             ) from error
-        if not prompt:
-            raise RequestInvalid("the model's chat template made no tokens of the messages", param="messages")
-        return prompt
+
+    @property
+    def _vocabulary_size(self) -> int:
+        return len(self._tokenizer._tokenizer)
 
     def _admit(self) -> list[Event]:
         """Hand waiting requests to the generator, no more than its next step computes, so that only those can fail.
@@ -256,19 +336,48 @@ class Engine:
         prefilling = sum(request.prefilling for request in self._running.values())
         while self._waiting and prefilling < PREFILL_REQUESTS and len(self._running) < DECODE_REQUESTS:
             request = self._waiting[0]
-            running = [other.growth for other in self._running.values()]
             try:
-                if not self._memory.fits(len(request.prompt), request.asked_tokens, running):
+                if not self._fits(request):
                     break
             except MemoryPressure as error:
                 self._waiting.popleft()
                 refused.append(_refused(request.id, error))
                 continue
             self._waiting.popleft()
-            (uid,) = self._generator.insert([request.prompt], [request.max_tokens], samplers=[request.sampler])
-            self._running[uid] = request
+            self._insert(request)
             prefilling += 1
         return refused
+
+    def _fits(self, request: _Request) -> bool:
+        """Whether there is memory for its cache now; what is kept of earlier requests goes first.
+
+        Raises:
+            MemoryPressure: it will not fit later either.
+        """
+        running = [other.growth for other in self._running.values()]
+        try:
+            fits = self._memory.fits(len(request.prompt), request.asked_tokens, running)
+            if fits or not self._kept.size:
+                return fits
+        except MemoryPressure:
+            if not self._kept.size:
+                raise
+        self._kept.give_back()
+        self._buffers.clear()
+        return self._memory.fits(len(request.prompt), request.asked_tokens, running)
+
+    def _insert(self, request: _Request) -> None:
+        cache, rest = self._kept.take(request.prompt)
+        request.cached = len(request.prompt) - len(rest)
+        (uid,) = self._generator.insert(
+            [rest],
+            [request.max_tokens],
+            caches=[cache],
+            all_tokens=[request.prompt[: request.cached]],
+            samplers=[request.sampler],
+            logits_processors=[request.processors],
+        )
+        self._running[uid] = request
 
     def _advance(self, answer: Any) -> list[Event]:
         """The events of one more token of an answer."""
@@ -284,33 +393,70 @@ class Engine:
             if reason is not None:
                 request.detokenizer.finalize()
             text, stopped = request.stops.feed(request.detokenizer.last_segment)
+            if not stopped and reason is not None:
+                text += request.stops.flush()
+            piece = request.channels.feed(text)
+            logprobs = self._logprobs(request, answer)
         except Exception as error:
             log.exception("the text of request %d could not be made", request.id)
             self._drop([answer.uid])
             return [_refused(request.id, error)]
-        if stopped:
+        if stopped or (request.one_call and request.channels.called):
             reason = "stop"
-        elif reason is not None:
-            text += request.stops.flush()
-        events: list[Event] = [Delta(request=request.id, text=text, tokens=request.unreported)]
-        request.unreported = 0
-        if reason is not None:
-            events.append(
-                Finished(
-                    request=request.id,
-                    reason=reason,
-                    prompt_tokens=len(request.prompt),
-                    completion_tokens=request.tokens,
-                )
-            )
-            self._drop([answer.uid])
+        if reason is None:
+            return [self._delta(request, piece, logprobs)]
+        last = request.channels.finish()
+        piece = Piece(piece.text + last.text, piece.reasoning + last.reasoning, piece.calls + last.calls)
+        events: list[Event] = [
+            self._delta(request, piece, logprobs),
+            Finished(
+                request=request.id,
+                reason="tool_calls" if reason == "stop" and request.channels.called else reason,
+                prompt_tokens=len(request.prompt),
+                completion_tokens=request.tokens,
+                cached_tokens=request.cached,
+                stop=request.stops.found,
+            ),
+        ]
+        if answer.prompt_cache is not None:
+            self._kept.keep(answer.all_tokens, answer.prompt_cache)
+        self._drop([answer.uid])
         return events
 
+    @staticmethod
+    def _delta(request: _Request, piece: Piece, logprobs: list[TokenLogprob]) -> Delta:
+        tokens, request.unreported = request.unreported, 0
+        return Delta(
+            request=request.id,
+            text=piece.text,
+            tokens=tokens,
+            reasoning=piece.reasoning,
+            calls=piece.calls,
+            logprobs=logprobs,
+        )
+
+    def _logprobs(self, request: _Request, answer: Any) -> list[TokenLogprob]:
+        """What the request wants to know of a token; nothing of the one that ends an answer, which is no part of it."""
+        if request.top_logprobs is None or answer.finish_reason == "stop":
+            return []
+        found = np.array(answer.logprobs, np.float32)
+        most = min(request.top_logprobs, len(found))
+        best = np.argpartition(-found, most - 1)[:most] if most else np.array([], np.intp)
+        top = [self._top(int(token), found) for token in best[np.argsort(-found[best], kind="stable")]]
+        own = self._top(answer.token, found)
+        return [TokenLogprob(token=own.token, logprob=own.logprob, top=top)]
+
+    def _top(self, token: int, logprobs: Any) -> TopToken:
+        # Negative infinity, which JSON does not have, is what a grammar makes of all else.
+        return TopToken(token=self._vocabulary.bytes_of(token), logprob=max(float(logprobs[token]), LEAST_LOGPROB))
+
     def _drop(self, uids: list[int]) -> None:
+        """Forget running requests; what those have computed that did not end by themselves is kept too."""
         for uid in uids:
             del self._running[uid]
         if uids:
-            self._generator.remove(uids)
+            for cache, tokens in self._generator.remove(uids, return_prompt_caches=True).values():
+                self._kept.keep(tokens, cache)
 
     def _fail(self, error: Exception) -> list[Event]:
         """End all that was in the step, and begin again with a new generator."""

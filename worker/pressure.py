@@ -58,12 +58,14 @@ class Buffers:
         self._seen = 0
         self.clear = clear
 
-    def relieve(self) -> None:
-        """Give the buffers back if memory has become short since the last call."""
-        if self._seen != self._gauge.rises:
-            self._seen = self._gauge.rises
-            if self._gauge.short:
-                self.clear()
+    def relieve(self) -> bool:
+        """Give the buffers back if memory has become short since the last call; returns whether it has."""
+        if self._seen == self._gauge.rises:
+            return False
+        self._seen = self._gauge.rises
+        if self._gauge.short:
+            self.clear()
+        return self._gauge.short
 
     def after_request(self, idle: bool) -> None:
         """A request has ended: give its buffers back if nobody is there to use them again, or memory is short."""

@@ -27,7 +27,10 @@ class _Progress:
 class _Answer:
     uid: int
     token: int
+    logprobs: Any
     finish_reason: str | None
+    prompt_cache: Any
+    all_tokens: list[int] | None
 
 
 @dataclass
@@ -36,7 +39,9 @@ class _Sequence:
     tokens: list[int]  # Those of the prompt that are still to be computed, then the one that was sampled last.
     left: int
     sampler: Any
-    cache: Any = None
+    processors: list[Any]
+    cache: Any
+    computed: list[int]  # Those that the cache holds.
     answering: bool = False
 
 
@@ -51,17 +56,41 @@ class SequentialGenerator:
         self._sequences: deque[_Sequence] = deque()
         self._uids = 0
 
-    def insert(self, prompts: list[list[int]], max_tokens: list[int], *, samplers: list[Any]) -> list[int]:
-        """Queue prompts; a sampler that is None is greedy."""
+    def insert(
+        self,
+        prompts: list[list[int]],
+        max_tokens: list[int],
+        *,
+        samplers: list[Any],
+        caches: list[Any] | None = None,
+        all_tokens: list[list[int]] | None = None,
+        logits_processors: list[list[Any]] | None = None,
+    ) -> list[int]:
+        """Queue prompts; a sampler that is None is greedy.
+
+        Args:
+            caches: for each prompt what was computed before, or None; ``all_tokens``: of which tokens.
+        """
         first = self._uids
-        for prompt, left, sampler in zip(prompts, max_tokens, samplers, strict=True):
-            self._sequences.append(_Sequence(self._uids, list(prompt), left, sampler))
+        many = len(prompts)
+        for prompt, left, sampler, processors, cache, computed in zip(
+            prompts, max_tokens, samplers, logits_processors or [[]] * many, caches or [None] * many,
+            all_tokens or [[]] * many, strict=True,
+        ):  # fmt: skip
+            sequence = _Sequence(self._uids, list(prompt), left, sampler, processors, cache, list(computed))
+            self._sequences.append(sequence)
             self._uids += 1
         return list(range(first, self._uids))
 
-    def remove(self, uids: list[int]) -> None:
-        """Forget sequences; unknown ones are no error."""
+    def remove(self, uids: list[int], return_prompt_caches: bool = False) -> dict[int, tuple[Any, list[int]]]:
+        """Forget sequences; unknown ones are no error.  Returns, if asked to, their caches, and of which tokens."""
+        found = {
+            sequence.uid: (sequence.cache or [], sequence.computed)
+            for sequence in self._sequences
+            if return_prompt_caches and sequence.uid in uids
+        }
         self._sequences = deque(sequence for sequence in self._sequences if sequence.uid not in uids)
+        return found
 
     def next(self) -> tuple[list[_Progress], list[_Answer]]:
         """One step: how far the first prompt is, and the token that was sampled."""
@@ -86,11 +115,17 @@ class SequentialGenerator:
         self._model(mx.array([sequence.tokens[:length]]), cache=sequence.cache)
         mx.eval([layer.state for layer in sequence.cache])
         mx.clear_cache()
+        sequence.computed += sequence.tokens[:length]
         del sequence.tokens[:length]
         return _Progress(sequence.uid, False)
 
     def _decode(self, sequence: _Sequence) -> _Answer:
         logits = self._model(mx.array([sequence.tokens]), cache=sequence.cache)[:, -1, :]
+        sequence.computed += sequence.tokens
+        if sequence.processors:
+            context = mx.array(sequence.computed)
+            for process in sequence.processors:
+                logits = process(context, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         sampled = mx.argmax(logprobs, axis=-1) if sequence.sampler is None else sequence.sampler(logprobs)
         chosen: Any = sampled.item()
@@ -98,6 +133,7 @@ class SequentialGenerator:
         sequence.tokens = [token]
         sequence.left -= 1
         reason = "stop" if token in self._ends else "length" if sequence.left == 0 else None
-        if reason is not None:
-            self.remove([sequence.uid])
-        return _Answer(sequence.uid, token, reason)
+        if reason is None:
+            return _Answer(sequence.uid, token, logprobs[0], None, None, None)
+        self.remove([sequence.uid])
+        return _Answer(sequence.uid, token, logprobs[0], reason, sequence.cache, sequence.computed)

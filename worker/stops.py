@@ -20,16 +20,19 @@ class StopText:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self.found: str | None = None
+        """The stop string that ended the answer."""
 
     def feed(self, segment: str) -> tuple[str, bool]:
         """Take the next text; return what may be shown now, and whether a stop string ended the answer."""
         if not self._stops:
             return segment, False
         text = self._held + segment
-        ends = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        ends = [(place + len(stop), place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
         if ends:
             self._held = ""
-            return text[: min(ends)[1]], True
+            _, place, self.found = min(ends)
+            return text[:place], True
         keep = max(self._beginning(text, stop) for stop in self._stops)
         shown = len(text) - keep
         self._held = text[shown:]

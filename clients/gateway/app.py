@@ -1,8 +1,9 @@
 """The HTTP side: routes, OpenAI-shaped errors, streaming.
 
-Turns requests into calls of ``expertd.clients.gateway.workers`` with ``expertd.clients.gateway.chat`` in between.  It
-starts and stops nothing: see ``expertd.clients.gateway.lifetime``.  No CORS headers are sent, and a ``Host`` that is
-not this machine's is refused, so that a web page cannot reach the API through a name of its own (DNS rebinding).
+Turns requests into calls of ``expertd.clients.gateway.workers``; what each API reads and writes is in a module of its
+own (``chat``, ``completions``).  It starts and stops nothing: see ``expertd.clients.gateway.lifetime``.  No CORS
+headers are sent, and a ``Host`` that is not this machine's is refused, so that a web page cannot reach the API through
+a name of its own (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import ipaddress
 import logging
 import math
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,8 +21,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from expertd.clients.gateway import awake, chat
-from expertd.clients.gateway.workers import Answer, Worker
+from expertd.clients.gateway import awake, chat, completions
+from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.wanted import Wanted
+from expertd.clients.gateway.workers import Answers, Worker
 from expertd.protocol.errors import (
     ExpertdError,
     MemoryPressure,
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT = 64 << 20
 """Longest HTTP body, in bytes; aiohttp's own limit of 1 MiB is less than an agent's prompt."""
+KEEPALIVE = b": keepalive\n\n"
 KEEPALIVE_S = 10.0
 """A stream is never silent for longer, however long a prompt takes."""
 STALL_S = 30.0
@@ -63,6 +66,7 @@ class Gateway:
         self.app.add_routes(
             [
                 web.post("/v1/chat/completions", self._chat),
+                web.post("/v1/completions", self._complete),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id:.+}", self._model),
                 web.get("/health/live", self._live),
@@ -83,24 +87,29 @@ class Gateway:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         wanted = chat.parse(_decode(await request.read()))
-        self._check_model(wanted.model)
-        id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        with self._worker.open(wanted) as answer:
-            if wanted.stream:
-                return await self._stream(request, answer, id, created, wanted.include_usage)
-            texts: list[str] = []
-            while True:
-                event = await answer.receive(self._keepalive_s)
-                if isinstance(event, Finished):
-                    return _json(chat.completion(id, created, self.name, "".join(texts), event))
-                if event is not None:
-                    texts.append(event.text)
+        return await self._answer(request, [wanted], chat.Rendering(wanted, self.name, int(time.time())))
 
-    async def _stream(
-        self, request: web.Request, answer: Answer, id: str, created: int, include_usage: bool
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        wanted = completions.parse(_decode(await request.read()))
+        return await self._answer(request, wanted, completions.Rendering(wanted, self.name, int(time.time())))
+
+    async def _answer(
+        self, request: web.Request, wanted: Sequence[Wanted], rendering: Renderer
     ) -> web.StreamResponse:
+        """Have ``wanted`` computed, and write it as ``rendering`` says."""
+        self._check_model(wanted[0].model)
+        with self._worker.open(*wanted) as answers:
+            if wanted[0].stream:
+                return await self._stream(request, answers, rendering)
+            told = [Told() for _ in range(answers.count)]
+            while not answers.ended:
+                if (received := await answers.receive(self._keepalive_s)) is not None:
+                    told[received[0]].add(received[1])
+            return _json(rendering.whole(told))
+
+    async def _stream(self, request: web.Request, answers: Answers, rendering: Renderer) -> web.StreamResponse:
         # Until the worker has taken the request, or the client has waited long, an error can still be a status.
-        event = await answer.receive(self._keepalive_s)
+        first = await answers.receive(self._keepalive_s)
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -110,7 +119,7 @@ class Gateway:
         )
         try:
             await response.prepare(request)
-            async for data in self._events(answer, event, id, created, include_usage):
+            async for data in self._events(answers, first, rendering):
                 async with awake.timeout(self._stall_s):
                     await response.write(data)
         except ConnectionError:
@@ -122,36 +131,32 @@ class Gateway:
         return response
 
     async def _events(
-        self, answer: Answer, event: Delta | Finished | None, id: str, created: int, include_usage: bool
+        self, answers: Answers, received: tuple[int, Delta | Finished] | None, rendering: Renderer
     ) -> AsyncIterator[bytes]:
-        """What a stream consists of; ``event`` is the first, received already."""
-        yield _event(chat.chunk(id, created, self.name, {"role": "assistant", "content": ""}))
-        try:
-            while not isinstance(event, Finished):
-                if event is None:
-                    yield b": keepalive\n\n"
-                elif event.text:
-                    yield _event(chat.chunk(id, created, self.name, {"content": event.text}))
-                event = await self._receive_in_time(answer)
-        except ExpertdError as error:
-            # The status is sent already: an event says that this is not an answer's end, and no [DONE] follows.
-            yield _event(error_body(error))
-            return
-        yield _event(chat.chunk(id, created, self.name, {}, event.reason))
-        if include_usage:
-            yield _event(chat.usage_chunk(id, created, self.name, event))
-        yield b"data: [DONE]\n\n"
-
-    async def _receive_in_time(self, answer: Answer) -> Delta | Finished | None:
-        """The next event with something to write, or None when it is time for a keepalive."""
+        """What a stream consists of; ``received`` is the first event, which is there already."""
+        for data in rendering.begin():
+            yield data
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._keepalive_s
-        while True:
-            event = await answer.receive(max(0.0, deadline - loop.time()))
-            if event is None or isinstance(event, Finished) or event.text:
-                return event
-            if loop.time() >= deadline:
-                return None
+        written_at = loop.time()
+        try:
+            while True:
+                pieces = [] if received is None else list(rendering.event(*received))
+                for data in pieces:
+                    yield data
+                if pieces:
+                    written_at = loop.time()
+                elif loop.time() >= written_at + self._keepalive_s:
+                    yield KEEPALIVE
+                    written_at = loop.time()
+                if answers.ended:
+                    break
+                received = await answers.receive(max(0.0, written_at + self._keepalive_s - loop.time()))
+        except ExpertdError as error:
+            for data in rendering.failed(error):
+                yield data
+            return
+        for data in rendering.end():
+            yield data
 
     async def _models(self, request: web.Request) -> web.Response:
         return _json({"object": "list", "data": [self._model_object()]})
@@ -221,16 +226,6 @@ class Gateway:
         return {"id": self.name, "object": "model", "created": self._created, "owned_by": "expertd"}
 
 
-def error_body(error: ExpertdError) -> dict[str, Any]:
-    """``error`` as OpenAI writes errors."""
-    kind = "invalid_request_error"
-    if error.http_status >= 500:
-        kind = "server_error"
-    elif error.http_status == 429:
-        kind = "rate_limit_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
-
-
 def _error_response(
     error: ExpertdError, retry_after_s: float = RETRY_S, beside: Mapping[str, str] = MappingProxyType({})
 ) -> web.Response:
@@ -253,10 +248,6 @@ def _decode(body: bytes) -> Any:
 
 def _json(body: dict[str, Any], status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def _is_address(host: str) -> bool:

@@ -1,57 +1,48 @@
-"""OpenAI chat completions as data: a request's body into what to generate, events into response bodies.
+"""OpenAI chat completions as data: a request's body into what is wanted, events into response bodies.
 
 Pure: no sockets, no clock, no worker.  A parameter is honoured, or refused with an error that names it; ``IGNORED`` is
 the whole list of those that are accepted without effect, and ``NEUTRAL`` of those accepted at the one value that asks
-for nothing.
+for nothing.  What chat completions have in common with other APIs is in ``wanted``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from expertd.protocol.errors import ParameterUnsupported, RequestInvalid
-from expertd.protocol.messages import Finished
+from expertd.clients.gateway.answers import DONE, Told, error_body, sse
+from expertd.clients.gateway.wanted import (
+    MOST_ANSWERS,
+    MOST_TOP_LOGPROBS,
+    Wanted,
+    body_object,
+    boolean,
+    invalid,
+    json_schema,
+    model_name,
+    sampling_of,
+    stops,
+    unsupported,
+    whole,
+)
+from expertd.protocol.errors import ExpertdError, ParameterUnsupported, RequestInvalid
+from expertd.protocol.messages import Delta, Finished, TokenLogprob, ToolCall
 
-__all__ = ["IGNORED", "NEUTRAL", "ChatRequest", "chunk", "completion", "parse", "usage", "usage_chunk"]
+__all__ = ["IGNORED", "NEUTRAL", "Rendering", "check_names", "parse", "usage"]
 
-IGNORED = frozenset({"user", "store", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"})
+IGNORED = frozenset(
+    {"user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
+)
 """Parameters that only mean something to OpenAI's own service."""
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-MOST_STOPS = 4
-LONGEST_STOP = 4096
-HOTTEST = 2.0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(neutral: float) -> Callable[[object], bool]:
-    return lambda value: _is_number(value) and value == neutral
-
 
 NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
-    "n": _number(1),
-    "presence_penalty": _number(0),
-    "frequency_penalty": _number(0),
-    "repetition_penalty": _number(1),
-    "min_p": _number(0),
-    "top_k": _number(0),
-    "logprobs": lambda value: value is False,
-    "top_logprobs": _number(0),
-    "logit_bias": lambda value: value == {},
-    "seed": lambda value: False,
-    "response_format": lambda value: value == {"type": "text"},
     "modalities": lambda value: value == ["text"],
-    "tools": lambda value: value == [],
-    "tool_choice": lambda value: value in ("none", "auto"),
-    "parallel_tool_calls": lambda value: isinstance(value, bool),
     "functions": lambda value: value == [],
     "function_call": lambda value: value in ("none", "auto"),
-    "reasoning_effort": lambda value: False,
     "verbosity": lambda value: value == "medium",
     "audio": lambda value: False,
     "prediction": lambda value: False,
@@ -59,160 +50,229 @@ NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
 }
 """Parameters that are not supported, each with the test of the value that changes nothing.  Null is always such one."""
 
-_HONOURED = frozenset(
-    {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "stream"}
-) | {"stream_options"}
+SAMPLING = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "presence_penalty", "frequency_penalty"}
+) | {"repetition_penalty"}
 
-_IDLE_MESSAGE_FIELDS = frozenset({"tool_calls", "function_call", "refusal", "audio", "annotations"})
+_HONOURED = SAMPLING | {
+    "model", "messages", "max_tokens", "max_completion_tokens", "stop", "stream", "stream_options", "n", "logprobs",
+    "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort",
+    "chat_template_kwargs",
+}  # fmt: skip
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+
+_IDLE_MESSAGE_FIELDS = frozenset({"function_call", "refusal", "audio", "annotations"})
 """What OpenAI's own library sends back empty with an assistant's message."""
 
 
-@dataclass(frozen=True)
-class ChatRequest:
-    """A valid request.  ``max_tokens`` None means as many as fit into the context."""
-
-    model: str
-    messages: list[dict[str, Any]]
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    stop: list[str]
-    stream: bool
-    include_usage: bool
-
-
-def parse(body: object) -> ChatRequest:
+def parse(body: object) -> Wanted:
     """The request in a decoded JSON body.
 
     Raises:
         RequestInvalid: a field is missing, of the wrong type or out of range; ``param`` names it.
         ParameterUnsupported: a parameter asks for what is not offered; ``param`` names it.
     """
-    if not isinstance(body, dict):
-        raise RequestInvalid("the body has to be a JSON object")
-    for name, value in body.items():
-        if name not in _HONOURED and name not in IGNORED:
-            _check_neutral(name, value)
-    stream = _boolean(body, "stream")
-    temperature = _within(body, "temperature", 0.0, HOTTEST)
-    top_p = _within(body, "top_p", 0.0, 1.0)
-    if top_p == 0.0:
-        # A nucleus of no mass is the likeliest token alone.
-        temperature, top_p = 0.0, 1.0
-    return ChatRequest(
-        model=_model(body.get("model")),
+    body = body_object(body)
+    check_names(body, _HONOURED)
+    stream = boolean(body, "stream")
+    tools, choice = _tools(body.get("tools"), body.get("tool_choice"))
+    schema = _response_format(body.get("response_format"))
+    if schema is not None and tools:
+        unsupported("response_format", "cannot be combined with tools; leave one of them out")
+    return Wanted(
+        model=model_name(body),
         messages=_messages(body.get("messages")),
+        tools=tools,
+        tool_choice=choice,
+        parallel_calls=boolean(body, "parallel_tool_calls", True),
+        template=_template(body),
         max_tokens=_max_tokens(body),
-        temperature=temperature,
-        top_p=top_p,
-        stop=_stop(body.get("stop")),
+        stop=stops(body.get("stop")),
+        sampling=sampling_of(body),
+        schema=schema,
+        top_logprobs=_top_logprobs(body),
+        answers=whole(body, "n", 1, MOST_ANSWERS) or 1,
         stream=stream,
-        include_usage=_include_usage(body.get("stream_options"), stream),
+        include_usage=include_usage(body.get("stream_options"), stream),
     )
 
 
-def _check_neutral(name: str, value: object) -> None:
-    test = NEUTRAL.get(name)
-    if test is None:
-        raise ParameterUnsupported(f"the parameter '{name}' is not known here; leave it out", param=name)
-    if value is not None and not test(value):
-        raise ParameterUnsupported(f"the parameter '{name}' is not supported; leave it out", param=name)
-
-
-def _invalid(param: str, rule: str) -> NoReturn:
-    raise RequestInvalid(f"'{param}' has to be {rule}", param=param)
-
-
-def _boolean(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        _invalid(name, "true or false")
-    return value
-
-
-def _within(body: dict[str, Any], name: str, low: float, high: float) -> float:
-    """A number from ``low`` to ``high``; 1.0, OpenAI's default for both of them, where there is none."""
-    value = body.get(name)
-    if value is None:
-        return 1.0
-    if not _is_number(value) or not low <= value <= high:
-        _invalid(name, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _model(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        _invalid("model", "the name of the model; GET /v1/models tells it")
-    return value
-
-
-def _max_tokens(body: dict[str, Any]) -> int | None:
-    found: dict[str, int] = {}
-    for name in ("max_completion_tokens", "max_tokens"):
-        value = body.get(name)
-        if value is None:
+def check_names(body: Mapping[str, Any], honoured: Iterable[str], neutral: Mapping[str, Any] = NEUTRAL) -> None:
+    """Refuse what is neither honoured nor known to change nothing."""
+    for name, value in body.items():
+        if name in honoured or name in IGNORED:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            _invalid(name, "a whole number of at least 1")
-        found[name] = value
-    if len(set(found.values())) > 1:
-        raise RequestInvalid("give either 'max_tokens' or 'max_completion_tokens', not two values", param="max_tokens")
-    return next(iter(found.values()), None)
+        test = neutral.get(name)
+        if test is None:
+            raise ParameterUnsupported(f"the parameter '{name}' is not known here; leave it out", param=name)
+        if value is not None and not test(value):
+            unsupported(name)
 
 
-def _stop(value: object) -> list[str]:
-    if value is None:
-        return []
-    stops = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(stops, list)
-        or len(stops) > MOST_STOPS
-        or not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops)
-    ):
-        _invalid("stop", f"a string or a list of at most {MOST_STOPS} strings, each of 1 to {LONGEST_STOP} characters")
-    return stops
-
-
-def _include_usage(value: object, stream: bool) -> bool:
+def include_usage(value: object, stream: bool) -> bool:
+    """Whether ``stream_options`` asks for usage."""
     if value is None:
         return False
     if not stream:
         raise RequestInvalid("'stream_options' is only allowed when 'stream' is true", param="stream_options")
     if not isinstance(value, dict):
-        _invalid("stream_options", "an object")
+        invalid("stream_options", "an object")
     for name, option in value.items():
         if name == "include_obfuscation" and (option is None or option is False):
             continue
         if name != "include_usage":
-            param = f"stream_options.{name}"
-            raise ParameterUnsupported(f"the parameter '{param}' is not supported; leave it out", param=param)
+            unsupported(f"stream_options.{name}")
         if option is not None and not isinstance(option, bool):
-            _invalid("stream_options.include_usage", "true or false")
+            invalid("stream_options.include_usage", "true or false")
     return bool(value.get("include_usage"))
+
+
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
+    found = {name: whole(body, name, 1) for name in ("max_completion_tokens", "max_tokens")}
+    given = {value for value in found.values() if value is not None}
+    if len(given) > 1:
+        raise RequestInvalid("give either 'max_tokens' or 'max_completion_tokens', not two values", param="max_tokens")
+    return next(iter(given), None)
+
+
+def _top_logprobs(body: Mapping[str, Any]) -> int | None:
+    top = whole(body, "top_logprobs", 0, MOST_TOP_LOGPROBS)
+    if boolean(body, "logprobs"):
+        return top or 0
+    if top:
+        raise RequestInvalid("'top_logprobs' is only allowed when 'logprobs' is true", param="top_logprobs")
+    return None
+
+
+def _response_format(value: object) -> str | None:
+    """The schema that the answer has to fit, if it has to fit one."""
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(kind, str):
+        invalid("response_format", "an object with a type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return json.dumps({"type": "object"})
+    if kind != "json_schema":
+        unsupported("response_format", f"of type {kind!r} is not supported; 'json_schema' is")
+    holder = value.get("json_schema")
+    if not isinstance(holder, dict):
+        invalid("response_format.json_schema", "an object with a name and a schema")
+    return json_schema(holder.get("schema"), "response_format.json_schema.schema")
+
+
+def _template(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables for the chat template."""
+    given = body.get("chat_template_kwargs")
+    if given is not None and not isinstance(given, dict):
+        invalid("chat_template_kwargs", "an object")
+    found = dict(given or {})
+    effort = body.get("reasoning_effort")
+    if effort is not None:
+        if effort not in EFFORTS:
+            invalid("reasoning_effort", f"one of {', '.join(EFFORTS)}")
+        found |= {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
+    return found
+
+
+def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal["auto", "required"]]:
+    """The tools that may be called, and whether one has to be."""
+    if value is None:
+        value = []
+    if not isinstance(value, list):
+        invalid("tools", "a list of tools")
+    tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(value)]
+    names = [tool["function"]["name"] for tool in tools]
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        holder = choice.get("allowed_tools")
+        allowed = holder.get("tools") if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or not isinstance(allowed, list):
+            invalid("tool_choice.allowed_tools", "an object with a mode and tools")
+        kept = {_named(tool, "tool_choice.allowed_tools.tools", names) for tool in allowed}
+        tools = [tool for tool in tools if tool["function"]["name"] in kept]
+        choice = holder.get("mode", "auto")
+    if choice is None or choice == "auto":
+        return tools, "auto"
+    if choice == "none":
+        return [], "auto"
+    if choice == "required":
+        if not tools:
+            raise RequestInvalid("'tool_choice' is 'required', but there are no tools", param="tool_choice")
+        return tools, "required"
+    name = _named(choice, "tool_choice", names)
+    return [tool for tool in tools if tool["function"]["name"] == name], "required"
+
+
+def _named(value: object, param: str, names: Sequence[str]) -> str:
+    """The tool that an object names."""
+    if not isinstance(value, dict) or value.get("type") != "function":
+        invalid(param, "'none', 'auto', 'required', or an object that names a function")
+    function = value.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if name not in names:
+        raise RequestInvalid(f"'{param}' names {name!r}, which is none of the tools", param=param)
+    return str(name)
+
+
+def _tool(value: object, param: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        invalid(param, "an object with a type")
+    if value["type"] != "function":
+        unsupported(param, f"is of type {value['type']!r}; only functions are supported")
+    function = value.get("function")
+    if not isinstance(function, dict):
+        invalid(f"{param}.function", "an object")
+    return {"type": "function", "function": function_of(function, f"{param}.function")}
+
+
+def function_of(value: Mapping[str, Any], param: str) -> dict[str, Any]:
+    """A function that may be called, as templates take it."""
+    name = value.get("name")
+    if not isinstance(name, str) or not name:
+        invalid(f"{param}.name", "a string")
+    found: dict[str, Any] = {"name": name}
+    description = value.get("description")
+    if description is not None:
+        if not isinstance(description, str):
+            invalid(f"{param}.description", "a string")
+        found["description"] = description
+    parameters = value.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        invalid(f"{param}.parameters", "an object, a JSON schema")
+    found["parameters"] = parameters if parameters else {"type": "object", "properties": {}}
+    return found
 
 
 def _messages(value: object) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        _invalid("messages", "a list of at least one message")
+        invalid("messages", "a list of at least one message")
     return [_message(message, f"messages[{place}]") for place, message in enumerate(value)]
 
 
 def _message(value: object, param: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        _invalid(param, "an object with a role and content")
+        invalid(param, "an object with a role and content")
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        _invalid(f"{param}.role", f"one of {', '.join(ROLES)}")
-    message = {"role": ROLES[role], "content": _content(value.get("content"), f"{param}.content")}
+        invalid(f"{param}.role", f"one of {', '.join(ROLES)}")
+    calls = _calls(value.get("tool_calls"), f"{param}.tool_calls") if role == "assistant" else []
+    content = value.get("content")
+    if content is None and calls:
+        content = ""
+    message: dict[str, Any] = {"role": ROLES[role], "content": _content(content, f"{param}.content")}
+    if calls:
+        message["tool_calls"] = calls
     for name, field in value.items():
-        if name in ("role", "content") or field is None:
+        if name in ("role", "content") or field is None or (name == "tool_calls" and role == "assistant"):
             continue
-        if name == "name" or (name == "tool_call_id" and role == "tool"):
+        thought = name in ("reasoning_content", "reasoning") and role == "assistant"
+        if name == "name" or thought or (name == "tool_call_id" and role == "tool"):
             if not isinstance(field, str):
-                _invalid(f"{param}.{name}", "a string")
-            message[name] = field
+                invalid(f"{param}.{name}", "a string")
+            message["reasoning_content" if thought else name] = field
         elif name not in _IDLE_MESSAGE_FIELDS or field != []:
             raise ParameterUnsupported(
                 f"the field '{param}.{name}' is not supported; leave it out", param=f"{param}.{name}"
@@ -220,67 +280,159 @@ def _message(value: object, param: str) -> dict[str, Any]:
     return message
 
 
+def _calls(value: object, param: str) -> list[dict[str, Any]]:
+    """Earlier calls of tools; templates take their arguments as objects."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        invalid(param, "a list of calls")
+    found = []
+    for place, call in enumerate(value):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            invalid(f"{param}[{place}]", "an object with a function that has a name")
+        arguments = arguments_of(function.get("arguments"), f"{param}[{place}].function.arguments")
+        found.append(
+            {
+                "id": str(call.get("id", "")),
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
+    return found
+
+
+def arguments_of(value: object, param: str) -> Any:
+    """What a call was made with: JSON, as text."""
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, str):
+        invalid(param, "JSON, as a string")
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        invalid(param, "JSON, as a string")
+
+
 def _content(value: object, param: str) -> str:
     """A message's text; parts follow each other with nothing in between, as in mlx-lm's server."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        _invalid(param, "a string or a list of text parts")
+        invalid(param, "a string or a list of text parts")
     texts = []
     for place, part in enumerate(value):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            _invalid(f"{param}[{place}]", "an object with a type")
-        if part["type"] != "text" or part.keys() - {"type", "text"}:
+            invalid(f"{param}[{place}]", "an object with a type")
+        if part["type"] != "text" or part.keys() - {"type", "text", "cache_control"}:
             raise ParameterUnsupported(
                 f"'{param}[{place}]' is not supported; only parts of type 'text' with a 'text' are",
                 param=f"{param}[{place}]",
             )
         if not isinstance(part.get("text"), str):
-            _invalid(f"{param}[{place}].text", "a string")
+            invalid(f"{param}[{place}].text", "a string")
         texts.append(part["text"])
     return "".join(texts)
 
 
-def completion(id: str, created: int, model: str, text: str, end: Finished) -> dict[str, Any]:
-    """The body of an answer that is not streamed; ``created`` is in seconds since 1970."""
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Rendering:
+    """How chat completions write answers."""
+
+    def __init__(self, wanted: Wanted, model: str, created: int) -> None:
+        """``model``: the name of what answers; ``created``: in seconds since 1970."""
+        self._wanted = wanted
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": created, "model": model}
+        self._calls = [0] * wanted.answers
+        self._ends: list[Finished] = []
+
+    def whole(self, answers: Sequence[Told]) -> dict[str, Any]:
+        """The body of answers that are not streamed."""
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [self._choice(place, told) for place, told in enumerate(answers)],
+            "usage": usage([told.end for told in answers]),
+        }
+
+    def begin(self) -> Iterator[bytes]:
+        """What a stream begins with."""
+        for place in range(self._wanted.answers):
+            yield self._chunk(place, {"role": "assistant", "content": ""})
+
+    def event(self, place: int, event: Delta | Finished) -> Iterator[bytes]:
+        """What an event is in a stream."""
+        if isinstance(event, Finished):
+            self._ends.append(event)
+            yield self._chunk(place, {}, event.reason)
+            return
+        delta: dict[str, Any] = {}
+        if event.text:
+            delta["content"] = event.text
+        if event.reasoning:
+            delta["reasoning_content"] = event.reasoning
+        if event.calls:
+            delta["tool_calls"] = [
+                {"index": self._calls[place] + n, **_call(call)} for n, call in enumerate(event.calls)
+            ]
+            self._calls[place] += len(event.calls)
+        if delta or event.logprobs:
+            yield self._chunk(place, delta, logprobs=event.logprobs)
+
+    def end(self) -> Iterator[bytes]:
+        """What a stream ends with."""
+        if self._wanted.include_usage:
+            yield sse({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(self._ends)})
+        yield DONE
+
+    def failed(self, error: ExpertdError) -> Iterator[bytes]:
+        """The status is sent already: an event says that this is not an answer's end, and no [DONE] follows."""
+        yield sse(error_body(error))
+
+    def _choice(self, place: int, told: Told) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": told.text, "refusal": None}
+        if told.calls:
+            message |= {"content": told.text or None, "tool_calls": [_call(call) for call in told.calls]}
+        if told.reasoning:
+            message["reasoning_content"] = told.reasoning
+        return {
+            "index": place,
+            "message": message,
+            "logprobs": None if self._wanted.top_logprobs is None else _logprobs(told.logprobs),
+            "finish_reason": told.end.reason,
+        }
+
+    def _chunk(
+        self, place: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()
+    ) -> bytes:
+        told = _logprobs(logprobs) if logprobs else None
+        choice = {"index": place, "delta": delta, "logprobs": told, "finish_reason": reason}
+        return sse({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+
+
+def usage(ends: Sequence[Finished]) -> dict[str, Any]:
+    """OpenAI's usage object, in tokens, of all answers to one prompt."""
+    prompt, said = ends[0].prompt_tokens, sum(end.completion_tokens for end in ends)
     return {
-        "id": id,
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": end.reason,
-            }
-        ],
-        "usage": usage(end),
+        "prompt_tokens": prompt,
+        "completion_tokens": said,
+        "total_tokens": prompt + said,
+        "prompt_tokens_details": {"cached_tokens": ends[0].cached_tokens},
     }
 
 
-def chunk(id: str, created: int, model: str, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
-    """One chunk of a streamed answer."""
-    return {
-        "id": id,
-        "object": "chat.completion.chunk",
-        "created": created,
-        "model": model,
-        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}],
-    }
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def usage_chunk(id: str, created: int, model: str, end: Finished) -> dict[str, Any]:
-    """The chunk after the last one, for those who asked for it."""
-    return chunk(id, created, model, {}) | {"choices": [], "usage": usage(end)}
+def _logprobs(logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
+    def one(token: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
 
-
-def usage(end: Finished) -> dict[str, Any]:
-    """OpenAI's usage object, in tokens.  No prompt cache exists yet, so nothing ever comes out of one."""
-    return {
-        "prompt_tokens": end.prompt_tokens,
-        "completion_tokens": end.completion_tokens,
-        "total_tokens": end.prompt_tokens + end.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    }
+    content = [
+        one(told.token, told.logprob) | {"top_logprobs": [one(top.token, top.logprob) for top in told.top]}
+        for told in logprobs
+    ]
+    return {"content": content, "refusal": None}

@@ -12,13 +12,14 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from expertd.clients.gateway import awake
-from expertd.clients.gateway.chat import ChatRequest
 from expertd.clients.gateway.link import Link
 from expertd.clients.gateway.supervision import Supervision
+from expertd.clients.gateway.wanted import Wanted
 from expertd.protocol.errors import (
     ExpertdError,
     MemoryPressure,
@@ -33,7 +34,6 @@ from expertd.protocol.messages import (
     Cancel,
     Delta,
     Finished,
-    Generate,
     Message,
     Pressure,
     Refused,
@@ -44,7 +44,7 @@ from expertd.protocol.messages import (
 )
 from expertd.protocol.paths import Home
 
-__all__ = ["SILENCE_S", "Answer", "Worker"]
+__all__ = ["SILENCE_S", "Answers", "Worker"]
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +59,46 @@ BEING_STOPPED = "the gateway is being stopped"
 NORMAL = Pressure(level="normal", figure="")
 
 
-class Answer:
-    """One request's events.  Leaving its ``with`` block before the end cancels the request in the worker."""
+Events = asyncio.Queue[tuple[int, Delta | Finished | ExpertdError]]
 
-    def __init__(self, worker: Worker, request: int) -> None:
-        self._worker = worker
-        self._events: asyncio.Queue[Delta | Finished | ExpertdError] = asyncio.Queue()
+
+class Answer:
+    """One answer's events, on their way to whoever asked for it."""
+
+    def __init__(self, request: int, place: int, events: Events) -> None:
+        self._place, self._events = place, events
         self.request = request
         self.begun = False
         """Whether the worker has said anything about it."""
         self.ended = False
 
-    async def receive(self, timeout_s: float) -> Delta | Finished | None:
-        """The next event, or None after ``timeout_s``.
+    def put(self, event: Delta | Finished | ExpertdError) -> None:
+        """Hand over the next event.  What comes after the last one is not taken."""
+        if self.ended:
+            return
+        self.begun = True
+        self.ended = not isinstance(event, Delta)
+        self._events.put_nowait((self._place, event))
+
+
+class Answers:
+    """The answers to one request, as they come.  Leaving its ``with`` block early cancels what still runs.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(self, worker: Worker, answers: Sequence[Answer], events: Events) -> None:
+        self._worker, self._answers, self._events = worker, answers, events
+        self.count = len(answers)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+        return all(answer.ended for answer in self._answers) and self._events.empty()
+
+    async def receive(self, timeout_s: float) -> tuple[int, Delta | Finished] | None:
+        """The next event and the place of its answer, or None after ``timeout_s``.
 
         Raises:
             ExpertdError: what the worker refused the request with.
@@ -79,28 +106,21 @@ class Answer:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                event = await self._events.get()
+                place, event = await self._events.get()
         except TimeoutError:
             return None
         if isinstance(event, ExpertdError):
             raise event
-        return event
+        return place, event
 
-    def put(self, event: Delta | Finished | ExpertdError) -> None:
-        """For the worker's owner: hand over the next event.  What comes after the last one is not taken."""
-        if self.ended:
-            return
-        self.begun = True
-        self.ended = not isinstance(event, Delta)
-        self._events.put_nowait(event)
-
-    def __enter__(self) -> Answer:
+    def __enter__(self) -> Answers:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._worker.release(self)
+        for answer in self._answers:
+            self._worker.release(answer)
 
 
 class Worker:
@@ -180,8 +200,8 @@ class Worker:
         """After how many seconds a request that found no worker may find one."""
         return self._supervision.retry_after_s(_now())
 
-    def open(self, chat: ChatRequest) -> Answer:
-        """Send a request to the worker.
+    def open(self, *wanted: Wanted) -> Answers:
+        """Send a request to the worker: for all answers to the first prompt, then the next.
 
         Raises:
             WorkerUnavailable, MemoryPressure: see ``check``.
@@ -192,23 +212,26 @@ class Worker:
         waiting = sum(not answer.begun for answer in self._answers.values())
         if waiting >= self._queue_limit:
             raise QueueFull(f"{waiting} requests wait already, which is the limit; try again later")
+        events: Events = asyncio.Queue()
+        answers: list[Answer] = []
+        try:
+            for one in wanted:
+                answers += [self._open(one, number, len(answers) + number, events) for number in range(one.answers)]
+        except ExpertdError:
+            for answer in answers:
+                self.release(answer)
+            raise
+        return Answers(self, answers, events)
+
+    def _open(self, wanted: Wanted, number: int, place: int, events: Events) -> Answer:
         self._requests += 1
-        frame = encode(
-            Generate(
-                request=self._requests,
-                messages=chat.messages,
-                max_tokens=chat.max_tokens,
-                temperature=chat.temperature,
-                top_p=chat.top_p,
-                stop=chat.stop,
-            )
-        )
+        frame = encode(wanted.generate(self._requests, number))
         if len(frame) > FRAME_LIMIT:
             raise RequestTooLarge(f"the messages take {len(frame)} bytes, more than the {FRAME_LIMIT} that are allowed")
         self._send(frame)
         if not self._is_asked():
             self._silent_pieces = 0
-        answer = Answer(self, self._requests)
+        answer = Answer(self._requests, place, events)
         self._answers[answer.request] = answer
         return answer
 
