@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from expertd.clients.gateway import chat
-from expertd.protocol.errors import ParameterUnsupported, RequestInvalid
-from expertd.protocol.messages import Finished
+from expertd.clients.gateway import chat, completions
+from expertd.clients.gateway.answers import Told
+from expertd.clients.gateway.wanted import Wanted
+from expertd.protocol.errors import ParameterUnsupported, RequestInvalid, WorkerUnavailable
+from expertd.protocol.messages import Delta, Finished, Sampling, TokenLogprob, ToolCall, TopToken
 
 END = Finished(request=1, reason="length", prompt_tokens=5, completion_tokens=3)
 
@@ -22,31 +26,29 @@ def message(**fields: Any) -> dict[str, Any]:
 
 
 def test_the_defaults_are_those_of_openai() -> None:
-    assert chat.parse(body()) == chat.ChatRequest(
-        model="m",
-        messages=[{"role": "user", "content": "hi"}],
-        max_tokens=None,
-        temperature=1.0,
-        top_p=1.0,
-        stop=[],
-        stream=False,
-        include_usage=False,
+    assert chat.parse(body()) == Wanted(
+        model="m", messages=[{"role": "user", "content": "hi"}], sampling=Sampling(temperature=1.0)
     )
 
 
 def test_null_is_the_default_of_everything_optional() -> None:
-    honoured = ["temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "stream", "stream_options"]
-    names = [*honoured, *chat.NEUTRAL, *chat.IGNORED]
+    names = [*chat.HONOURED - {"model", "messages"}, *chat.NEUTRAL, *chat.IGNORED]
     assert chat.parse(body(**dict.fromkeys(names))) == chat.parse(body())
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+ADD = {"name": "add", "description": "adds", "parameters": SCHEMA}
+TOOL = {"type": "function", "function": ADD}
+OTHER = {"type": "function", "function": {"name": "other"}}
+
+
+def format_of(schema: object) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}}
 
 
 @pytest.mark.parametrize(
     ("given", "field", "value"),
     [
-        ({"temperature": 0}, "temperature", 0.0),
-        ({"temperature": 2}, "temperature", 2.0),
-        ({"top_p": 0.5}, "top_p", 0.5),
-        ({"top_p": 0}, "temperature", 0.0),
         ({"max_tokens": 7}, "max_tokens", 7),
         ({"max_completion_tokens": 7}, "max_tokens", 7),
         ({"max_completion_tokens": 7, "max_tokens": 7}, "max_tokens", 7),
@@ -57,10 +59,52 @@ def test_null_is_the_default_of_everything_optional() -> None:
         ({"stream": True, "stream_options": {}}, "include_usage", False),
         ({"stream": True, "stream_options": {"include_usage": True}}, "include_usage", True),
         ({"stream": True, "stream_options": {"include_obfuscation": False}}, "include_usage", False),
+        ({"n": 3}, "answers", 3),
+        ({"logprobs": True}, "top_logprobs", 0),
+        ({"logprobs": True, "top_logprobs": 5}, "top_logprobs", 5),
+        ({"response_format": {"type": "json_object"}}, "schema", '{"type": "object"}'),
+        (format_of(SCHEMA), "schema", json.dumps(SCHEMA)),
+        ({"tools": [TOOL]}, "tools", [TOOL]),
+        ({"tools": [TOOL], "tool_choice": "none"}, "tools", []),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "required"),
+        ({"tools": [TOOL, OTHER], "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tools", [TOOL]),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_calls", False),
+        ({"reasoning_effort": "low"}, "template", {"reasoning_effort": "low"}),
+        ({"reasoning_effort": "none"}, "template", {"enable_thinking": False}),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "template", {"enable_thinking": False}),
     ],
+    ids=str,
 )
 def test_a_parameter_is_honoured(given: dict[str, Any], field: str, value: object) -> None:
     assert getattr(chat.parse(body(**given)), field) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"temperature": 0}, {"temperature": 0.0}),
+        ({"temperature": 2}, {"temperature": 2.0}),
+        ({"top_p": 0.5}, {"top_p": 0.5}),
+        ({"top_p": 0}, {"temperature": 0.0}),
+        ({"top_k": 5}, {"top_k": 5}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"min_p": 0.1}, {"min_p": 0.1}),
+        ({"seed": 5}, {"seed": 5}),
+        ({"seed": -1}, {"seed": (1 << 63) - 1}),
+        ({"logit_bias": {"5": -100, "6": 1.5}}, {"logit_bias": {5: -100.0, 6: 1.5}}),
+        ({"presence_penalty": 0.5}, {"presence_penalty": 0.5}),
+        ({"frequency_penalty": -2}, {"frequency_penalty": -2.0}),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+    ],
+    ids=str,
+)
+def test_sampling_is_honoured(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert chat.parse(body(**given)).sampling == Sampling(**({"temperature": 1.0} | expected))
+
+
+def test_answers_have_seeds_of_their_own() -> None:
+    wanted = chat.parse(body(n=2, seed=5))
+    assert [wanted.generate(1, answer).sampling.seed for answer in (0, 1)] == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -87,20 +131,15 @@ def test_what_asks_for_nothing_changes_nothing(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("given", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"n": True}, "n"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"presence_penalty": False}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"seed": 1}, "seed"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"prediction": {"type": "content"}}, "prediction"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
         ({"no_such_thing": 1}, "no_such_thing"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
     ],
@@ -133,7 +172,35 @@ def test_what_is_not_supported_is_refused_by_name(given: dict[str, Any], param: 
         ({"max_completion_tokens": "5"}, "max_completion_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"stop": ""}, "stop"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": True}, "n"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": 1 << 63}, "seed"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"presence_penalty": False}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (format_of(None), "response_format.json_schema.schema"),
+        ({"tools": 5}, "tools"),
+        ({"tools": [5]}, "tools[0]"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
         ({"stop": [1]}, "stop"),
         ({"stop": {"a": 1}}, "stop"),
         ({"stop": "x" * 4097}, "stop"),
@@ -199,6 +266,23 @@ def test_names_reach_the_template() -> None:
     assert chat.parse(body(messages=given)).messages == given
 
 
+def test_calls_come_back_with_their_arguments_as_objects() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    given = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"}
+    (found,) = chat.parse(body(messages=[given])).messages or []
+    assert found["content"] == ""
+    assert found["reasoning_content"] == "hm"
+    assert found["tool_calls"] == [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize("arguments", ["{", 5])
+def test_arguments_that_are_no_json_are_refused(arguments: object) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    with pytest.raises(RequestInvalid) as caught:
+        chat.parse(body(messages=[{"role": "assistant", "tool_calls": [call]}]))
+    assert caught.value.param == "messages[0].tool_calls[0].function.arguments"
+
+
 @pytest.mark.parametrize("field", [{"tool_calls": [{"id": "1"}]}, {"thing": 1}], ids=str)
 def test_a_message_field_without_effect_is_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ParameterUnsupported) as caught:
@@ -206,12 +290,33 @@ def test_a_message_field_without_effect_is_refused(field: dict[str, Any]) -> Non
     assert caught.value.param == f"messages[0].{next(iter(field))}"
 
 
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+HEAD = {"created": 99, "model": "m"}
+CALL = ToolCall(id="c1", name="add", arguments='{"a": 1}')
+HI = TokenLogprob(token=b"hi", logprob=-0.5, top=[TopToken(token=b"\xff", logprob=-1.5)])
+
+
+def rendering(**given: Any) -> chat.Rendering:
+    return chat.Rendering(chat.parse(body(**given)), "m", 99)
+
+
+def events(written: Iterable[bytes]) -> list[Any]:
+    """What was written, without ids."""
+    found = []
+    for event in written:
+        data = event.removeprefix(b"data: ").strip()
+        found.append("[DONE]" if data == b"[DONE]" else json.loads(data))
+        if isinstance(found[-1], dict):
+            assert found[-1].pop("id").startswith("chatcmpl-")
+    return found
+
+
 def test_a_completion() -> None:
-    assert chat.completion("chatcmpl-1", 99, "m", "text", END) == {
-        "id": "chatcmpl-1",
+    found = rendering().whole([Told(text="text", end=END)])
+    assert found.pop("id").startswith("chatcmpl-")
+    assert found == HEAD | {
         "object": "chat.completion",
-        "created": 99,
-        "model": "m",
         "choices": [
             {
                 "index": 0,
@@ -229,13 +334,100 @@ def test_a_completion() -> None:
     }
 
 
-def test_a_chunk_names_no_usage_and_the_usage_chunk_no_choice() -> None:
-    assert chat.chunk("chatcmpl-1", 99, "m", {"content": "a"}) == {
-        "id": "chatcmpl-1",
-        "object": "chat.completion.chunk",
-        "created": 99,
-        "model": "m",
-        "choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": None, "finish_reason": None}],
+def test_calls_reasoning_and_log_probabilities_in_a_completion() -> None:
+    end = Finished(request=1, reason="tool_calls", prompt_tokens=5, completion_tokens=3, cached_tokens=4)
+    told = Told(reasoning="hm", calls=[CALL], logprobs=[HI], end=end)
+    found = rendering(logprobs=True, top_logprobs=1, n=2).whole([told, Told(text="b", end=END)])
+    first, second = found["choices"]
+    assert first["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+        "reasoning_content": "hm",
     }
-    last = chat.usage_chunk("chatcmpl-1", 99, "m", END)
-    assert (last["choices"], last["usage"]) == ([], chat.usage(END))
+    assert first["finish_reason"] == "tool_calls"
+    assert first["logprobs"]["content"] == [
+        {
+            "token": "hi",
+            "logprob": -0.5,
+            "bytes": [104, 105],
+            "top_logprobs": [{"token": "\ufffd", "logprob": -1.5, "bytes": [255]}],
+        }
+    ]
+    assert (second["index"], second["message"]["content"], second["logprobs"]["content"]) == (1, "b", [])
+    assert found["usage"]["completion_tokens"] == 6
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 4
+
+
+def test_a_stream() -> None:
+    written = rendering(stream=True, stream_options={"include_usage": True})
+
+    def chunk(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return HEAD | {"object": "chat.completion.chunk", "choices": [choice]}
+
+    assert events(written.begin()) == [chunk({"role": "assistant", "content": ""})]
+    assert events(written.event(0, Delta(request=1, text="a", tokens=1))) == [chunk({"content": "a"})]
+    assert events(written.event(0, Delta(request=1, text="", tokens=1))) == []
+    thought = Delta(request=1, text="", tokens=1, reasoning="hm")
+    assert events(written.event(0, thought)) == [chunk({"reasoning_content": "hm"})]
+    for index in (0, 1):
+        (found,) = events(written.event(0, Delta(request=1, text="", tokens=1, calls=[CALL])))
+        assert found["choices"][0]["delta"]["tool_calls"][0]["index"] == index
+    assert events(written.event(0, END)) == [chunk({}, "length")]
+    last, done = events(written.end())
+    assert (last["choices"], last["usage"], done) == ([], chat.usage([END]), "[DONE]")
+
+
+def test_a_stream_that_fails_does_not_say_that_it_is_done() -> None:
+    (written,) = rendering(stream=True).failed(WorkerUnavailable("gone"))
+    assert json.loads(written.removeprefix(b"data: "))["error"]["code"] == "worker_unavailable"
+
+
+# -- completions -------------------------------------------------------------------------------------------------------
+
+
+def test_raw_prompts_of_text_and_of_tokens() -> None:
+    def prompts(prompt: object) -> list[tuple[str | None, list[int] | None]]:
+        return [(one.text, one.tokens) for one in completions.parse({"model": "m", "prompt": prompt})]
+
+    assert prompts("a") == [("a", None)]
+    assert prompts([1, 2]) == [(None, [1, 2])]
+    assert prompts(["a", [1]]) == [("a", None), (None, [1])]
+    (wanted,) = completions.parse({"model": "m", "prompt": "a"})
+    assert (wanted.max_tokens, wanted.messages, wanted.top_logprobs) == (16, None, None)
+
+
+@pytest.mark.parametrize("prompt", [None, [], [[]], [1, "a"], [-1], 5, [True]], ids=str)
+def test_prompts_that_are_none(prompt: object) -> None:
+    with pytest.raises(RequestInvalid) as caught:
+        completions.parse({"model": "m", "prompt": prompt})
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("given", [{"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"tools": []}], ids=str)
+def test_what_completions_do_not_offer(given: dict[str, Any]) -> None:
+    with pytest.raises(ParameterUnsupported) as caught:
+        completions.parse({"model": "m", "prompt": "a"} | given)
+    assert caught.value.param == next(iter(given))
+
+
+def test_more_answers_than_are_given_at_once() -> None:
+    with pytest.raises(ParameterUnsupported, match="send several requests"):
+        completions.parse({"model": "m", "prompt": ["a"] * 9, "n": 2})
+
+
+def test_a_text_completion_of_two_prompts() -> None:
+    wanted = completions.parse({"model": "m", "prompt": ["a", "b"], "logprobs": 1})
+    told = [Told(text="hi", logprobs=[HI, HI], end=END), Told(text="ho", end=END)]
+    found = completions.Rendering(wanted, "m", 99).whole(told)
+    assert found["object"] == "text_completion"
+    assert [(choice["index"], choice["text"]) for choice in found["choices"]] == [(0, "hi"), (1, "ho")]
+    assert found["choices"][0]["logprobs"] == {
+        "tokens": ["hi", "hi"],
+        "token_logprobs": [-0.5, -0.5],
+        "top_logprobs": [{"\ufffd": -1.5}, {"\ufffd": -1.5}],
+        "text_offset": [0, 2],
+    }
+    assert (found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (10, 6)

@@ -9,7 +9,7 @@ import mlx_lm
 import pytest
 
 from expertd.protocol.errors import MessageInvalid, ReadFailed
-from expertd.protocol.messages import Delta, Finished, Generate, Refused
+from expertd.protocol.messages import Delta, Finished, Generate, Refused, Sampling
 from expertd.worker.engine import PREFILL_TOKENS, Engine, context_length
 from expertd.worker.sequential import SequentialGenerator
 from expertd.worker.stops import StopText
@@ -47,7 +47,9 @@ class Answer:
 
 
 def generate(request: int, text: str = SHORT, max_tokens: int | None = 40, **options: Any) -> Generate:
-    return Generate(request=request, messages=[{"role": "user", "content": text}], max_tokens=max_tokens, **options)
+    sampling = Sampling(**{name: options.pop(name) for name in list(options) if name in Sampling.__struct_fields__})
+    messages = [{"role": "user", "content": text}]
+    return Generate(request=request, messages=messages, max_tokens=max_tokens, sampling=sampling, **options)
 
 
 def run(engine: Engine, *requests: Generate) -> dict[int, Answer]:
@@ -198,15 +200,16 @@ def test_a_character_of_several_tokens_comes_in_one_piece(loaded: tuple[Any, Any
         def __init__(self) -> None:
             self.left = list(tokens)
 
-        def insert(self, prompts: Any, max_tokens: Any, samplers: Any) -> list[int]:
+        def insert(self, prompts: Any, max_tokens: Any, **more: Any) -> list[int]:
             return [0]
 
         def next(self) -> tuple[list[Any], list[Any]]:
             token = self.left.pop(0)
-            return [], [type("Token", (), {"uid": 0, "token": token, "finish_reason": None if self.left else "length"})]
+            reason = None if self.left else "length"
+            return [], [type("Token", (), {"uid": 0, "token": token, "finish_reason": reason, "prompt_cache": None})]
 
-        def remove(self, uids: list[int]) -> None:
-            pass
+        def remove(self, uids: list[int], return_prompt_caches: bool) -> dict[int, Any]:
+            return {}
 
     engine._generator = Dictated()
     deltas = []

@@ -22,6 +22,7 @@ from aiohttp import web
 from expertd.clients.gateway import chat
 from expertd.clients.gateway.app import Gateway
 from expertd.clients.gateway.lifetime import listen
+from expertd.clients.gateway.wanted import Wanted
 from expertd.clients.gateway.workers import Worker
 from expertd.protocol.errors import ExpertdError, PortInUse, QueueFull, WorkerUnavailable
 from expertd.protocol.messages import Delta
@@ -182,8 +183,8 @@ def test_an_unknown_model_is_not_found_and_not_fetched(client: openai.OpenAI, se
 
 def test_a_parameter_without_effect_is_refused_by_name(client: openai.OpenAI, served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        say(client, served, seed=5)
-    assert (caught.value.code, caught.value.param) == ("parameter_unsupported", "seed")
+        say(client, served, modalities=["audio"])
+    assert (caught.value.code, caught.value.param) == ("parameter_unsupported", "modalities")
     assert caught.value.type == "invalid_request_error"
 
 
@@ -282,12 +283,14 @@ def test_an_answer_comes_while_another_is_under_way(client: openai.OpenAI, serve
 class EndlessWorker:
     """Answers every request with text for ever, and counts who is let go."""
 
+    count, ended = 1, False
+
     def __init__(self, text: str = "x" * 100_000) -> None:
         self.text = text
         self.released = 0
         self.silent_after: int | None = None
 
-    def open(self, wanted: chat.ChatRequest) -> EndlessWorker:
+    def open(self, *wanted: Wanted) -> EndlessWorker:
         self.sent = 0
         return self
 
@@ -300,13 +303,13 @@ class EndlessWorker:
     def __exit__(self, *exception: object) -> None:
         self.released += 1
 
-    async def receive(self, timeout_s: float) -> Delta | None:
+    async def receive(self, timeout_s: float) -> tuple[int, Delta] | None:
         self.sent += 1
         if self.silent_after is not None and self.sent > self.silent_after:
             await asyncio.sleep(timeout_s)
             return None
         await asyncio.sleep(0)
-        return Delta(request=1, text=self.text, tokens=1)
+        return 0, Delta(request=1, text=self.text, tokens=1)
 
 
 async def with_endless_worker(
@@ -367,10 +370,10 @@ def test_more_requests_than_may_wait_are_refused(own_home: Home, checkpoints: di
             first, second = worker.open(wanted), worker.open(wanted)
             with pytest.raises(QueueFull):
                 worker.open(wanted)
-            for answer in (first, second):
-                while not answer.ended:
-                    await answer.receive(1.0)
-                worker.release(answer)
+            for answers in (first, second):
+                with answers:
+                    while not answers.ended:
+                        await answers.receive(1.0)
             with worker.open(wanted):
                 pass
         finally:
@@ -385,7 +388,7 @@ def test_a_full_queue_and_a_missing_worker_are_worth_another_try() -> None:
             super().__init__()
             self.error = error
 
-        def open(self, wanted: chat.ChatRequest) -> EndlessWorker:
+        def open(self, *wanted: Wanted) -> EndlessWorker:
             raise self.error
 
     async def head(reader: asyncio.StreamReader) -> None:

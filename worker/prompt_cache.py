@@ -28,7 +28,11 @@ class PromptCache:
         return int(self._kept.nbytes)
 
     def take(self, prompt: list[int]) -> tuple[Any, list[int]]:
-        """A cache for the longest known beginning of ``prompt``, or None; and the tokens that it lacks (one or more)."""
+        """A cache for the longest known beginning of ``prompt``, or None; and the tokens that it lacks (at least 1)."""
+        cache, rest = self._kept.fetch_nearest_cache(_MODEL, prompt)
+        if cache is not None and rest:
+            return cache, rest
+        # Of a prompt that is known as a whole the last token is computed again: nothing follows from a cache alone.
         cache, rest = self._kept.fetch_nearest_cache(_MODEL, prompt[:-1])
         return (None, prompt) if cache is None else (cache, [*rest, prompt[-1]])
 

@@ -30,7 +30,7 @@ from expertd.clients.gateway.wanted import (
 from expertd.protocol.errors import ExpertdError, ParameterUnsupported, RequestInvalid
 from expertd.protocol.messages import Delta, Finished, TokenLogprob, ToolCall
 
-__all__ = ["IGNORED", "NEUTRAL", "Rendering", "check_names", "parse", "usage"]
+__all__ = ["HONOURED", "IGNORED", "NEUTRAL", "Rendering", "check_names", "parse", "usage"]
 
 IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
@@ -54,11 +54,12 @@ SAMPLING = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "presence_penalty", "frequency_penalty"}
 ) | {"repetition_penalty"}
 
-_HONOURED = SAMPLING | {
+HONOURED = SAMPLING | {
     "model", "messages", "max_tokens", "max_completion_tokens", "stop", "stream", "stream_options", "n", "logprobs",
     "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort",
     "chat_template_kwargs",
 }  # fmt: skip
+"""The parameters that are honoured."""
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
@@ -74,7 +75,7 @@ def parse(body: object) -> Wanted:
         ParameterUnsupported: a parameter asks for what is not offered; ``param`` names it.
     """
     body = body_object(body)
-    check_names(body, _HONOURED)
+    check_names(body, HONOURED)
     stream = boolean(body, "stream")
     tools, choice = _tools(body.get("tools"), body.get("tool_choice"))
     schema = _response_format(body.get("response_format"))

@@ -216,7 +216,8 @@ class Worker:
         answers: list[Answer] = []
         try:
             for one in wanted:
-                answers += [self._open(one, number, len(answers) + number, events) for number in range(one.answers)]
+                for number in range(one.answers):
+                    answers.append(self._open(one, number, len(answers), events))
         except ExpertdError:
             for answer in answers:
                 self.release(answer)
