@@ -551,7 +551,7 @@ class Generate(Message):
     stop: list[Name] = []
     sampling: Sampling = Sampling()
     schema: Text | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, lt=21)] | None = None
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):

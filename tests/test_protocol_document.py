@@ -13,7 +13,7 @@ import pytest
 
 from expertd.protocol import PROTOCOL, layout, lifeline
 from expertd.protocol.errors import ExpertdError, error_classes
-from expertd.protocol.messages import MESSAGES
+from expertd.protocol.messages import MESSAGES, Sampling
 
 DOCUMENT = Path(__file__).parents[1] / "protocol" / "PROTOCOL.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
@@ -111,6 +111,8 @@ def _default(field: msgspec.inspect.Field) -> list[str]:
     if field.required:
         return []
     value: Any = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    if isinstance(value, Sampling):
+        return ["default greedy"]
     return ["default " + ("nil" if value is None else "empty" if value in (b"", "", []) else str(value).lower())]
 
 
