@@ -180,10 +180,10 @@ OUT_OF_BOUNDS = [
     {**_fields(Error), "code": "x" * 4097},
     {**_fields(Delta), "text": "x" * ((1 << 24) + 1)},
     {"type": "generate", "request": 1, "messages": [], "max_tokens": 0},
-    {"type": "generate", "request": 1, "messages": [], "max_tokens": 1, "temperature": -0.1},
-    {"type": "generate", "request": 1, "messages": [], "max_tokens": 1, "temperature": float("nan")},
-    {"type": "generate", "request": 1, "messages": [], "max_tokens": 1, "top_p": 0.0},
-    {"type": "generate", "request": 1, "messages": [], "max_tokens": 1, "top_p": 1.1},
+    {"type": "generate", "request": 1, "messages": [], "max_tokens": 1, "sampling": {"temperature": -0.1}},
+    {"type": "generate", "request": 1, "messages": [], "max_tokens": 1, "sampling": {"temperature": float("nan")}},
+    {"type": "generate", "request": 1, "messages": [], "max_tokens": 1, "sampling": {"top_p": 0.0}},
+    {"type": "generate", "request": 1, "messages": [], "max_tokens": 1, "sampling": {"top_p": 1.1}},
     {"type": "finished", "request": 1, "reason": "error", "prompt_tokens": 1, "completion_tokens": 1},
 ]
 
