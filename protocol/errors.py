@@ -39,6 +39,7 @@
     |-- RequestInvalid                request_invalid
     |   |-- ParameterUnsupported      parameter_unsupported
     |   |-- ModelNotFound             model_not_found
+    |   |-- ResponseNotFound          response_not_found
     |   |-- RouteNotFound             route_not_found
     |   |-- MethodNotAllowed          method_not_allowed
     |   |-- PromptTooLong             prompt_too_long
@@ -339,6 +340,13 @@ class ModelNotFound(RequestInvalid):
     """The request names a model that is not served here."""
 
     code = "model_not_found"
+    http_status = 404
+
+
+class ResponseNotFound(RequestInvalid):
+    """No response of that id is kept."""
+
+    code = "response_not_found"
     http_status = 404
 
 

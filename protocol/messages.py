@@ -536,7 +536,8 @@ class Generate(Message):
 
     ``max_tokens`` None: as many as fit into the context behind the prompt.  ``schema``: a JSON schema, itself JSON,
     that the answer has to fit; None: no such.  ``top_logprobs``: so many of the likeliest tokens are told with each
-    token of the answer, and its own log-probability; None: neither.
+    token of the answer, and its own log-probability; None: neither.  ``count``: nothing is generated, and Finished
+    tells how long the prompt is.
     """
 
     request: Count
@@ -551,6 +552,7 @@ class Generate(Message):
     stop: list[Name] = []
     sampling: Sampling = Sampling()
     schema: Text | None = None
+    count: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, lt=21)] | None = None
 
 

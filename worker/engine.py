@@ -170,7 +170,13 @@ class Engine:
         if any(request.id == message.request for request in (*self._waiting, *self._running.values())):
             raise MessageInvalid(f"a request numbered {message.request} is running already")
         try:
-            self._waiting.append(self._prepare(message))
+            if message.count:
+                tokens = len(self._encode(message)[0])
+                self._outbox.append(
+                    Finished(request=message.request, reason="length", prompt_tokens=tokens, completion_tokens=0)
+                )
+            else:
+                self._waiting.append(self._prepare(message))
         except ExpertdError as error:
             self._outbox.append(_refused(message.request, error))
 

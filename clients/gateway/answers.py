@@ -14,9 +14,11 @@ import msgspec
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.messages import Delta, Finished, TokenLogprob, ToolCall
 
-__all__ = ["DONE", "Renderer", "Told", "error_body", "sse"]
+__all__ = ["DONE", "KEEPALIVE", "Renderer", "Told", "error_body", "sse"]
 
 DONE = b"data: [DONE]\n\n"
+KEEPALIVE = b": keepalive\n\n"
+"""A comment, which no client takes for an event."""
 
 _NOT_ENDED = Finished(request=0, reason="length", prompt_tokens=0, completion_tokens=0)
 
@@ -45,8 +47,10 @@ class Told:
 class Renderer(Protocol):
     """How one API writes the answers to one request: whole, or as a stream of ``begin``, ``event``s, and ``end``.
 
-    Pure; each method yields what is to be written, in order.
+    Pure; each method yields what is to be written, in order.  ``keepalive`` is what keeps a silent stream open.
     """
+
+    keepalive: bytes
 
     def whole(self, answers: Sequence[Told]) -> dict[str, Any]:
         """The body of a response that is not streamed."""

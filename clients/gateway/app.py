@@ -1,9 +1,9 @@
 """The HTTP side: routes, OpenAI-shaped errors, streaming.
 
 Turns requests into calls of ``expertd.clients.gateway.workers``; what each API reads and writes is in a module of its
-own (``chat``, ``completions``).  It starts and stops nothing: see ``expertd.clients.gateway.lifetime``.  No CORS
-headers are sent, and a ``Host`` that is not this machine's is refused, so that a web page cannot reach the API through
-a name of its own (DNS rebinding).
+own (``chat``, ``completions``, ``responses``, ``anthropic``).  It starts and stops nothing: see
+``expertd.clients.gateway.lifetime``.  No CORS headers are sent, and a ``Host`` that is not this machine's is refused,
+so that a web page cannot reach the API through a name of its own (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,8 +22,9 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from expertd.clients.gateway import awake, chat, completions
+from expertd.clients.gateway import anthropic, awake, chat, completions, responses
 from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.stored import Stored
 from expertd.clients.gateway.wanted import Wanted
 from expertd.clients.gateway.workers import Answers, Worker
 from expertd.protocol.errors import (
@@ -30,6 +32,7 @@ from expertd.protocol.errors import (
     MemoryPressure,
     MethodNotAllowed,
     ModelNotFound,
+    ParameterUnsupported,
     QueueFull,
     RequestInvalid,
     RequestTooLarge,
@@ -44,7 +47,6 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT = 64 << 20
 """Longest HTTP body, in bytes; aiohttp's own limit of 1 MiB is less than an agent's prompt."""
-KEEPALIVE = b": keepalive\n\n"
 KEEPALIVE_S = 10.0
 """A stream is never silent for longer, however long a prompt takes."""
 STALL_S = 30.0
@@ -67,6 +69,13 @@ class Gateway:
             [
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._complete),
+                web.post("/v1/responses", self._respond),
+                web.get("/v1/responses/{id}", self._response),
+                web.delete("/v1/responses/{id}", self._forget),
+                web.post("/v1/responses/{id}/cancel", self._cancel),
+                web.get("/v1/responses/{id}/input_items", self._input_items),
+                web.post("/v1/messages", self._message),
+                web.post("/v1/messages/count_tokens", self._count),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id:.+}", self._model),
                 web.get("/health/live", self._live),
@@ -80,6 +89,7 @@ class Gateway:
         self._keepalive_s = keepalive_s
         self._stall_s = stall_s
         self._created = int(time.time())
+        self._stored = Stored()
         self.busy: set[object] = set()
         """Connections with a request under way, as their aiohttp protocols."""
 
@@ -92,6 +102,46 @@ class Gateway:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         wanted = completions.parse(_decode(await request.read()))
         return await self._answer(request, wanted, completions.Rendering(wanted, self.name, int(time.time())))
+
+    async def _respond(self, request: web.Request) -> web.StreamResponse:
+        wanted = responses.parse(_decode(await request.read()))
+        earlier = self._stored.items(wanted.previous)
+        rendering = responses.Rendering(wanted, self.name, int(time.time()))
+        answer = await self._answer(request, [wanted.with_messages(earlier)], rendering)
+        if wanted.store and rendering.ended:
+            self._stored.keep(rendering.response(), wanted.given, earlier)
+        return answer
+
+    async def _response(self, request: web.Request) -> web.Response:
+        if request.query.get("stream") == "true":
+            raise ParameterUnsupported("a response that has ended cannot be streamed again", param="stream")
+        return _json(self._stored.response(request.match_info["id"]))
+
+    async def _forget(self, request: web.Request) -> web.Response:
+        id = request.match_info["id"]
+        self._stored.forget(id)
+        return _json({"id": id, "object": "response", "deleted": True})
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        self._stored.response(request.match_info["id"])
+        raise RequestInvalid("only a response in the background can be cancelled; to end a stream, hang up")
+
+    async def _input_items(self, request: web.Request) -> web.Response:
+        return _json(_page(self._stored.given(request.match_info["id"]), request.query))
+
+    async def _message(self, request: web.Request) -> web.StreamResponse:
+        wanted = anthropic.parse(_decode(await request.read()))
+        return await self._answer(request, [wanted], anthropic.Rendering(self.name))
+
+    async def _count(self, request: web.Request) -> web.Response:
+        wanted = replace(anthropic.parse_count(_decode(await request.read())), count=True, stream=False)
+        self._check_model(wanted.model)
+        with self._worker.open(wanted) as answers:
+            while (received := await answers.receive(self._keepalive_s)) is None or not isinstance(
+                received[1], Finished
+            ):
+                continue
+        return _json({"input_tokens": received[1].prompt_tokens})
 
     async def _answer(
         self, request: web.Request, wanted: Sequence[Wanted], rendering: Renderer
@@ -146,7 +196,7 @@ class Gateway:
                 if pieces:
                     written_at = loop.time()
                 elif loop.time() >= written_at + self._keepalive_s:
-                    yield KEEPALIVE
+                    yield rendering.keepalive
                     written_at = loop.time()
                 if answers.ended:
                     break
@@ -186,24 +236,31 @@ class Gateway:
             self._check_host(request.headers.get("Host", ""))
             return await handler(request)
         except ExpertdError as error:
-            return _error_response(error, self._retry_after_s(error))
+            return self._refuse(request, error)
         except web.HTTPNotFound:
-            return _error_response(RouteNotFound(f"there is nothing at {request.path}; the API begins with /v1"))
+            return self._refuse(request, _no_route(request.path))
         except web.HTTPMethodNotAllowed as error:
-            response = _error_response(MethodNotAllowed(f"{request.path} does not take {request.method}"))
+            response = self._refuse(request, MethodNotAllowed(f"{request.path} does not take {request.method}"))
             response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
             return response
         except web.HTTPRequestEntityTooLarge:
-            return _error_response(RequestTooLarge(f"the body is longer than the {BODY_LIMIT} bytes that are allowed"))
+            return self._refuse(
+                request, RequestTooLarge(f"the body is longer than the {BODY_LIMIT} bytes that are allowed")
+            )
         except web.HTTPException as error:
-            return _error_response(RequestInvalid(f"the request was not understood ({error.reason})"))
+            return self._refuse(request, RequestInvalid(f"the request was not understood ({error.reason})"))
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
-            return _error_response(ExpertdError("the gateway failed; its log says where"))
+            return self._refuse(request, ExpertdError("the gateway failed; its log says where"))
         finally:
             self.busy.discard(request.protocol)
+
+    def _refuse(self, request: web.Request, error: ExpertdError) -> web.Response:
+        """``error`` as the API writes it that was called."""
+        body = anthropic.error_body if request.path.startswith("/v1/messages") else error_body
+        return _error_response(error, self._retry_after_s(error), body=body)
 
     def _retry_after_s(self, error: ExpertdError) -> float:
         if isinstance(error, QueueFull):
@@ -226,11 +283,45 @@ class Gateway:
         return {"id": self.name, "object": "model", "created": self._created, "owned_by": "expertd"}
 
 
+NOT_OFFERED = ("embeddings", "images", "audio", "moderations", "files", "batches", "fine_tuning", "assistants",
+               "threads", "vector_stores", "uploads", "realtime", "evals", "containers", "conversations")  # fmt: skip
+"""What OpenAI's API has beside."""
+
+
+def _no_route(path: str) -> ExpertdError:
+    first = path.removeprefix("/v1/").split("/")[0]
+    if path.startswith("/v1/") and first in NOT_OFFERED:
+        return RouteNotFound(f"{path} is not offered here; chat, completions, responses, messages and models are")
+    return RouteNotFound(f"there is nothing at {path}; the API begins with /v1")
+
+
+def _page(items: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    """A page of a list, as OpenAI has such: the newest first unless ``order`` is asc."""
+    found = list(items) if query.get("order") == "asc" else list(reversed(items))
+    limit = query.get("limit", "20")
+    if not limit.isdecimal() or not 1 <= int(limit) <= 100:
+        raise RequestInvalid("'limit' has to be a whole number from 1 to 100", param="limit")
+    ids = [item["id"] for item in found]
+    if (after := query.get("after")) in ids:
+        found = found[ids.index(after) + 1 :]
+    page = found[: int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(found) > len(page),
+    }
+
+
 def _error_response(
-    error: ExpertdError, retry_after_s: float = RETRY_S, beside: Mapping[str, str] = MappingProxyType({})
+    error: ExpertdError,
+    retry_after_s: float = RETRY_S,
+    beside: Mapping[str, str] = MappingProxyType({}),
+    body: Callable[[ExpertdError], dict[str, Any]] = error_body,
 ) -> web.Response:
     """``error`` as a response, with ``beside`` next to it in the body."""
-    response = _json({**beside, **error_body(error)}, status=error.http_status)
+    response = _json({**beside, **body(error)}, status=error.http_status)
     if error.retryable:
         response.headers["Retry-After"] = str(math.ceil(retry_after_s))
     else:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from expertd.clients.gateway.answers import DONE, Told, error_body, sse
+from expertd.clients.gateway.answers import DONE, KEEPALIVE, Told, error_body, sse
 from expertd.clients.gateway.wanted import (
     MOST_ANSWERS,
     MOST_TOP_LOGPROBS,
@@ -341,6 +341,8 @@ def _content(value: object, param: str) -> str:
 
 class Rendering:
     """How chat completions write answers."""
+
+    keepalive = KEEPALIVE
 
     def __init__(self, wanted: Wanted, model: str, created: int) -> None:
         """``model``: the name of what answers; ``created``: in seconds since 1970."""

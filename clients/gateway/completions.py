@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from expertd.clients.gateway.answers import DONE, Told, error_body, sse
+from expertd.clients.gateway.answers import DONE, KEEPALIVE, Told, error_body, sse
 from expertd.clients.gateway.chat import SAMPLING, check_names, include_usage, usage
 from expertd.clients.gateway.wanted import (
     MOST_ANSWERS,
@@ -87,6 +87,8 @@ def _is_tokens(value: object) -> bool:
 
 class Rendering:
     """How completions write answers: those to the first prompt come first."""
+
+    keepalive = KEEPALIVE
 
     def __init__(self, wanted: Sequence[Wanted], model: str, created: int) -> None:
         """``model``: the name of what answers; ``created``: in seconds since 1970."""

@@ -38,6 +38,7 @@ class Wanted:
         max_tokens: None: as many as fit into the context.
         schema: a JSON schema, itself JSON, that the answer has to fit.
         top_logprobs: how many of the likeliest tokens to tell with each; None: no log-probabilities.
+        count: whether the prompt's tokens are only to be counted.
         answers: how many.
         stream: whether the answer is wanted piece by piece; with ``include_usage`` how many tokens it was at the end.
     """
@@ -55,6 +56,7 @@ class Wanted:
     sampling: Sampling = GREEDY
     schema: str | None = None
     top_logprobs: int | None = None
+    count: bool = False
     answers: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -77,6 +79,7 @@ class Wanted:
             stop=self.stop,
             sampling=sampling,
             schema=self.schema,
+            count=self.count,
             top_logprobs=self.top_logprobs,
         )
 

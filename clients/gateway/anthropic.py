@@ -1,0 +1,384 @@
+"""Anthropic's messages as data: a request's body into what is wanted, events into response bodies.
+
+Pure, as ``chat``: no sockets, no clock, no worker.  What a conversation holds is turned into the messages that chat
+templates take; results of tools become messages of their own, before the rest of the turn that brought them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from expertd.clients.gateway.answers import Told, sse
+from expertd.clients.gateway.chat import function_of
+from expertd.clients.gateway.wanted import (
+    HOTTEST,
+    Wanted,
+    body_object,
+    boolean,
+    invalid,
+    json_schema,
+    model_name,
+    stops,
+    unsupported,
+    whole,
+    within,
+)
+from expertd.protocol.errors import ExpertdError, ParameterUnsupported, RequestInvalid
+from expertd.protocol.messages import Delta, Finished, Sampling, ToolCall
+
+__all__ = ["IGNORED", "PING", "Rendering", "error_body", "parse", "parse_count"]
+
+IGNORED = frozenset({"metadata", "service_tier", "cache_control", "inference_geo"})
+"""Parameters that only mean something to Anthropic's own service.  Prompts are cached without being told to."""
+
+_HONOURED = {
+    "model", "max_tokens", "messages", "system", "stop_sequences", "stream", "temperature", "top_k", "top_p", "tools",
+    "tool_choice", "thinking", "output_config",
+}  # fmt: skip
+
+PING = sse({"type": "ping"}, "ping")
+"""What keeps a silent stream open."""
+
+BILLING = re.compile(r"^x-anthropic-billing-header:[^\n]*\n?", re.MULTILINE)
+"""A line that Claude Code puts in front of each request's system prompt, another one each time: nothing that a model
+should read, and with it no two prompts would begin alike."""
+
+_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+          413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def parse(body: object) -> Wanted:
+    """The request in a decoded JSON body.
+
+    Raises:
+        RequestInvalid: a field is missing, of the wrong type or out of range; ``param`` names it.
+        ParameterUnsupported: a parameter asks for what is not offered; ``param`` names it.
+    """
+    body = body_object(body)
+    max_tokens = whole(body, "max_tokens", 1)
+    if max_tokens is None:
+        invalid("max_tokens", "a whole number of at least 1")
+    return _parse(body, max_tokens)
+
+
+def parse_count(body: object) -> Wanted:
+    """The request whose tokens are to be counted."""
+    return _parse(body_object(body), None)
+
+
+def error_body(error: ExpertdError) -> dict[str, Any]:
+    """``error`` as Anthropic writes errors."""
+    kind = _KINDS.get(error.http_status, "api_error" if error.http_status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": f"{error.message} [{error.code}]"}}
+
+
+def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
+    for name, value in body.items():
+        if name not in _HONOURED and name not in IGNORED and value is not None:
+            unsupported(name)
+    temperature = within(body, "temperature", 0.0, HOTTEST, 1.0)
+    top_p = within(body, "top_p", 0.0, 1.0, 1.0)
+    if top_p == 0.0:
+        temperature, top_p = 0.0, 1.0
+    tools, choice, several = _tools(body.get("tools"), body.get("tool_choice"))
+    return Wanted(
+        model=model_name(body),
+        messages=[*_system(body.get("system")), *_messages(body.get("messages"))],
+        tools=tools,
+        tool_choice=choice,
+        parallel_calls=several,
+        template=_thinking(body.get("thinking")),
+        max_tokens=max_tokens,
+        stop=stops(body.get("stop_sequences"), "stop_sequences"),
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=whole(body, "top_k", 0) or 0),
+        schema=_output_config(body.get("output_config")),
+        stream=boolean(body, "stream"),
+        include_usage=True,
+    )
+
+
+def _thinking(value: object) -> dict[str, Any]:
+    """What the template is told; a budget is for Anthropic's own models, ``max_tokens`` bounds all."""
+    if value is None:
+        return {}
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("enabled", "disabled", "adaptive"):
+        invalid("thinking", "an object of type 'enabled', 'disabled' or 'adaptive'")
+    return {} if kind == "adaptive" else {"enable_thinking": kind == "enabled"}
+
+
+def _output_config(value: object) -> str | None:
+    """The schema that the answer has to fit."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        invalid("output_config", "an object")
+    for name, part in value.items():
+        if name != "format" and part is not None:
+            unsupported(f"output_config.{name}")
+    form = value.get("format")
+    if form is None:
+        return None
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
+        invalid("output_config.format", "an object of type 'json_schema'")
+    return json_schema(form.get("schema"), "output_config.format.schema")
+
+
+def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal["auto", "required"], bool]:
+    """The tools that may be called, whether one has to be, and whether several may be."""
+    if value is not None and not isinstance(value, list):
+        invalid("tools", "a list of tools")
+    tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(value or [])]
+    if choice is None:
+        return tools, "auto", True
+    if not isinstance(choice, dict):
+        invalid("tool_choice", "an object with a type")
+    several = not boolean(choice, "disable_parallel_tool_use")
+    kind = choice.get("type")
+    if kind == "auto":
+        return tools, "auto", several
+    if kind == "none":
+        return [], "auto", True
+    if kind == "any":
+        if not tools:
+            raise RequestInvalid("'tool_choice' is 'any', but there are no tools", param="tool_choice")
+        return tools, "required", several
+    if kind != "tool":
+        invalid("tool_choice.type", "one of auto, any, tool, none")
+    chosen = [tool for tool in tools if tool["function"]["name"] == choice.get("name")]
+    if not chosen:
+        raise RequestInvalid(
+            f"'tool_choice' names {choice.get('name')!r}, which is none of the tools", param="tool_choice"
+        )
+    return chosen, "required", several
+
+
+def _tool(value: object, param: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        invalid(param, "an object with a name and an input_schema")
+    if value.get("type") not in (None, "custom"):
+        unsupported(param, f"is of type {value['type']!r}; only tools of your own are supported")
+    if not isinstance(value.get("input_schema"), dict):
+        invalid(f"{param}.input_schema", "an object, a JSON schema")
+    return {"type": "function", "function": function_of({**value, "parameters": value["input_schema"]}, param)}
+
+
+# -- the conversation --------------------------------------------------------------------------------------------------
+
+
+def _system(value: object) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    text = BILLING.sub("", "\n".join(_texts(value, "system"))).strip("\n")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _texts(value: object, param: str) -> list[str]:
+    """The texts of a string, or of a list of text blocks."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        invalid(param, "a string or a list of text blocks")
+    found = []
+    for place, block in enumerate(value):
+        kind = _kind(block, f"{param}[{place}]")
+        if kind != "text":
+            unsupported(f"{param}[{place}]", f"is of type {kind!r}; only 'text' is supported here")
+        found.append(_text(block, "text", f"{param}[{place}]"))
+    return found
+
+
+def _kind(block: object, param: str) -> str:
+    kind = block.get("type") if isinstance(block, dict) else None
+    if not isinstance(kind, str):
+        invalid(param, "an object with a type")
+    return kind
+
+
+def _text(block: Mapping[str, Any], name: str, param: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str):
+        invalid(f"{param}.{name}", "a string")
+    return value
+
+
+def _messages(value: object) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        invalid("messages", "a list of at least one message")
+    found: list[dict[str, Any]] = []
+    for place, message in enumerate(value):
+        param = f"messages[{place}]"
+        if not isinstance(message, dict):
+            invalid(param, "an object with a role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ("user", "assistant", "system"):
+            invalid(f"{param}.role", "'user' or 'assistant'")
+        if isinstance(content, str):
+            found.append({"role": role, "content": content})
+        elif not isinstance(content, list) or not content:
+            invalid(f"{param}.content", "a string or a list of blocks")
+        elif role == "assistant":
+            found.append(_said(content, f"{param}.content"))
+        else:
+            found += _asked(role, content, f"{param}.content")
+    return found
+
+
+def _said(content: Sequence[Any], param: str) -> dict[str, Any]:
+    """An assistant's turn."""
+    texts, thoughts, calls = [], [], []
+    for place, block in enumerate(content):
+        here = f"{param}[{place}]"
+        match _kind(block, here):
+            case "text":
+                texts.append(_text(block, "text", here))
+            case "thinking":
+                thoughts.append(_text(block, "thinking", here))
+            case "redacted_thinking":
+                continue  # nobody but Anthropic can read it
+            case "tool_use":
+                if not isinstance(block.get("input"), dict):
+                    invalid(f"{here}.input", "an object")
+                function = {"name": _text(block, "name", here), "arguments": block["input"]}
+                calls.append({"id": _text(block, "id", here), "type": "function", "function": function})
+            case kind:
+                unsupported(here, f"is of type {kind!r}, which is not supported")
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+    if thoughts:
+        message["reasoning_content"] = "".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _asked(role: str, content: Sequence[Any], param: str) -> list[dict[str, Any]]:
+    """A user's turn: results of tools, then what the user says."""
+    results: list[dict[str, Any]] = []
+    texts = []
+    for place, block in enumerate(content):
+        here = f"{param}[{place}]"
+        kind = _kind(block, here)
+        if kind == "text":
+            texts.append(_text(block, "text", here))
+        elif kind == "tool_result":
+            text = "\n".join(_texts(block.get("content") or "", f"{here}.content"))
+            failed = "Error: " if block.get("is_error") is True else ""
+            call = _text(block, "tool_use_id", here)
+            results.append({"role": "tool", "tool_call_id": call, "content": failed + text})
+        else:
+            raise ParameterUnsupported(f"'{here}' is of type {kind!r}, which is not supported", param=here)
+    return [*results, {"role": role, "content": "\n".join(texts)}] if texts or not results else results
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Rendering:
+    """How messages write an answer: blocks of thinking, text, and uses of tools, one after the other."""
+
+    keepalive = PING
+
+    def __init__(self, model: str) -> None:
+        """``model``: the name of what answers."""
+        self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+        self._place = -1
+        self._open: str | None = None
+        self._end: Finished | None = None
+
+    def whole(self, answers: Sequence[Told]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        (told,) = answers
+        content: list[dict[str, Any]] = []
+        if told.reasoning:
+            content.append({"type": "thinking", "thinking": told.reasoning, "signature": ""})
+        if told.text or not (told.calls or content):
+            content.append({"type": "text", "text": told.text})
+        content += [_use(call) | {"input": _input(call)} for call in told.calls]
+        return {**self._head, "content": content, **_stop(told.end), "usage": _usage(told.end)}
+
+    def begin(self) -> Iterator[bytes]:
+        """What a stream begins with.  How long the prompt is comes at the end, when it is known."""
+        usage = {"input_tokens": 0, "output_tokens": 0}
+        message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+        yield _event("message_start", message=message)
+
+    def event(self, place: int, event: Delta | Finished) -> Iterator[bytes]:
+        """What an event is in a stream."""
+        if isinstance(event, Finished):
+            self._end = event
+            return
+        if event.reasoning:
+            yield from self._in("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            yield self._delta({"type": "thinking_delta", "thinking": event.reasoning})
+        if event.text:
+            yield from self._in("text", {"type": "text", "text": ""})
+            yield self._delta({"type": "text_delta", "text": event.text})
+        for call in event.calls:
+            yield from self._close()
+            yield from self._in("tool_use", {**_use(call), "input": {}})
+            yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
+            yield from self._close()
+
+    def end(self) -> Iterator[bytes]:
+        """What a stream ends with."""
+        if self._place < 0:
+            yield from self._in("text", {"type": "text", "text": ""})
+        yield from self._close()
+        assert self._end is not None
+        yield _event("message_delta", delta=_stop(self._end), usage=_usage(self._end))
+        yield _event("message_stop")
+
+    def failed(self, error: ExpertdError) -> Iterator[bytes]:
+        """The status is sent already: an event says that this is not an answer's end."""
+        yield sse(error_body(error), "error")
+
+    def _in(self, kind: str, block: dict[str, Any]) -> Iterator[bytes]:
+        """Have a block of ``kind`` be open."""
+        if self._open == kind:
+            return
+        yield from self._close()
+        self._place += 1
+        self._open = kind
+        yield _event("content_block_start", index=self._place, content_block=block)
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        return _event("content_block_delta", index=self._place, delta=delta)
+
+    def _close(self) -> Iterator[bytes]:
+        if self._open is not None:
+            self._open = None
+            yield _event("content_block_stop", index=self._place)
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return sse({"type": kind, **fields}, kind)
+
+
+def _use(call: ToolCall) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name}
+
+
+def _input(call: ToolCall) -> Any:
+    try:
+        return json.loads(call.arguments)
+    except ValueError:
+        return {}
+
+
+def _stop(end: Finished) -> dict[str, Any]:
+    reason = "stop_sequence" if end.stop is not None else _REASONS[end.reason]
+    return {"stop_reason": reason, "stop_sequence": end.stop}
+
+
+def _usage(end: Finished) -> dict[str, Any]:
+    return {
+        "input_tokens": end.prompt_tokens - end.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": end.cached_tokens,
+        "output_tokens": end.completion_tokens,
+    }

@@ -1,0 +1,489 @@
+"""OpenAI's responses as data: a request's body into what is wanted, events into response objects and streams.
+
+Pure, as ``chat``: no sockets, no clock, no worker.  A response may go on from an earlier one, whose items come first;
+those are kept by ``stored``.  What a conversation holds is turned into the messages that chat templates take.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from expertd.clients.gateway.answers import KEEPALIVE, Told, error_body, sse
+from expertd.clients.gateway.chat import EFFORTS, ROLES, arguments_of, function_of
+from expertd.clients.gateway.wanted import (
+    MOST_TOP_LOGPROBS,
+    Wanted,
+    body_object,
+    boolean,
+    invalid,
+    json_schema,
+    model_name,
+    sampling_of,
+    unsupported,
+    whole,
+)
+from expertd.protocol.errors import ExpertdError, ParameterUnsupported, RequestInvalid
+from expertd.protocol.messages import Delta, Finished, TokenLogprob, ToolCall
+
+__all__ = ["Items", "Rendering", "Request", "parse"]
+
+Items = list[dict[str, Any]]
+"""What a conversation consists of, as OpenAI's input and output items."""
+
+IGNORED = frozenset(
+    {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
+)
+"""Parameters that only mean something to OpenAI's own service; ``metadata`` is told again."""
+
+_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
+             "repetition_penalty"}  # fmt: skip
+_HONOURED = _SAMPLING | {
+    "model", "input", "instructions", "max_output_tokens", "stream", "stream_options", "store", "tools", "tool_choice",
+    "parallel_tool_calls", "text", "reasoning", "previous_response_id", "top_logprobs", "include",
+}  # fmt: skip
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "background": (False,),
+    "truncation": ("disabled",),
+    "max_tool_calls": (),
+    "prompt": (),
+    "conversation": (),
+    "context_management": ([],),
+}
+_INCLUDE = {"reasoning.encrypted_content", "message.output_text.logprobs"}
+"""What may be asked to be included.  Reasoning is told in plain text, and nothing of it is encrypted."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A valid request.
+
+    Attributes:
+        wanted: what is to be computed; without the items of earlier responses.
+        given: the items of ``input``.
+        previous: the response that it goes on from.
+        store: whether it is to be kept.
+        echo: parameters that a response tells again.
+    """
+
+    wanted: Wanted
+    given: Items
+    instructions: str | None
+    previous: str | None
+    store: bool
+    with_logprobs: bool
+    echo: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_messages(self, earlier: Items) -> Wanted:
+        """What is to be computed, after the items of earlier responses."""
+        messages = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        return replace(self.wanted, messages=[*messages, *_messages([*earlier, *self.given])])
+
+
+def parse(body: object) -> Request:
+    """The request in a decoded JSON body.
+
+    Raises:
+        RequestInvalid: a field is missing, of the wrong type or out of range; ``param`` names it.
+        ParameterUnsupported: a parameter asks for what is not offered; ``param`` names it.
+    """
+    body = body_object(body)
+    for name, value in body.items():
+        known = name in _HONOURED or name in IGNORED or name in _NEUTRAL
+        if not known or (name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]):
+            unsupported(name)
+    instructions = body.get("instructions")
+    if instructions is not None and not isinstance(instructions, str):
+        invalid("instructions", "a string")
+    tools, choice = _tools(body.get("tools"), body.get("tool_choice"))
+    schema = _format(body.get("text"))
+    if schema is not None and tools:
+        unsupported("text", "cannot ask for a format beside tools; leave one of them out")
+    included = _included(body.get("include"))
+    top = whole(body, "top_logprobs", 0, MOST_TOP_LOGPROBS)
+    with_logprobs = "message.output_text.logprobs" in included
+    given = _given(body.get("input"))
+    _messages(given)  # now, so that what is wrong is told before anything is looked up
+    previous = body.get("previous_response_id")
+    if previous is not None and not isinstance(previous, str):
+        invalid("previous_response_id", "the id of a response")
+    options = body.get("stream_options")
+    if options is not None and (not isinstance(options, dict) or options.keys() - {"include_obfuscation"}):
+        unsupported("stream_options")
+    wanted = Wanted(
+        model=model_name(body),
+        messages=[],
+        tools=tools,
+        tool_choice=choice,
+        parallel_calls=boolean(body, "parallel_tool_calls", True),
+        template=_reasoning(body.get("reasoning")),
+        max_tokens=whole(body, "max_output_tokens", 1),
+        sampling=sampling_of(body),
+        schema=schema,
+        top_logprobs=(top or 0) if with_logprobs else None,
+        stream=boolean(body, "stream"),
+    )
+    metadata = body.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        invalid("metadata", "an object")
+    echo = {
+        "instructions": instructions,
+        "max_output_tokens": wanted.max_tokens,
+        "metadata": metadata or {},
+        "parallel_tool_calls": wanted.parallel_calls,
+        "previous_response_id": previous,
+        "reasoning": {"effort": (body.get("reasoning") or {}).get("effort"), "summary": None},
+        "store": boolean(body, "store", True),
+        "temperature": wanted.sampling.temperature,
+        "text": body.get("text") or {"format": {"type": "text"}},
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": body.get("tools") or [],
+        "top_p": wanted.sampling.top_p,
+        "top_logprobs": top or 0,
+        "truncation": "disabled",
+        "background": False,
+        "user": body.get("user"),
+        "service_tier": "default",
+        "presence_penalty": wanted.sampling.presence_penalty,
+        "frequency_penalty": wanted.sampling.frequency_penalty,
+    }
+    return Request(wanted, given, instructions, previous, bool(echo["store"]), with_logprobs, echo)
+
+
+def _included(value: object) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        invalid("include", "a list of strings")
+    for one in value:
+        if one not in _INCLUDE:
+            unsupported("include", f"asks for {one!r}, which is not offered; leave it out")
+    return value
+
+
+def _reasoning(value: object) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        invalid("reasoning", "an object")
+    for name, part in value.items():
+        if name not in ("effort", "summary", "generate_summary") and part is not None:
+            unsupported(f"reasoning.{name}")
+    effort = value.get("effort")
+    if effort is None:
+        return {}
+    if effort not in EFFORTS:
+        invalid("reasoning.effort", f"one of {', '.join(EFFORTS)}")
+    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
+
+
+def _format(value: object) -> str | None:
+    """The schema that the answer has to fit."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        invalid("text", "an object")
+    if value.get("verbosity") not in (None, "medium"):
+        unsupported("text.verbosity")
+    form = value.get("format")
+    kind = form.get("type") if isinstance(form, dict) else None
+    if form is None or kind == "text":
+        return None
+    if not isinstance(form, dict) or not isinstance(kind, str):
+        invalid("text.format", "an object with a type")
+    if kind == "json_object":
+        return json.dumps({"type": "object"})
+    if kind != "json_schema":
+        unsupported("text.format", f"of type {kind!r} is not supported; 'json_schema' is")
+    return json_schema(form.get("schema"), "text.format.schema")
+
+
+def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal["auto", "required"]]:
+    if value is not None and not isinstance(value, list):
+        invalid("tools", "a list of tools")
+    tools = []
+    for place, tool in enumerate(value or []):
+        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
+            invalid(f"tools[{place}]", "an object with a type")
+        if tool["type"] != "function":
+            unsupported(f"tools[{place}]", f"is of type {tool['type']!r}; only functions are supported")
+        tools.append({"type": "function", "function": function_of(tool, f"tools[{place}]")})
+    if choice is None or choice == "auto":
+        return tools, "auto"
+    if choice == "none":
+        return [], "auto"
+    if choice == "required":
+        if not tools:
+            raise RequestInvalid("'tool_choice' is 'required', but there are no tools", param="tool_choice")
+        return tools, "required"
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        invalid("tool_choice", "'none', 'auto', 'required', or an object that names a function")
+    chosen = [tool for tool in tools if tool["function"]["name"] == choice.get("name")]
+    if not chosen:
+        raise RequestInvalid(
+            f"'tool_choice' names {choice.get('name')!r}, which is none of the tools", param="tool_choice"
+        )
+    return chosen, "required"
+
+
+# -- the conversation --------------------------------------------------------------------------------------------------
+
+
+def _given(value: object) -> Items:
+    """The input as items, each with an id."""
+    if isinstance(value, str):
+        value = [{"type": "message", "role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        invalid("input", "a string or a list of at least one item")
+    found: Items = []
+    for place, item in enumerate(value):
+        if not isinstance(item, dict):
+            invalid(f"input[{place}]", "an object")
+        kind = item.get("type") or ("message" if "role" in item else None)
+        if not isinstance(kind, str):
+            invalid(f"input[{place}].type", "a string")
+        item = {"id": _id({"message": "msg", "function_call": "fc"}.get(kind, "item")), **item, "type": kind}
+        if kind == "message" and isinstance(item.get("content"), str):
+            part = "output_text" if item.get("role") == "assistant" else "input_text"
+            item["content"] = [{"type": part, "text": item["content"]}]
+        found.append(item)
+    return found
+
+
+def _messages(items: Items) -> list[dict[str, Any]]:
+    """Items as the messages of a chat template; thoughts and calls belong to the assistant's turn beside them."""
+    found: list[dict[str, Any]] = []
+
+    def turn() -> dict[str, Any]:
+        if not found or found[-1]["role"] != "assistant":
+            found.append({"role": "assistant", "content": ""})
+        return found[-1]
+
+    for place, item in enumerate(items):
+        param = f"input[{place}]"
+        match item["type"]:
+            case "message":
+                role = item.get("role")
+                if not isinstance(role, str) or role not in ROLES or role == "tool":
+                    invalid(f"{param}.role", "one of system, developer, user, assistant")
+                text = _content(item.get("content"), f"{param}.content")
+                if role == "assistant":
+                    turn()["content"] += text
+                else:
+                    found.append({"role": ROLES[role], "content": text})
+            case "function_call":
+                for name in ("call_id", "name"):
+                    if not isinstance(item.get(name), str):
+                        invalid(f"{param}.{name}", "a string")
+                function = {
+                    "name": item["name"],
+                    "arguments": arguments_of(item.get("arguments"), f"{param}.arguments"),
+                }
+                call = {"id": item["call_id"], "type": "function", "function": function}
+                turn().setdefault("tool_calls", []).append(call)
+            case "function_call_output":
+                output = item.get("output")
+                text = output if isinstance(output, str) else _content(output, f"{param}.output")
+                found.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": text})
+            case "reasoning":
+                parts = item.get("content") or []
+                text = "".join(part.get("text", "") for part in parts if isinstance(part, dict))
+                if text:
+                    message = turn()
+                    message["reasoning_content"] = message.get("reasoning_content", "") + text
+            case kind:
+                raise ParameterUnsupported(f"'{param}' is of type {kind!r}, which is not supported", param=param)
+    return found
+
+
+def _content(value: object, param: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        invalid(param, "a string or a list of parts")
+    texts = []
+    for place, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("input_text", "output_text", "text", "refusal"):
+            raise ParameterUnsupported(
+                f"'{param}[{place}]' is not supported; only parts of text are", param=f"{param}[{place}]"
+            )
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            invalid(f"{param}[{place}].text", "a string")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _id(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex}"
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Rendering:
+    """How a response is written: reasoning, a message, and calls of functions, each an item of its output."""
+
+    keepalive = KEEPALIVE
+
+    def __init__(self, request: Request, model: str, created: int) -> None:
+        """``model``: the name of what answers; ``created``: in seconds since 1970."""
+        self._request = request
+        self._created = created
+        self._head = {"id": _id("resp"), "object": "response", "created_at": created, "model": model}
+        self._sequence = 0
+        self.output: Items = []
+        """What has been said so far."""
+        self._open: Literal["reasoning", "message"] | None = None
+        self._end: Finished | None = None
+        self._thoughts = 0
+
+    @property
+    def id(self) -> str:
+        """The response's."""
+        return str(self._head["id"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer has come to its end."""
+        return self._end is not None
+
+    def whole(self, answers: Sequence[Told]) -> dict[str, Any]:
+        """The response object of an answer that is not streamed."""
+        (told,) = answers
+        for _ in self.event(0, Delta(request=0, text=told.text, tokens=0, reasoning=told.reasoning, calls=told.calls,
+                                     logprobs=told.logprobs)):  # fmt: skip
+            pass
+        for _ in self.event(0, told.end):
+            pass
+        return self.response()
+
+    def response(self, status: str | None = None, error: ExpertdError | None = None) -> dict[str, Any]:
+        """The response object as it is now."""
+        end = self._end
+        incomplete = end is not None and end.reason == "length"
+        if status is None:
+            status = "incomplete" if incomplete else "completed"
+        done = status in ("completed", "incomplete", "failed")
+        return {
+            **self._head,
+            **self._request.echo,
+            "status": status,
+            "completed_at": self._created if status == "completed" else None,
+            "error": None if error is None else {"code": "server_error", "message": error.message},
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "output": self.output if done else [],
+            "usage": None if end is None else self._usage(end),
+        }
+
+    def begin(self) -> Iterator[bytes]:
+        """What a stream begins with."""
+        for kind in ("response.created", "response.in_progress"):
+            yield self._event(kind, response=self.response("in_progress"))
+
+    def event(self, place: int, event: Delta | Finished) -> Iterator[bytes]:
+        """What an event is in a stream."""
+        if isinstance(event, Finished):
+            self._end = event
+            yield from self._close("incomplete" if event.reason == "length" else "completed")
+            return
+        if event.reasoning:
+            yield from self._in("reasoning")
+            self.output[-1]["content"][0]["text"] += event.reasoning
+            self._thoughts += event.tokens
+            yield self._event("response.reasoning_text.delta", **self._here(), delta=event.reasoning)
+        if event.text or event.logprobs:
+            yield from self._in("message")
+            part = self.output[-1]["content"][0]
+            part["text"] += event.text
+            logprobs = [_logprob(told) for told in event.logprobs] if self._request.with_logprobs else []
+            part["logprobs"] += logprobs
+            if event.text:
+                yield self._event("response.output_text.delta", **self._here(), delta=event.text, logprobs=logprobs)
+        for call in event.calls:
+            yield from self._close()
+            yield from self._call(call)
+
+    def end(self) -> Iterator[bytes]:
+        """What a stream ends with."""
+        response = self.response()
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def failed(self, error: ExpertdError) -> Iterator[bytes]:
+        """The status is sent already: an event says that this is not an answer's end."""
+        yield self._event("response.failed", response=self.response("failed", error))
+        told = error_body(error)["error"]
+        yield self._event("error", code=told["code"], message=told["message"], param=told["param"])
+
+    def _in(self, kind: Literal["reasoning", "message"]) -> Iterator[bytes]:
+        """Have an item of ``kind`` be open."""
+        if self._open == kind:
+            return
+        yield from self._close()
+        self._open = kind
+        if kind == "reasoning":
+            item: dict[str, Any] = {"id": _id("rs"), "type": "reasoning", "summary": [], "status": "in_progress"}
+            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
+        else:
+            item = {"id": _id("msg"), "type": "message", "role": "assistant", "status": "in_progress"}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self.output.append(item | {"content": []})
+        place = len(self.output) - 1
+        yield self._event("response.output_item.added", output_index=place, item=self.output[-1])
+        self.output[-1] = item | {"content": [part]}
+        yield self._event("response.content_part.added", **self._here(), part=part)
+
+    def _close(self, status: str = "completed") -> Iterator[bytes]:
+        kind, self._open = self._open, None
+        if kind is None:
+            return
+        item = self.output[-1]
+        part = item["content"][0]
+        text = part["text"]
+        if kind == "reasoning":
+            yield self._event("response.reasoning_text.done", **self._here(), text=text)
+        else:
+            logprobs = part["logprobs"]
+            yield self._event("response.output_text.done", **self._here(), text=text, logprobs=logprobs)
+        yield self._event("response.content_part.done", **self._here(), part=part)
+        item["status"] = status
+        yield self._event("response.output_item.done", output_index=len(self.output) - 1, item=item)
+
+    def _call(self, call: ToolCall) -> Iterator[bytes]:
+        item = {"id": _id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
+        place = len(self.output)
+        self.output.append(item | {"arguments": call.arguments, "status": "completed"})
+        yield self._event(
+            "response.output_item.added", output_index=place, item=item | {"arguments": "", "status": "in_progress"}
+        )
+        here = {"item_id": item["id"], "output_index": place}
+        yield self._event("response.function_call_arguments.delta", **here, delta=call.arguments)
+        yield self._event("response.function_call_arguments.done", **here, name=call.name, arguments=call.arguments)
+        yield self._event("response.output_item.done", output_index=place, item=self.output[-1])
+
+    def _here(self) -> dict[str, Any]:
+        return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1, "content_index": 0}
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._sequence += 1
+        return sse({"type": kind, "sequence_number": self._sequence - 1, **fields}, kind)
+
+    def _usage(self, end: Finished) -> dict[str, Any]:
+        return {
+            "input_tokens": end.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": end.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": end.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": self._thoughts},
+            "total_tokens": end.prompt_tokens + end.completion_tokens,
+        }
+
+
+def _logprob(told: TokenLogprob) -> dict[str, Any]:
+    def one(token: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+
+    return one(told.token, told.logprob) | {"top_logprobs": [one(top.token, top.logprob) for top in told.top]}

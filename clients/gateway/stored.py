@@ -1,0 +1,70 @@
+"""Responses that are kept, to be looked at and gone on from: in memory, the latest, and gone with the gateway."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from expertd.clients.gateway.responses import Items
+from expertd.protocol.errors import ResponseNotFound
+
+__all__ = ["Stored"]
+
+MOST = 1000
+MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Kept:
+    response: dict[str, Any]
+    given: Items
+    items: Items
+    size: int
+
+
+class Stored:
+    """Responses by id, bounded in number and in bytes (as JSON)."""
+
+    def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
+        self._most, self._most_bytes = most, most_bytes
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self.size = 0
+        """Bytes of all that is kept."""
+
+    def keep(self, response: dict[str, Any], given: Items, earlier: Items) -> None:
+        """Keep a response to ``given``, which went on from the items ``earlier``."""
+        items = [*earlier, *given, *response["output"]]
+        size = len(msgspec.json.encode([response, items]))
+        self._kept[response["id"]] = _Kept(response, given, items, size)
+        self.size += size
+        while len(self._kept) > self._most or (self.size > self._most_bytes and len(self._kept) > 1):
+            _, oldest = self._kept.popitem(last=False)
+            self.size -= oldest.size
+
+    def response(self, id: str) -> dict[str, Any]:
+        """A response as it was given.  This and what follows raise ResponseNotFound."""
+        return self._find(id).response
+
+    def given(self, id: str) -> Items:
+        """The items that a response answered, without those of earlier ones."""
+        return self._find(id).given
+
+    def items(self, id: str | None) -> Items:
+        """All that a response to come goes on from."""
+        return [] if id is None else self._find(id, "previous_response_id").items
+
+    def forget(self, id: str) -> None:
+        """Keep a response no longer."""
+        self.size -= self._find(id).size
+        del self._kept[id]
+
+    def _find(self, id: str, param: str | None = None) -> _Kept:
+        kept = self._kept.get(id)
+        if kept is None:
+            raise ResponseNotFound(
+                f"there is no response '{id}'; the gateway keeps the latest {self._most}, until it ends", param=param
+            )
+        return kept
