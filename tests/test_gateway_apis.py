@@ -1,0 +1,298 @@
+"""Every API of the gateway as its users meet it: real processes, and the vendors' own clients."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from expertd.protocol.paths import Home
+from tests.gateway_stage import Served, serving, stop_daemon
+
+DEMO = Path(__file__).parents[1] / "models" / "demo"
+QUESTION = "What is the module socket for?"
+"""The demo model answers it and stops."""
+GREEDY = {"temperature": 0}
+"""A parameter that Anthropic's client does not have any more."""
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as root:
+        home = Home(Path(root))
+        home.prepare()
+        try:
+            with serving(home, DEMO) as served:
+                yield served
+        finally:
+            stop_daemon(home)
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with served.client() as client:
+        yield client
+
+
+@pytest.fixture
+def claude(served: Served) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=f"http://127.0.0.1:{served.port}", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def said(served: Served) -> str:
+    """What the model answers to QUESTION."""
+    with served.client() as client:
+        answer = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": QUESTION}], temperature=0
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        return str(answer.choices[0].message.content)
+
+
+# -- chat completions and completions ----------------------------------------------------------------------------------
+
+
+def test_several_answers_with_seeds_and_log_probabilities(client: openai.OpenAI) -> None:
+    def ask(**more: Any) -> Any:
+        return client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": QUESTION}], max_tokens=8, **more
+        )
+
+    first, again = (ask(seed=1, n=2, temperature=1.0, logprobs=True, top_logprobs=2) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert texts[0] != texts[1]
+    for choice in first.choices:
+        assert len(choice.logprobs.content) == 8
+        assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
+    assert first.usage.completion_tokens == 16
+    streamed = {0: "", 1: ""}
+    for chunk in ask(seed=1, n=2, temperature=1.0, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert list(streamed.values()) == texts
+
+
+def test_a_schema_is_kept_to_in_a_stream_too(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 10}},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": QUESTION}],
+        response_format={"type": "json_schema", "json_schema": {"name": "named", "schema": schema, "strict": True}},
+        stream=True,
+        max_tokens=100,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert json.loads(text).keys() == {"name"}
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": QUESTION}],
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}},
+        )
+    assert caught.value.param == "response_format"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+
+
+def test_tools_are_refused_where_the_template_knows_none(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": QUESTION}],
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+    assert (caught.value.param, caught.value.code) == ("tools", "parameter_unsupported")
+
+
+def test_raw_completions_of_text_and_tokens(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="demo", prompt=["def f(", [5, 6]], max_tokens=6, temperature=0, logprobs=1)
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    assert whole.choices[0].logprobs is not None
+    assert len(whole.choices[0].logprobs.tokens or []) == 6
+    stream = client.completions.create(model="demo", prompt="def f(", max_tokens=6, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
+
+
+def test_a_token_that_the_model_does_not_have(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="no token 999999"):
+        client.completions.create(model="demo", prompt=[999_999])
+
+
+def test_what_is_cached_is_told(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "How do I open a file for reading?"}]
+    answers = [client.chat.completions.create(model="demo", messages=messages, max_tokens=4) for _ in range(2)]
+    details = [answer.usage.prompt_tokens_details for answer in answers if answer.usage is not None]
+    assert details[1] is not None
+    assert answers[1].usage is not None
+    assert details[1].cached_tokens == answers[1].usage.prompt_tokens - 1
+
+
+@pytest.mark.parametrize("path", ["embeddings", "images/generations", "audio/speech", "nothing"])
+def test_what_is_not_offered_is_said_so(served: Served, client: openai.OpenAI, path: str) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.post(f"/{path}", body={}, cast_to=object)
+    assert caught.value.code == "route_not_found"
+
+
+# -- responses ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_response_and_one_that_goes_on_from_it(client: openai.OpenAI, said: str) -> None:
+    first = client.responses.create(model="demo", input=QUESTION, temperature=0, metadata={"a": "b"})
+    assert (first.status, first.output_text, first.metadata) == ("completed", said, {"a": "b"})
+    assert first.usage is not None
+    second = client.responses.create(
+        model="demo", input="And then?", previous_response_id=first.id, temperature=0, max_output_tokens=4
+    )
+    assert second.status == "incomplete"
+    assert second.incomplete_details is not None
+    assert second.incomplete_details.reason == "max_output_tokens"
+    assert second.usage is not None
+    assert second.usage.input_tokens > first.usage.total_tokens
+    messages: list[Any] = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "And then?"},
+    ]
+    chat = client.chat.completions.create(model="demo", messages=messages, temperature=0, max_tokens=4)
+    assert second.output_text == chat.choices[0].message.content
+
+
+def test_responses_are_kept_looked_at_and_forgotten(client: openai.OpenAI) -> None:
+    made = client.responses.create(model="demo", input=QUESTION, max_output_tokens=2)
+    assert client.responses.retrieve(made.id).output_text == made.output_text
+    (item,) = client.responses.input_items.list(made.id)
+    assert item.to_dict()["content"] == [{"type": "input_text", "text": QUESTION}]
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.responses.retrieve(made.id)
+    assert caught.value.code == "response_not_found"
+    unkept = client.responses.create(model="demo", input=QUESTION, max_output_tokens=2, store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(unkept.id)
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.responses.create(model="demo", input="And?", previous_response_id=unkept.id)
+    assert caught.value.param == "previous_response_id"
+
+
+def test_a_streamed_response_has_its_events_in_their_order(client: openai.OpenAI, said: str) -> None:
+    with client.responses.stream(model="demo", input=QUESTION, temperature=0) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert final.output_text == said
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    assert client.responses.retrieve(final.id).output_text == said
+
+
+def test_what_a_response_cannot_be_asked_for_is_named(client: openai.OpenAI) -> None:
+    for name, value in {"background": True, "tools": [{"type": "web_search"}], "conversation": "c"}.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(model="demo", input=QUESTION, **{name: value})  # type: ignore[call-overload]
+        assert str(caught.value.param).startswith(name)
+
+
+# -- Anthropic's messages ----------------------------------------------------------------------------------------------
+
+
+def test_a_message(claude: anthropic.Anthropic, said: str) -> None:
+    answer = claude.messages.create(
+        model="demo", max_tokens=100, messages=[{"role": "user", "content": QUESTION}], extra_body=GREEDY
+    )
+    assert [block.to_dict() for block in answer.content] == [{"type": "text", "text": said}]
+    assert (answer.stop_reason, answer.stop_sequence, answer.role) == ("end_turn", None, "assistant")
+    assert answer.usage.output_tokens > 0
+
+
+def test_a_message_says_why_it_ended(claude: anthropic.Anthropic, said: str) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    short = claude.messages.create(model="demo", max_tokens=2, messages=messages, extra_body=GREEDY)
+    assert short.stop_reason == "max_tokens"
+    stop = said[4:8]
+    stopped = claude.messages.create(
+        model="demo", max_tokens=100, messages=messages, extra_body=GREEDY, stop_sequences=[stop]
+    )
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", stop)
+    assert stopped.content[0].to_dict()["text"] == said[: said.index(stop)]
+
+
+def test_a_streamed_message_has_its_events_in_their_order(claude: anthropic.Anthropic, said: str) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    with claude.messages.stream(model="demo", max_tokens=100, messages=messages, extra_body=GREEDY) as stream:
+        kinds = [event.type for event in stream if event.type not in ("text",)]
+        final = stream.get_final_message()
+    assert final.content[0].to_dict()["text"] == said
+    assert final.stop_reason == "end_turn"
+    assert final.usage.output_tokens > 0
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert set(kinds[2:-3]) == {"content_block_delta"}
+
+
+def test_tokens_are_counted(claude: anthropic.Anthropic) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    counted = claude.messages.count_tokens(model="demo", messages=messages)
+    answer = claude.messages.create(model="demo", max_tokens=1, messages=messages)
+    used = answer.usage
+    assert counted.input_tokens == used.input_tokens + (used.cache_read_input_tokens or 0)
+
+
+def test_a_line_that_changes_with_each_request_breaks_no_cache(claude: anthropic.Anthropic) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    for number in range(2):
+        system: list[Any] = [
+            {"type": "text", "text": f"x-anthropic-billing-header: cc_version=1; cch={number};"},
+            {"type": "text", "text": "Answer in one sentence.", "cache_control": {"type": "ephemeral"}},
+        ]
+        answer = claude.messages.create(model="demo", max_tokens=2, messages=messages, system=system)
+    assert answer.usage.input_tokens == 1
+    assert (answer.usage.cache_read_input_tokens or 0) > 10
+
+
+def test_errors_are_written_as_anthropic_writes_them(claude: anthropic.Anthropic) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    with pytest.raises(anthropic.NotFoundError) as missing:
+        claude.messages.create(model="nobody", max_tokens=1, messages=messages)
+    assert missing.value.body == {
+        "type": "error",
+        "error": {
+            "type": "not_found_error",
+            "message": "the model 'nobody' is not served here; 'demo' is [model_not_found]",
+        },
+    }
+    with pytest.raises(anthropic.BadRequestError, match="image"):
+        source = {"type": "base64", "media_type": "image/png", "data": ""}
+        claude.messages.create(
+            model="demo",
+            max_tokens=1,
+            messages=[{"role": "user", "content": [{"type": "image", "source": source}]}],  # type: ignore[list-item]
+        )
