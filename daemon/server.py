@@ -59,6 +59,7 @@ from expertd.protocol.errors import (
     SessionUnknown,
 )
 from expertd.protocol.manifest import Manifest
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
 from expertd.protocol.routing import unpack
 from expertd.protocol.segments import remove, segment_name
@@ -329,7 +330,7 @@ class Server:
     def _unload(self, identity: bytes, name: str) -> None:
         for model in self._core.models.values():
             folder = Path(model.manifest.folder)
-            if name not in (model.key, str(folder), folder.name):
+            if name not in (model.key, str(folder), folder.name, shown_name(folder)):
                 continue
             if model.in_use:
                 users = ", ".join(str(session.pid) for session in model.sessions.values())
@@ -338,7 +339,7 @@ class Server:
             self._feed(events.Unwanted(model.key))
             self._send(identity, messages.Unloaded(path=str(folder), bytes=size))
             return
-        loaded = ", ".join(Path(model.manifest.folder).name for model in self._core.models.values()) or "none"
+        loaded = ", ".join(shown_name(Path(model.manifest.folder)) for model in self._core.models.values()) or "none"
         raise ModelNotLoaded(f"the daemon holds nothing of {name[:200]!r}; what it holds: {loaded}")
 
     def _start_trace(self, identity: bytes, folder: Path) -> None:
@@ -349,7 +350,7 @@ class Server:
         self._send(identity, messages.TraceStarted(sessions=len(self._peers)))
 
     def _trace(self, session: int, model: Model) -> None:
-        name = Path(model.manifest.folder).name
+        name = shown_name(Path(model.manifest.folder)).rpartition("/")[2]  # it becomes part of a file's name
         record = self._tracing.begin(session, model.sessions[session].pid, name)
         if record is not None:
             self._to_control(session, record)

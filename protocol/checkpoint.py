@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ ITEM_BYTES = {
 """Bytes an element takes, by safetensors' name of its type."""
 
 _HEADER_LIMIT = 100 << 20
+_SHARD = re.compile(r"(?P<prefix>.+)-\d+-of-(?P<count>\d{1,5})\.safetensors")
 
 
 class FileMark(msgspec.Struct, frozen=True):
@@ -75,6 +77,46 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         raise NotACheckpoint(f"{folder} holds no model*.safetensors, so it is no mlx-lm checkpoint")
     return files
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Names of the files that a checkpoint in ``folder`` should have and has not; a link that leads nowhere counts.
+
+    What it should have is what its index says, else what the numbers in its files' names say.  An index that is out of
+    date (tensors are in other files than it says) is no proof that anything is missing.
+    """
+    there = {path.name for path in folder.glob("*.safetensors") if path.exists()}
+    missing = [] if (folder / "config.json").exists() else ["config.json"]
+    if not there:
+        return [*missing, "model.safetensors"]
+    index = _index(folder / "model.safetensors.index.json")
+    lost = sorted(set(index.values()) - there)
+    if lost:
+        found = {name for file in there for name in _tensor_names(folder / file)}
+        lost = sorted({file for name, file in index.items() if file not in there and name not in found})
+    elif not index:
+        shards = [match for match in map(_SHARD.fullmatch, sorted(there)) if match]
+        for count in {match["count"] for match in shards}:
+            prefix = next(match["prefix"] for match in shards if match["count"] == count)
+            names = (f"{prefix}-{n:0{len(count)}}-of-{count}.safetensors" for n in range(1, int(count) + 1))
+            lost += [name for name in names if name not in there]
+    return missing + lost
+
+
+def _index(path: Path) -> dict[str, str]:
+    """File by tensor, as an index says; empty where there is none that can be read."""
+    try:
+        entries = json.loads(path.read_bytes())["weight_map"]
+        return {str(name): str(file) for name, file in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _tensor_names(path: Path) -> set[str]:
+    try:
+        return set(read_header(path).tensors)
+    except (OSError, CheckpointTruncated, HeaderInvalid):
+        return set()
 
 
 def read_header(path: Path) -> Header:

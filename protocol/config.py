@@ -24,6 +24,9 @@ POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
 FOREVER_S = 1e9
 """More seconds are as good as no limit: thirty years."""
 
+MODEL_FOLDERS = ("~/models",)
+"""Where models are looked for by the name of their folder, if nobody says otherwise."""
+
 UNLIMITED = ("inf", "unlimited")
 """A rate that is none, as text."""
 
@@ -49,7 +52,7 @@ class Setting(Generic[T]):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a daemon; the names are the keys of ``config.toml``.
+    """All settings; the names are the keys of ``config.toml``.  All but ``model_folders`` are a daemon's.
 
     Attributes:
         budget: bytes for expert weights; None: what the machine can spare.
@@ -58,6 +61,7 @@ class Config:
         policy: one of ``POLICY_NAMES``.
         background_rate: bytes a second that are read at most while nobody waits for them; None: no limit.
         read_ahead: whether what sessions will soon need is read before they ask for it, where that pays.
+        model_folders: absolute paths of folders in which a model is found by its name (``protocol.model_names``).
     """
 
     budget: Setting[int | None]
@@ -66,6 +70,7 @@ class Config:
     policy: Setting[str]
     background_rate: Setting[int | None]
     read_ahead: Setting[bool]
+    model_folders: Setting[tuple[str, ...]]
 
 
 KEYS = tuple(field.name for field in fields(Config))
@@ -132,6 +137,7 @@ def merge(
         policy=choose("policy", _policy, POLICY_NAMES[0]),
         background_rate=choose("background_rate", _rate, None),
         read_ahead=choose("read_ahead", _yes, True, _truth),
+        model_folders=choose("model_folders", _folders, _folders(list(MODEL_FOLDERS)), _paths),
     )
 
 
@@ -193,6 +199,20 @@ def _yes(value: object) -> bool:
     if isinstance(value, bool):
         return value
     raise ConfigInvalid(f"{value!r} is neither true nor false")
+
+
+def _folders(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(folder, str) for folder in value):
+        raise ConfigInvalid(f'{value!r} is not a list of folders; write for example ["~/models"]')
+    folders = [Path(folder).expanduser() for folder in value]
+    for folder in folders:
+        if not folder.is_absolute():
+            raise ConfigInvalid(f"'{folder}' is a relative path; write the whole of it, or one that begins with ~")
+    return tuple(map(str, folders))
+
+
+def _paths(text: str) -> object:
+    return text.split(os.pathsep)
 
 
 def _truth(text: str) -> object:

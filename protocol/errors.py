@@ -9,7 +9,15 @@
     |   |-- CheckpointTruncated       checkpoint_truncated
     |   |-- HeaderInvalid             header_invalid
     |   |-- DerivedExperts            derived_experts
-    |   `-- FileChanged               file_changed
+    |   |-- FileChanged               file_changed
+    |   |-- ModelNotHere              model_not_here
+    |   |-- ModelIncomplete           model_incomplete
+    |   `-- ModelAmbiguous            model_ambiguous
+    |-- HubError                      hub_failed
+    |   |-- HubUnreachable            hub_unreachable
+    |   |-- HubRefused                hub_refused
+    |   `-- HubNotFound               hub_not_found
+    |-- DiskFull                      disk_full
     |-- BudgetTooSmall                budget_too_small
     |-- SizeInvalid                   size_invalid
     |-- ConfigInvalid                 config_invalid
@@ -132,6 +140,55 @@ class FileChanged(CheckpointError):
     """A file is not the one that was indexed (size, time or inode differ)."""
 
     code = "file_changed"
+
+
+class ModelNotHere(CheckpointError):
+    """What the user called a model is neither a folder nor the name of a model on this machine."""
+
+    code = "model_not_here"
+
+
+class ModelIncomplete(CheckpointError):
+    """A model is here, but some of its files are not."""
+
+    code = "model_incomplete"
+
+
+class ModelAmbiguous(CheckpointError):
+    """Several models, or versions of one, are here by the name that the user gave."""
+
+    code = "model_ambiguous"
+
+
+class HubError(ExpertdError):
+    """The model hub answered with something that does not help, or a download broke off."""
+
+    code = "hub_failed"
+
+
+class HubUnreachable(HubError):
+    """The hub cannot be reached, or must not be asked (offline)."""
+
+    code = "hub_unreachable"
+    retryable = True
+
+
+class HubRefused(HubError):
+    """The hub wants to know who asks, or that person may not have the model."""
+
+    code = "hub_refused"
+
+
+class HubNotFound(HubError):
+    """The hub has no such model, or no such revision of it, for whoever asks."""
+
+    code = "hub_not_found"
+
+
+class DiskFull(ExpertdError):
+    """The disk has no room for what should be written."""
+
+    code = "disk_full"
 
 
 class BudgetTooSmall(ExpertdError):

@@ -31,6 +31,7 @@ from expertd.protocol.messages import (
     decode,
     encode,
 )
+from expertd.protocol.model_names import find_model, shown_name
 from expertd.worker.doorbell import Doorbell
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def run(
     """Work for the gateway at the ZeroMQ address ``gateway`` until told to end; return the exit status.
 
     Args:
+        model_path: the model's folder or name, as in ``expertd.load``.
         budget: for a daemon that has to be started, as ``2GiB``.
         alias: how shared pages become arrays, as in ``expertd.load``.
         parent: process whose end ends this one; by default the one that is the parent now.
@@ -80,7 +82,7 @@ def run(
     threading.Thread(target=_end_with, args=[parent or os.getppid()], name="expertd-gateway-watch", daemon=True).start()
     worker = _Worker(gateway)
     try:
-        return worker.run(Path(model_path), budget, alias)
+        return worker.run(model_path, budget, alias)
     finally:
         worker.close()
 
@@ -119,7 +121,7 @@ class _Worker:
         self._poller.register(self._bell.fileno(), zmq.POLLIN)
         self._passed_on = "normal"
 
-    def run(self, model_path: Path, budget: str | None, alias: Alias) -> int:
+    def run(self, model_path: str | Path, budget: str | None, alias: Alias) -> int:
         try:
             # Here, because importing mlx takes a second in which the gateway could not be told that it failed.
             import mlx.core as mx
@@ -129,7 +131,8 @@ class _Worker:
             from expertd.worker.load import events_of, load
             from expertd.worker.wired import WiredLimit
 
-            model, tokenizer = load(model_path, budget=budget, alias=alias)
+            folder = find_model(model_path)
+            model, tokenizer = load(folder, budget=budget, alias=alias)
             events = events_of(model)
             memory = CacheMemory.of(model)
             engine = Engine(model, tokenizer, buffers=events.buffers, wired=WiredLimit(mx), memory=memory)
@@ -144,7 +147,7 @@ class _Worker:
         # Only now: until a model is loaded there is nothing to end in order.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._send(WorkerReady(pid=os.getpid(), model=model_path.resolve().name, context=engine.context))
+        self._send(WorkerReady(pid=os.getpid(), model=shown_name(folder), context=engine.context))
         gauge = events.session.pressure
         gauge.on_change = self._bell.ring
         self._pass_on(gauge)  # what was said while the model was loaded

@@ -20,6 +20,8 @@ COMMANDS = {
     "budget": "Show or change the memory that experts may take.",
     "config": "Show the settings that daemons start with.",
     "unload": "Give a model's memory back.",
+    "models": "List the models on this machine, and what can be served.",
+    "pull": "Download a model from the hub.",
     "pack": "Write a model's experts so that each is one read.",
     "doctor": "Explain the default budget and memory pressure.",
     "trace": "Record which experts routers choose, and look at it.",

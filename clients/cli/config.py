@@ -29,6 +29,8 @@ def config() -> None:
       background_rate
                   bytes a second that are read while nobody waits ("200MB/s")
       read_ahead  false: read only what somebody waits for
+      model_folders
+                  folders in which a model is found by its name (["~/models"])
 
     The variable of a key (EXPERTD_BUDGET and so on) comes before the file, and a flag before both.
     """
@@ -90,4 +92,6 @@ def _shown(key: str, setting: Setting[Any]) -> str:
             return f"{seconds:.12g} s"
         case "read_ahead", yes:
             return "where it pays" if yes else "no"
+        case "model_folders", folders:
+            return ", ".join(folders) or "none"
     return str(setting.value)

@@ -1,10 +1,15 @@
-"""Parameters that several commands take: one help text, one check."""
+"""Parameters that several commands take: one help text, one check; and the model that may have to be fetched first."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import click
 
-from expertd.protocol.sizes import parse_budget
+from expertd.protocol.errors import ModelIncomplete, ModelNotHere
+from expertd.protocol.model_names import find_model, hub_id
+from expertd.protocol.sizes import parse_budget, show_size
 
 
 def _checked(ctx: click.Context, param: click.Parameter, budget: str | None) -> str | None:
@@ -21,3 +26,27 @@ budget_option = click.option(
     help="Memory for expert weights, if this starts a daemon: 512MB, 2GiB, bytes; auto: what the machine can spare.  "
     "[default: as 'expertd config show' says]",
 )
+
+
+def find_or_pull(model: str) -> Path:
+    """The folder of MODEL; on a terminal the user is asked whether a model of the hub that is not here should be fetched.
+
+    Raises:
+        ExpertdError: as ``find_model``; or the hub has no such model, or does not answer, or the download broke off.
+    """
+    try:
+        return find_model(model)
+    except (ModelNotHere, ModelIncomplete):
+        wanted = hub_id(model)
+        if wanted is None or "/" not in wanted[0] or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+    # Late, because it imports what speaks HTTP.
+    from expertd.clients.cli.pull import fetch
+    from expertd.clients.hub.download import look_up
+
+    found = look_up(*wanted)
+    click.echo(f"{model} is not on this machine, or not all of it.", err=True)
+    if not click.confirm(f"Download {show_size(found.missing_bytes)} now?", err=True):
+        raise ModelNotHere(f"{model} is not on this machine; download it with: expertd pull {model}")
+    fetch(found)
+    return find_model(model)

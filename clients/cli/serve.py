@@ -10,13 +10,13 @@ import asyncio
 import logging
 import os
 import sys
-from pathlib import Path
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, find_or_pull
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.errors import ExpertdError
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 
@@ -27,7 +27,11 @@ from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @budget_option
 def serve(model: str, port: int, host: str, budget: str | None) -> None:
-    """Serve the checkpoint in the folder MODEL over an OpenAI API."""
+    """Serve MODEL over an OpenAI API.
+
+    MODEL is a checkpoint's folder, or the name of one, as an id of the hub ('expertd models' lists what is here).
+    Clients call it by its id, or else by the folder's name.
+    """
     from expertd.clients.gateway import lifetime
 
     logging.basicConfig(
@@ -35,7 +39,7 @@ def serve(model: str, port: int, host: str, budget: str | None) -> None:
         level=logging.getLevelNamesMapping().get(os.environ.get("EXPERTD_LOG", "").upper(), logging.WARNING),
         format="expertd: %(message)s",
     )
-    path = Path(model).expanduser()
+    path = find_or_pull(model)
     weight_files(path)
     home = Home.current()
     home.prepare()
@@ -47,7 +51,7 @@ def serve(model: str, port: int, host: str, budget: str | None) -> None:
         connection.close()
 
         def announce(url: str) -> None:
-            click.echo(f"expertd: serving {path.resolve().name} at {url}")
+            click.echo(f"expertd: serving {shown_name(path)} at {url}")
             sys.stdout.flush()
 
         try:

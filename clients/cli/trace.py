@@ -12,6 +12,7 @@ import msgspec
 
 from expertd.clients.cli.parameters import budget_option
 from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, TraceStopped
+from expertd.protocol.model_names import find_model
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
@@ -31,7 +32,7 @@ def trace() -> None:
 
 
 @trace.command()
-@click.argument("model", type=_file)
+@click.argument("model")
 @click.option("--prompts", required=True, type=_file, help="A prompt a line, or .jsonl with 'prompt' or 'messages'.")
 @click.option("-o", "--output", required=True, type=_file, metavar="OUT.npz", help="Where the trace goes.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
@@ -42,10 +43,10 @@ def trace() -> None:
 @click.option("--scores/--no-scores", default=True, show_default=True, help="Keep the router's scores, too.")
 @budget_option
 def record(
-    model: Path, prompts: Path, output: Path, max_tokens: int, temperature: float, seed: int, parallel: int, raw: bool,
+    model: str, prompts: Path, output: Path, max_tokens: int, temperature: float, seed: int, parallel: int, raw: bool,
     scores: bool, budget: str | None,
 ) -> None:  # fmt: skip
-    """Generate answers to prompts with the checkpoint in the folder MODEL, and record its routing.
+    """Generate answers to prompts with MODEL (a checkpoint's folder or name), and record its routing.
 
     Ctrl-C ends it early; what was recorded until then is kept.
     """
@@ -55,8 +56,9 @@ def record(
     from expertd.worker.recording import recording
 
     check_new(output)
+    folder = find_model(model)
     texts = read_prompts(prompts)
-    loaded, tokenizer = load(model, budget=budget)
+    loaded, tokenizer = load(folder, budget=budget)
     encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in texts]
     with (
         recording(loaded, output, scores=scores) as recorder,

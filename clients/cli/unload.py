@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from expertd.protocol.errors import CheckpointError, ModelNotLoaded
 from expertd.protocol.messages import Unload, Unloaded
+from expertd.protocol.model_names import find_model
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
@@ -15,11 +17,24 @@ from expertd.protocol.sizes import show_size
 @click.command()
 @click.argument("model")
 def unload(model: str) -> None:
-    """Give back the memory of MODEL (the name or path of its folder), which nobody uses any more.
+    """Give back the memory of MODEL (its hub id, or the name or path of its folder), which nobody uses any more.
 
     The next program that loads it reads its experts from disk again.  Exits with 3 if no daemon runs in this home.
     """
-    wanted = str(Path(model).resolve()) if Path(model).is_dir() else model
-    with connect(Home.current(), "cli") as connection:
-        answer = connection.ask(Unload(model=wanted), Unloaded)
+    home = Home.current()
+    with connect(home, "cli") as connection:
+        # The daemon knows its models by name, also those whose folder is gone.
+        wanted = str(Path(model).resolve()) if Path(model).is_dir() else model
+        try:
+            answer = connection.ask(Unload(model=wanted), Unloaded)
+        except ModelNotLoaded:
+            answer = connection.ask(Unload(model=_folder(model, home)), Unloaded)
     click.echo(f"unloaded {answer.path}: {show_size(answer.bytes)}")
+
+
+def _folder(model: str, home: Home) -> str:
+    """The path by which the daemon knows a model that it does not know by ``model``; ``model`` if there is none."""
+    try:
+        return str(find_model(model, home))
+    except CheckpointError:
+        return model

@@ -35,6 +35,7 @@ from expertd.protocol.errors import (
     WorkerUnavailable,
 )
 from expertd.protocol.messages import Delta, Finished
+from expertd.protocol.model_names import shown_name
 
 __all__ = ["BODY_LIMIT", "STALL_S", "Gateway", "error_body"]
 
@@ -57,8 +58,11 @@ class Gateway:
     def __init__(
         self, worker: Worker, model: Path, host: str, *, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S
     ) -> None:
-        """Serve ``model`` by its folder's name; ``host`` is what the gateway listens on, and so a ``Host`` it takes."""
-        self.name = model.resolve().name
+        """Serve ``model`` by its hub id, or else its folder's name.
+
+        ``host`` is what the gateway listens on, and so a ``Host`` that it takes.
+        """
+        self.name = shown_name(model.resolve())
         self.app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
         self.app.add_routes(
             [
@@ -70,7 +74,7 @@ class Gateway:
             ]
         )
         self._worker = worker
-        self._names = {self.name, str(model), str(model.resolve())}
+        self._names = {self.name, self.name.rpartition("/")[2], str(model), str(model.resolve())}
         self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
         self._any_address = _is_wildcard(host)
         self._keepalive_s = keepalive_s

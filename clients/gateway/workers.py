@@ -42,6 +42,7 @@ from expertd.protocol.messages import (
     WorkerReady,
     encode,
 )
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
 
 __all__ = ["SILENCE_S", "Answer", "Worker"]
@@ -135,7 +136,7 @@ class Worker:
         self._pressure = NORMAL
         self._silent_pieces = 0
         self._late_cancels: list[int] = []
-        self._why_not = f"the worker is loading {model.name}; try again in a moment"
+        self._why_not = f"the worker is loading {shown_name(model)}; try again in a moment"
         self._ending = asyncio.Event()
         self._first: asyncio.Future[WorkerReady] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
@@ -369,7 +370,7 @@ class Worker:
 
     def _how_it_ended(self, status: int) -> str:
         how = f"ended with status {status}" if status >= 0 else f"was killed by signal {-status}"
-        when = "" if self._peer is not None else f" while it was loading {self._model.name}"
+        when = "" if self._peer is not None else f" while it was loading {shown_name(self._model)}"
         return f"the worker {how}{when}"
 
     def _on_ready(self, peer: bytes, message: WorkerReady) -> None:
