@@ -59,7 +59,7 @@ def find_model(name: str | Path, home: Home | None = None) -> Path:
     """
     text = str(name)
     path = Path(text).expanduser()
-    if path.exists():
+    if text and path.exists():
         folder = path.resolve()
     elif isinstance(name, Path) or _is_path(text):
         raise NotACheckpoint(f"{path} does not exist; {_instead_of_path(path)}")

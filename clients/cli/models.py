@@ -132,15 +132,16 @@ def _paragraph(row: Row, width: int) -> list[str]:
     head = f"{facts.name}{' ' * gap}{row.place}"
     lines = [head] if len(head) <= width else [facts.name, f"  in {row.place}"]
     if facts.expert_bytes:
-        rest = show_size(facts.rest_bytes)
         lines.append(
-            f"  {_size(facts.size)}: {_shape(facts)}, experts {show_size(facts.expert_bytes)}, the rest {rest}"
+            f"  {_size(facts.size)}: experts {show_size(facts.expert_bytes)} ({_shape(facts)}), "
+            f"the rest {show_size(facts.rest_bytes)}"
         )
     elif facts.size:
-        lines.append(f"  {_size(facts.size)}" + (f": {_shape(facts)}" if facts.experts else ""))
+        lines.append(f"  {_size(facts.size)}" + (f" ({_shape(facts)})" if facts.experts else ""))
     if not facts.servable:
         return [*lines, *click.wrap_text(f"not served: {facts.why_not}", width, "  ", "    ").splitlines()]
-    told = ["served " + _served(facts), "packed" if facts.packed else "not packed"]
+    told = ["can be served" + (" after 'expertd pack'" if facts.pack_first else "")]
+    told.append("packed" if facts.packed else "not packed")
     if row.share is not None:
         told.append(f"{_percent(row.share)} of its experts fit")
     if row.hits is not None:
@@ -154,7 +155,7 @@ def _shape(facts: Facts) -> str:
     if not facts.experts:
         return ""
     layers = f"{facts.layers} x " if facts.layers else ""
-    return f"{layers}{facts.experts}" + (f" ({facts.top_k} a token)" if facts.top_k else "")
+    return f"{layers}{facts.experts}" + (f", {facts.top_k} a token" if facts.top_k else "")
 
 
 def _served(facts: Facts) -> str:

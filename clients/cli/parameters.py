@@ -29,7 +29,7 @@ budget_option = click.option(
 
 
 def find_or_pull(model: str) -> Path:
-    """The folder of MODEL; on a terminal the user is asked whether a model of the hub that is not here should be fetched.
+    """The folder of MODEL; on a terminal the user may have a model of the hub that is not here downloaded first.
 
     Raises:
         ExpertdError: as ``find_model``; or the hub has no such model, or does not answer, or the download broke off.

@@ -35,8 +35,8 @@ INTERRUPTED = 130
 def pull(id: str, revision: str | None, as_json: bool) -> None:
     """Download the model ID (as mlx-community/Qwen3-30B-A3B-4bit) from the hub.
 
-    It goes into the hub's cache (HF_HUB_CACHE, else HF_HOME, else ~/.cache/huggingface/hub), which other programs share;
-    only the files that mlx-lm needs are fetched.  A model that is here already is brought up to date.
+    It goes into the hub's cache, which other programs share (HF_HUB_CACHE, else HF_HOME, else ~/.cache/huggingface).
+    Only the files that mlx-lm needs are fetched.  A model that is here already is brought up to date.
 
     If it breaks off, the same command goes on: files that are complete are kept.  HF_ENDPOINT names another hub.
     """

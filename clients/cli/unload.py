@@ -27,8 +27,14 @@ def unload(model: str) -> None:
         wanted = str(Path(model).resolve()) if Path(model).is_dir() else model
         try:
             answer = connection.ask(Unload(model=wanted), Unloaded)
-        except ModelNotLoaded:
-            answer = connection.ask(Unload(model=_folder(model, home)), Unloaded)
+        except ModelNotLoaded as error:
+            folder = _folder(model, home)
+            if folder == wanted:
+                raise
+            try:
+                answer = connection.ask(Unload(model=folder), Unloaded)
+            except ModelNotLoaded:
+                raise error from None  # it has the name that the user wrote
     click.echo(f"unloaded {answer.path}: {show_size(answer.bytes)}")
 
 

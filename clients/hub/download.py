@@ -15,7 +15,7 @@ import errno
 import fnmatch
 import glob
 import importlib
-import os
+import re
 import shutil
 import sys
 import threading
@@ -38,6 +38,10 @@ LOOK_S = 0.2
 """How often it is looked how far the files are."""
 FILES_AT_A_TIME = 4
 """Fewer than the library's eight: what is not complete when the process ends begins again."""
+PIECE = 256 << 10
+"""Bytes that are written at a time."""
+LONGEST_REASON = 200
+"""Characters of a reason that others give."""
 LEFT_FREE = 1_000_000_000
 """Bytes that stay free on the disk."""
 
@@ -262,7 +266,7 @@ def _told(id: str, revision: str | None, begun: bool = False) -> Iterator[None]:
     except (OSError, *transports) as error:
         raise _failed(id, host, error, kept) from error
     except ValueError as error:
-        raise HubError(f"{id} cannot be downloaded: {_first_line(error)}") from error
+        raise HubError(f"{id} cannot be downloaded: {_reason(error)}") from error
 
 
 def _refused(id: str, host: str, error: Exception, kept: str) -> HubError:
@@ -283,7 +287,7 @@ def _failed(id: str, host: str, error: BaseException, kept: str) -> HubError | D
         if isinstance(cause, PermissionError):
             return HubError(f"{id} could not be written ({cause.strerror}: {cause.filename}); HF_HUB_CACHE names where")
         cause = cause.__cause__ or cause.__context__
-    reason = _first_line(error)
+    reason = _reason(error)
     if kept:
         return HubError(f"the download of {id} from {host} broke off ({reason}){kept}")
     return HubUnreachable(
@@ -291,17 +295,19 @@ def _failed(id: str, host: str, error: BaseException, kept: str) -> HubError | D
     )
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    sentence = lines[0].partition(". ")[0].rstrip(".")[:LONGEST_REASON] if lines else type(error).__name__
+    return re.sub(r"^\[Errno -?\d+\] ", "", sentence)
 
 
 def _library() -> Any:
     """The hub's library, told to be quiet: what there is to say is said here."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
+    disable_progress_bars()
+    # Ten megabytes by default: so much would be lost by each cut, and a slow line would heed nobody for so long.
+    huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = PIECE
     return huggingface_hub

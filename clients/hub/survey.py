@@ -1,7 +1,7 @@
 """What a model's folder holds and whether expertd can serve it, from its config and its files' headers alone.
 
 No mlx, no weights, no network: fifty models in about a second.  So this is a forecast.  Which tensors are experts is
-told by their names and shapes, where a worker asks mlx-lm itself (``expertd.worker.manifest``, which has the last word).
+told by their names and shapes here; a worker asks mlx-lm itself and has the last word (``expertd.worker.manifest``).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def survey(folder: Path, name: str, stores: Iterable[Store] = ()) -> Facts:
 
 
 def experts_in(tensors: Mapping[str, Tensor], experts: int) -> Experts:
-    """Find the expert tensors among ``tensors``; ``experts`` is how many a layer has by the config, 0 if it is silent."""
+    """Find the expert tensors among ``tensors``; ``experts``: of a layer, by the config; 0 if that is silent."""
     found = Experts()
     for name, tensor in tensors.items():
         one = _ONE_BY_ONE.fullmatch(name)
