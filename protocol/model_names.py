@@ -128,10 +128,10 @@ def models_in(place: Path, told: str = "", *, publishers: bool = False) -> Itera
         told: what to call the place.
         publishers: whether the first level is publishers only, so that it is part of every name.
     """
-    told = told or str(place)
     if _holds_model(place):
-        yield KnownModel(shown_name(place), place, told)
+        yield KnownModel(shown_name(place), place, told or str(place.parent))
         return
+    told = told or str(place)
     for folder in _folders(place):
         if _holds_model(folder) and not publishers:
             yield KnownModel(folder.name, folder, told)

@@ -85,6 +85,9 @@ FLAG, ENVIRONMENT, FILE, DEFAULT = Source
         ("read_ahead", None, "False", True, (False, ENVIRONMENT)),
         ("read_ahead", None, None, False, (False, FILE)),
         ("read_ahead", None, None, None, (True, DEFAULT)),
+        ("model_folders", None, "/a:/b", ["/c"], (("/a", "/b"), ENVIRONMENT)),
+        ("model_folders", None, None, ["/c"], (("/c",), FILE)),
+        ("model_folders", None, None, [], ((), FILE)),
     ],
 )
 def test_a_flag_wins_over_a_variable_and_that_over_the_file(
@@ -138,6 +141,14 @@ IN_FILE = f" in {PATH}: "
         ({"background_rate": 2e8}, f"background_rate{IN_FILE}200000000.0 is not a rate; write text as \"200MB/s\""),
         ({"background_rate": True}, f"background_rate{IN_FILE}True is not a rate"),
         ({"background_rate": float("nan")}, f"background_rate{IN_FILE}nan is not a rate"),
+        (
+            {"model_folders": "~/models"},
+            f"model_folders{IN_FILE}'~/models' is not a list of folders; write for example [\"~/models\"]",
+        ),
+        (
+            {"model_folders": ["models"]},
+            f"model_folders{IN_FILE}'models' is a relative path; write the whole of it, or one that begins with ~",
+        ),
         ({"read_ahead": 1}, f"read_ahead{IN_FILE}1 is neither true nor false"),
         ({"policy": 3}, f"policy{IN_FILE}3 is not a policy; there are: forecast, "),
     ],
@@ -328,6 +339,7 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
         "policy           forecast  (default)",
         f"background_rate  200 MB/s  ({home.config})",
         "read_ahead       where it pays  (default)",
+        f"model_folders    {Path.home()}/models  (default)",
     ]
     assert json.loads(expertd("config", "show", "--json").stdout) == {
         "file": str(home.config),
@@ -338,6 +350,7 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
             "policy": {"value": "forecast", "source": "default"},
             "background_rate": {"value": 200_000_000, "source": "file"},
             "read_ahead": {"value": True, "source": "default"},
+            "model_folders": {"value": [str(Path.home() / "models")], "source": "default"},
         },
     }
 
@@ -351,6 +364,7 @@ def test_config_show_says_that_there_is_no_file_and_creates_nothing(home: Home) 
         "policy           forecast  (default)",
         "background_rate  no limit  (default)",
         "read_ahead       where it pays  (default)",
+        f"model_folders    {Path.home()}/models  (default)",
     ]
     assert not home.config.exists()
 

@@ -144,10 +144,11 @@ def _paragraph(row: Row, width: int) -> list[str]:
     told.append("packed" if facts.packed else "not packed")
     if row.share is not None:
         told.append(f"{_percent(row.share)} of its experts fit")
-    if row.hits is not None:
-        told.append(f"expected hits {_percent(row.hits)}")
+    foreseen = [] if row.hits is None else [f"{_percent(row.hits)} hits"]
     if row.tokens_per_s is not None:
-        told.append(f"{row.tokens_per_s:.1f} tokens/s")
+        foreseen.append(f"{row.tokens_per_s:.1f} tokens/s")
+    if foreseen:
+        told.append("expected: " + " and ".join(foreseen))
     return [*lines, *click.wrap_text(", ".join(told), width, "  ", "    ").splitlines()]
 
 
