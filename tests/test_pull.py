@@ -189,7 +189,7 @@ def test_a_gateway_calls_a_model_of_the_hub_by_its_id(
     hub: Hub, repository: Repository, own_home: Home, tmp_path: Path
 ) -> None:
     expertd("pull", ID)
-    with serving(own_home, snapshot(tmp_path, repository)) as served:
+    with serving(own_home, Path(ID)) as served:
         assert served.line.startswith(f"expertd: serving {ID} at ")
         assert [model["id"] for model in served.request("GET", "/v1/models")[2]["data"]] == [ID]
         assert served.request("GET", f"/v1/models/{ID}")[2]["id"] == ID
@@ -382,7 +382,16 @@ def test_generate_asks_on_a_terminal_and_downloads_only_after_yes(
     assert hub.fetched() != []
 
 
-def test_on_a_terminal_without_a_network_the_reason_is_told(hub: Hub) -> None:
+def test_on_a_terminal_what_the_hub_has_not_either_is_told(hub: Hub) -> None:
     status, said = on_a_terminal("", "generate", "org/none", "hello")
     assert status == 1
-    assert "[hub_not_found]" in said
+    assert said.splitlines()[0] == "expertd: org/none is not on this machine"
+    assert "[hub_not_found]" in said.splitlines()[1]
+
+
+def test_nothing_is_asked_about_what_can_only_be_a_path(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    status, said = on_a_terminal("", "generate", f"{tmp_path}/models/none", "hello")
+    assert status == 2
+    assert "[not_a_checkpoint]" in said
+    assert hub.requests == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from expertd.protocol.errors import ModelIncomplete, ModelNotHere
+from expertd.protocol.errors import ExpertdError, ModelIncomplete, ModelNotHere
 from expertd.protocol.model_names import find_model, hub_id
 from expertd.protocol.sizes import parse_budget, show_size
 
@@ -36,17 +36,23 @@ def find_or_pull(model: str) -> Path:
     """
     try:
         return find_model(model)
-    except (ModelNotHere, ModelIncomplete):
+    except (ModelNotHere, ModelIncomplete) as missing:
         wanted = hub_id(model)
-        if wanted is None or "/" not in wanted[0] or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        on_terminal = sys.stdin.isatty() and sys.stderr.isatty()
+        if wanted is None or "/" not in wanted[0] or Path(model).parent.is_dir() or not on_terminal:
             raise
+        click.echo(f"expertd: {missing.message.partition(';')[0]}", err=True)
+        _offer(*wanted, missing)
+    return find_model(model)
+
+
+def _offer(id: str, revision: str | None, missing: ExpertdError) -> None:
+    """Download a model if the user says so; else raise ``missing``."""
     # Late, because it imports what speaks HTTP.
     from expertd.clients.cli.pull import fetch
     from expertd.clients.hub.download import look_up
 
-    found = look_up(*wanted)
-    click.echo(f"{model} is not on this machine, or not all of it.", err=True)
+    found = look_up(id, revision)
     if not click.confirm(f"Download {show_size(found.missing_bytes)} now?", err=True):
-        raise ModelNotHere(f"{model} is not on this machine; download it with: expertd pull {model}")
+        raise missing
     fetch(found)
-    return find_model(model)

@@ -170,10 +170,10 @@ def _heedful(cancelled: threading.Event) -> type[Any]:
 
     The library's threads cannot be told to stop in another way, and it waits for them.
     """
-    from huggingface_hub.utils import tqdm
+    tqdm: Any = _library().utils.tqdm
 
-    class Heedful(tqdm):  # type: ignore[type-arg]
-        def update(self, n: float | None = 1) -> bool | None:
+    class Heedful(tqdm):  # type: ignore[misc]
+        def update(self, n: float | None = 1) -> Any:
             if cancelled.is_set():
                 raise KeyboardInterrupt
             return super().update(n)
@@ -303,11 +303,11 @@ def _reason(error: BaseException) -> str:
 
 def _library() -> Any:
     """The hub's library, told to be quiet: what there is to say is said here."""
-    import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars, logging
+    import huggingface_hub.utils
 
-    logging.set_verbosity_error()
-    disable_progress_bars()
+    hub: Any = huggingface_hub
+    hub.utils.logging.set_verbosity_error()
+    hub.utils.disable_progress_bars()
     # Ten megabytes by default: so much would be lost by each cut, and a slow line would heed nobody for so long.
-    huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = PIECE
-    return huggingface_hub
+    hub.constants.DOWNLOAD_CHUNK_SIZE = PIECE
+    return hub
