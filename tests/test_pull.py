@@ -126,6 +126,17 @@ def test_pull_as_json(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     assert told["path"] == str(snapshot(tmp_path, repository))
 
 
+def test_what_a_killed_download_has_left_is_removed_after_a_day(repository: Repository, tmp_path: Path) -> None:
+    blobs = snapshot(tmp_path, repository).parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    old, fresh = blobs / "abc.1234.incomplete", blobs / "def.5678.incomplete"
+    for path in (old, fresh):
+        path.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    assert expertd("pull", ID).returncode == 0
+    assert leftovers(tmp_path) == [fresh]
+
+
 def test_a_revision_is_called_by_its_name_afterwards(hub: Hub, repository: Repository, home: Home) -> None:
     repository.branches["v1"] = "e" * 40
     done = expertd("pull", ID, "--revision", "v1")

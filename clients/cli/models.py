@@ -46,7 +46,8 @@ def models(folders: Sequence[Path], as_json: bool) -> None:
     """List the models on this machine: what is in them, and whether expertd can serve them.
 
     Looks into the hub's cache, LM Studio's folders and the folders of the setting 'model_folders', or only into the
-    FOLDERs.  Reads headers, never weights.  'fits' is the part of a model's experts that a daemon's budget holds.
+    FOLDERs.  Reads headers, never weights.  'fits' is the part of a model's experts that the budget of a daemon holds
+    which would be started now; a model of which little fits is served too, only slower.
     """
     from expertd.clients.hub.survey import packed_stores, survey
 

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ FILES_AT_A_TIME = 4
 """Fewer than the library's eight: what is not complete when the process ends begins again."""
 PIECE = 256 << 10
 """Bytes that are written at a time."""
+ABANDONED_S = 86400.0
+"""Nobody goes on with a file to which nothing was written for so long."""
 LONGEST_REASON = 200
 """Characters of a reason that others give."""
 LEFT_FREE = 1_000_000_000
@@ -154,6 +157,7 @@ def download(model: HubModel, moved: Callable[[int], None], cancelled: threading
         KeyboardInterrupt: it was cancelled.
     """
     hub = _library()
+    _sweep(model.blobs)
     with _told(model.id, model.revision, begun=True), _watching(model, moved):
         folder = hub.snapshot_download(
             model.id,
@@ -163,6 +167,14 @@ def download(model: HubModel, moved: Callable[[int], None], cancelled: threading
             tqdm_class=_heedful(cancelled),
         )
     return Path(folder).resolve()
+
+
+def _sweep(blobs: Path) -> None:
+    """Remove what downloads that were killed have left of this model; the library neither uses nor removes it."""
+    for part in _parts(blobs):
+        with contextlib.suppress(OSError):  # another process may be removing it, too
+            if time.time() - part.stat().st_mtime > ABANDONED_S:
+                part.unlink()
 
 
 def _heedful(cancelled: threading.Event) -> type[Any]:
