@@ -43,6 +43,7 @@ def hub(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator
         if name.startswith(("HF_", "HUGGING")):
             monkeypatch.delenv(name)
     with hub_server() as running:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("HOME", str(tmp_path))

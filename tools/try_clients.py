@@ -98,8 +98,9 @@ def _llm(folder: Path, url: str) -> list[list[str]]:
 
 
 def _aider(folder: Path, url: str) -> list[list[str]]:
-    (folder / ".aider.model.settings.yml").write_text("- name: openai/demo\n  extra_params: {max_tokens: 16}\n")
+    (folder / ".aider.model.settings.yml").write_text("- name: openai/demo\n  extra_params: {max_tokens: 128}\n")
     quiet = ["--no-git", "--yes-always", "--no-check-update", "--no-show-model-warnings", "--map-tokens", "0"]
+    quiet += ["--chat-history-file", f"{folder}/chat", "--input-history-file", f"{folder}/input"]
     return [[f"{folder}/bin/aider", "--model", "openai/demo", "--chat-mode", "ask", *quiet, "--message", QUESTION]]
 
 

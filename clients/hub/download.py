@@ -33,7 +33,7 @@ NEEDED = (
 )  # fmt: skip
 """What mlx-lm reads of a repository, in its top folder.  (A ``.py`` is run only where the user trusts its author.)"""
 
-CONNECT_S = 8.0
+CONNECT_S = 5.0
 """How long the hub may take to answer the first question."""
 LOOK_S = 0.2
 """How often it is looked how far the files are."""
@@ -148,7 +148,7 @@ def download(model: HubModel, moved: Callable[[int], None], cancelled: threading
     """Get what is missing, and return the folder that has it all.
 
     Args:
-        moved: told of so many bytes more, from another thread.
+        moved: told of so many bytes more, from another thread, again and again.
         cancelled: once it is set, all ends within moments, and nothing that is incomplete is left.
 
     Raises:
@@ -210,10 +210,9 @@ def _watching(model: HubModel, moved: Callable[[int], None]) -> Iterator[None]:
         known = 0
         while True:
             last = ended.wait(LOOK_S)
-            found = here()
-            if found > known:
-                moved(found - known)
-                known = found
+            found = max(known, here())  # a file that begins again takes nothing back
+            moved(found - known)  # 0, too: a rate that falls tells that nothing comes
+            known = found
             if last:
                 return
 
@@ -292,14 +291,16 @@ def _refused(id: str, host: str, error: Exception, kept: str) -> HubError:
 
 def _failed(id: str, host: str, error: BaseException, kept: str) -> HubError | DiskFull:
     """The error for one of the system or of the network, which the library may have wrapped in others."""
-    cause: BaseException | None = error
+    deepest, cause = error, error.__cause__
+    while cause is not None:
+        deepest, cause = cause, cause.__cause__
+    reason, cause = _reason(deepest), error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return DiskFull(f"{id} could not be written ({cause.strerror}); make room{kept}")
         if isinstance(cause, PermissionError):
             return HubError(f"{id} could not be written ({cause.strerror}: {cause.filename}); HF_HUB_CACHE names where")
         cause = cause.__cause__ or cause.__context__
-    reason = _reason(error)
     if kept:
         return HubError(f"the download of {id} from {host} broke off ({reason}){kept}")
     return HubUnreachable(
