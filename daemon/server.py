@@ -25,7 +25,7 @@ import zmq.asyncio
 
 from expertd.daemon import memory_watch
 from expertd.daemon.blocks import OpenFiles
-from expertd.daemon.core import Core, events, instructions
+from expertd.daemon.core import Core, events, instructions, warmth
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
 from expertd.daemon.files import Read
@@ -37,7 +37,7 @@ from expertd.daemon.liveness import TICK_S, Liveness
 from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.ownership import owned
-from expertd.daemon.policy import Forecast, PolicyFactory
+from expertd.daemon.policy import Block, Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
@@ -48,6 +48,7 @@ from expertd.daemon.waits import Place, Waits
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
+    BlocksInvalid,
     BudgetTooSmall,
     DaemonBusy,
     ExpertdError,
@@ -300,7 +301,11 @@ class Server:
             case messages.SetBudget(budget=budget):
                 self._set_budget(identity, budget)
             case messages.Unload(model=model):
-                self._unload(identity, model)
+                self._unload(identity, self._loaded(model))
+            case messages.Warm(model=model, blocks=blocks):
+                self._warm(identity, self._loaded(model), _blocks(blocks))
+            case messages.Pin(model=model, blocks=blocks, pinned=pinned):
+                self._pin(identity, self._loaded(model), _blocks(blocks), pinned)
             case messages.AskStatus():
                 self._send(identity, self._status())
             case messages.StartTrace(folder=folder):
@@ -327,20 +332,36 @@ class Server:
         self._feed(events.BudgetChanged(self._memory.governor.limit, most=budget))
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
 
-    def _unload(self, identity: bytes, name: str) -> None:
+    def _loaded(self, name: str) -> Model:
+        """The model with that key, folder, name of a folder, or hub id."""
         for model in self._core.models.values():
             folder = Path(model.manifest.folder)
-            if name not in (model.key, str(folder), folder.name, shown_name(folder)):
-                continue
-            if model.in_use:
-                users = ", ".join(str(session.pid) for session in model.sessions.values())
-                raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
-            size = model.size + model.extra
-            self._feed(events.Unwanted(model.key))
-            self._send(identity, messages.Unloaded(path=str(folder), bytes=size))
-            return
+            if name in (model.key, str(folder), folder.name, shown_name(folder)):
+                return model
         loaded = ", ".join(shown_name(Path(model.manifest.folder)) for model in self._core.models.values()) or "none"
         raise ModelNotLoaded(f"the daemon holds nothing of {name[:200]!r}; what it holds: {loaded}")
+
+    def _unload(self, identity: bytes, model: Model) -> None:
+        folder = model.manifest.folder
+        if model.in_use:
+            users = ", ".join(str(session.pid) for session in model.sessions.values())
+            raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
+        size = model.size + model.extra
+        self._feed(events.Unwanted(model.key))
+        self._send(identity, messages.Unloaded(path=folder, bytes=size))
+
+    def _warm(self, identity: bytes, model: Model, blocks: tuple[Block, ...]) -> None:
+        if (problem := warmth.unknown(model, blocks)) is not None:
+            raise BlocksInvalid(problem)
+        self._feed(events.Warm(model.key, blocks))
+        self._send(identity, messages.Warming(path=model.manifest.folder, blocks=warmth.wished(model)))
+
+    def _pin(self, identity: bytes, model: Model, blocks: tuple[Block, ...], pinned: bool) -> None:
+        problem = warmth.unknown(model, blocks) or (warmth.too_many_pins(model, blocks) if pinned else None)
+        if problem is not None:
+            raise BlocksInvalid(problem)
+        self._feed(events.Pin(model.key, blocks, pinned))
+        self._send(identity, messages.Pinned(path=model.manifest.folder, blocks=len(model.pinned)))
 
     def _start_trace(self, identity: bytes, folder: Path) -> None:
         self._tracing.start(folder)
@@ -639,3 +660,7 @@ class Server:
             if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching)):
                 log.info("nobody was attached for %.0f s", self._idleness.exit_s)
                 self._ending.set()
+
+
+def _blocks(packed: bytes) -> tuple[Block, ...]:
+    return tuple((layer, expert) for layer, experts in unpack(packed) for expert in experts)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import psutil
 
-from expertd.daemon.core import Core
+from expertd.daemon.core import Core, warmth
 from expertd.daemon.core.foresight import Kind
 from expertd.daemon.core.state import Model, Session
 from expertd.daemon.devices import ReadStatistics
@@ -131,6 +131,8 @@ def model_status(model: Model, waited: Mapping[int, Waited] = NOBODY_WAITED, pac
         blocks_copied=model.copied,
         packed=packed,
         ahead=_ahead(model),
+        warming=warmth.wished(model),
+        pinned=len(model.pinned),
     )
 
 

@@ -55,6 +55,7 @@
     |-- MemoryPressure                memory_pressure
     |-- ModelInUse                    model_in_use
     |-- ModelNotLoaded                model_not_loaded
+    |-- BlocksInvalid                 blocks_invalid
     `-- WorkerUnavailable             worker_unavailable
 
 The code, not the class name, is what crosses a process boundary; ``from_code`` rebuilds the class on the other side.
@@ -453,6 +454,13 @@ class ModelNotLoaded(ExpertdError):
 
     code = "model_not_loaded"
     http_status = 404
+
+
+class BlocksInvalid(ExpertdError):
+    """Blocks are named that the model does not have, or more are to be pinned than may be."""
+
+    code = "blocks_invalid"
+    http_status = 400
 
 
 class WorkerUnavailable(ExpertdError):

@@ -304,8 +304,9 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event.
 
-    ``layers``, ``moves``, ``blocks_copied``, ``packed`` and ``ahead`` may be left out, as by daemons of this version of
-    the protocol that do not know them.  ``packed`` is the store that blocks are read from, empty if there is none.
+    ``layers`` and all that follows ``sessions`` may be left out, as by daemons of this version of the protocol that do
+    not know them.  ``packed`` is the store that blocks are read from, empty if there is none; ``warming``: blocks that
+    are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay.
     """
 
     id: str
@@ -329,6 +330,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     blocks_copied: int = 0
     packed: str = ""
     ahead: list[AheadStatus] = []
+    warming: int = 0
+    pinned: int = 0
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -419,6 +422,39 @@ class Unloaded(Message):
 
     path: Name
     bytes: Count
+
+
+class Warm(Message):
+    """Bring blocks of a loaded model in while there is room, the first first; none: all, the most used first.
+
+    ``model`` as in Unload; ``blocks`` are packed as a routing log (``protocol.routing``).  Nothing is evicted for it,
+    and whoever waits for a read goes first.
+    """
+
+    model: Name
+    blocks: Routing = b""
+
+
+class Warming(Message):
+    """Answer to Warm: so many blocks are to be brought in (``ModelStatus.warming`` counts down)."""
+
+    path: Name
+    blocks: Count
+
+
+class Pin(Message):
+    """Have blocks of a loaded model stay, and bring them in; or with ``pinned`` false no longer (none: all of them)."""
+
+    model: Name
+    blocks: Routing = b""
+    pinned: bool = True
+
+
+class Pinned(Message):
+    """Answer to Pin: so many blocks of the model are pinned now."""
+
+    path: Name
+    blocks: Count
 
 
 class StartTrace(Message):
@@ -527,7 +563,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Error,
     Attach, Attached, Fetch, Resident, Ahead, Ack, AckRequest, Complete, Moved, Released, RoutingLog, Ping, Pong,
     Pressure, Record, Recorded, Detach, Detached,
-    AskStatus, Status, SetBudget, BudgetSet, Unload, Unloaded,
+    AskStatus, Status, SetBudget, BudgetSet, Unload, Unloaded, Warm, Warming, Pin, Pinned,
     StartTrace, TraceStarted, StopTrace, TraceStopped, Stop, Stopping,
     WorkerReady, WorkerFailed, Generate, Cancel, Delta, Finished, Refused, Shutdown,
 )  # fmt: skip
@@ -538,7 +574,7 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     | Attach | Attached | Fetch | Resident | Ahead | Ack | AckRequest | Complete | Moved | Released | RoutingLog
     | Ping | Pong
     | Pressure | Record | Recorded | Detach | Detached
-    | AskStatus | Status | SetBudget | BudgetSet | Unload | Unloaded
+    | AskStatus | Status | SetBudget | BudgetSet | Unload | Unloaded | Warm | Warming | Pin | Pinned
     | StartTrace | TraceStarted | StopTrace | TraceStopped | Stop | Stopping
     | WorkerReady | WorkerFailed | Generate | Cancel | Delta | Finished | Refused | Shutdown
 )  # fmt: skip

@@ -24,7 +24,7 @@ from expertd.protocol.config import read_config
 from expertd.protocol.errors import ModelAmbiguous, ModelIncomplete, ModelNotHere, NotACheckpoint
 from expertd.protocol.paths import Home
 
-__all__ = ["KnownModel", "check_complete", "find_model", "hub_id", "known_models", "models_in", "shown_name"]
+__all__ = ["KnownModel", "check_complete", "find_model", "hub_id", "known_models", "models_in", "shown_name", "shown_path"]
 
 LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 HUB_CACHE = "hub cache"
@@ -98,6 +98,12 @@ def shown_name(folder: Path) -> str:
         return id
     studio = any(folder.parent.parent == Path(place).expanduser() for place in LM_STUDIO_FOLDERS)
     return f"{folder.parent.name}/{folder.name}" if studio else folder.name
+
+
+def shown_path(path: str) -> str:
+    """A model's folder for people: its hub id in place of a path that ends in a commit, else the path as it is."""
+    name = shown_name(Path(path))
+    return name if "/" in name else path
 
 
 def hub_id(text: str) -> tuple[str, str | None] | None:

@@ -384,3 +384,15 @@ def test_a_pool_that_moves_forgets_what_was_expected() -> None:
     assert model.moves == 1
     assert not any(session.announced for session in model.sessions.values())
     assert not any(pool.expected for pool in (*model.pools, *model.old))
+
+
+def test_what_is_called_off_and_expected_again_waits_for_its_turn() -> None:
+    daemon = wide(slots=3)  # so one block that was read ahead may wait for its event
+    assert ahead(announce(daemon, 0, 0)) == [0]
+    out = announce(daemon, 0, 0, 1)
+    (cancel,) = of(Cancel, out)
+    begun = ahead(out)
+    assert len(begun) == 1
+    assert ahead(daemon.feed(ReadCancelled(cancel.segment, cancel.slot))) == []
+    (pool,) = next(iter(daemon.core.models.values())).pools
+    assert list(pool.ahead) == [block for block in ((0, 0), (0, 1)) if block[1] not in begun]

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from expertd.daemon.core import Core, events, foresight, instructions, quotas
+from expertd.daemon.core import Core, events, foresight, instructions, quotas, warmth
 from expertd.daemon.core.core import GROWTH
 from expertd.daemon.core.plan import largest, resized
 from expertd.protocol.errors import ReadFailed
@@ -73,6 +73,7 @@ def _owing_and_stopped(machine: CacheMachine) -> list[int]:
 
 _layer = st.integers(0, LAYERS - 1)
 _experts = st.sets(st.integers(0, 3), min_size=1, max_size=2) | st.sets(st.integers(0, 3), min_size=1, max_size=4)
+_blocks = st.lists(st.tuples(_layer, st.integers(0, 3)), max_size=6)
 _seldom = st.sampled_from([False, False, False, True])
 _often = st.sampled_from([True, True, True, False])
 _late = _seldom
@@ -376,6 +377,26 @@ class CacheMachine(World, RuleBasedStateMachine):
     @rule(which=_which)
     def fail_to_create_pool(self, which: int) -> None:
         self.segment_failed(self.creating()[which % len(self.creating())])
+
+    @precondition(lambda self: self.core.models and self.is_time_for("warm", 5))
+    @rule(which=_which, blocks=_blocks)
+    def warm(self, which: int, blocks: list[tuple[int, int]]) -> None:
+        self.last["warm"] = self.steps
+        key = self.some_model(which)
+        self.feed(events.Warm(key, tuple(self.known(key, blocks))))
+
+    @precondition(lambda self: self.core.models and self.is_time_for("pin", 5))
+    @rule(which=_which, blocks=_blocks, pinned=_often)
+    def pin(self, which: int, blocks: list[tuple[int, int]], pinned: bool) -> None:
+        self.last["pin"] = self.steps
+        key = self.some_model(which)
+        self.feed(events.Pin(key, tuple(self.known(key, blocks)), pinned))
+
+    def some_model(self, which: int) -> str:
+        return list(self.core.models)[which % len(self.core.models)]
+
+    def known(self, key: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [block for block in blocks if warmth.unknown(self.core.models[key], [block]) is None]
 
     @precondition(lambda self: self.reads)
     @rule(which=_which)

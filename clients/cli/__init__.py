@@ -19,6 +19,8 @@ COMMANDS = {
     "status": "Show what the daemon holds and how well it does.",
     "budget": "Show or change the memory that experts may take.",
     "config": "Show the settings that daemons start with.",
+    "load": "Read a model's experts into free memory.",
+    "warm": "Have the experts resident that given prompts use.",
     "unload": "Give a model's memory back.",
     "models": "List the models on this machine, and what can be served.",
     "pull": "Download a model from the hub.",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import click
 import msgspec
 
 from expertd.protocol.messages import AheadStatus, AskStatus, ModelStatus, SessionStatus, Status
-from expertd.protocol.model_names import shown_name
+from expertd.protocol.model_names import shown_path
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
@@ -107,7 +106,7 @@ def _model(model: ModelStatus) -> list[str]:
     rate = f"{100 * model.hits / looked:.1f} % hits" if looked else "no lookup yet"
     share = 100 * model.resident_blocks / model.blocks
     lines = [
-        f"model     {_called(model)} ({model.family})",
+        f"model     {shown_path(model.path)} ({model.family})",
         f"  experts   {model.moe_layers} layers x {model.experts}, {model.top_k} a token, "
         f"{show_size(model.block_bytes)} each",
         f"  resident  {model.resident_blocks} of {model.blocks} blocks ({share:.0f} %), room for {model.slots}, "
@@ -126,12 +125,6 @@ def _model(model: ModelStatus) -> list[str]:
     if not model.sessions:
         lines.append("  session   none")
     return lines
-
-
-def _called(model: ModelStatus) -> str:
-    """What to call a model: a snapshot of the hub's cache by its id, because its path ends in a hash."""
-    name = shown_name(Path(model.path))
-    return name if "/" in name else model.path
 
 
 def _ahead(kind: AheadStatus) -> str:

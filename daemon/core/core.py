@@ -11,14 +11,15 @@ nothing is written to the old one any more.
 
 Attributes are those of ``holdings``, which adds models and gives them back.  What it does not do: choose victims
 (``expertd.daemon.policy``), the life of slots (``slots``), what a Fetch may ask for (``fetches``), what sessions will
-need soon (``ahead``), divide memory (``plan`` and ``memory``), read, write or send (``expertd.daemon.server``).
+need soon (``ahead``), what somebody wants to be resident (``warmth``), divide memory (``plan`` and ``memory``), read,
+write or send (``expertd.daemon.server``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots
+from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots, warmth
 from expertd.daemon.core.holdings import AtOnce, Holdings
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.plan import largest, resized
@@ -80,6 +81,12 @@ class Core(Holdings):
             case events.Unwanted(key):
                 if key in self.models:
                     self.models[key].unwanted = self._memory_changed = True
+            case events.Warm(key, blocks) if key in self.models:
+                warmth.wish(self.models[key], blocks)
+                self._pump_all(self.models[key])
+            case events.Pin(key, blocks, pinned) if key in self.models:
+                warmth.pin(self.models[key], blocks, pinned)
+                self._pump_all(self.models[key])
             case events.ReadDone():
                 self._read_done(event)
             case events.ReadFailed():
@@ -361,17 +368,16 @@ class Core(Holdings):
     def _grant(self, model: Model, pool: Pool, waiting: Waiting) -> bool:
         """Give ``waiting`` all the slots it needs, evicting where it must; False if it has to wait for others.
 
-        What sessions expect to need soon goes last.
+        What sessions expect to need soon goes last but one, and what is pinned last.
         """
         layer = waiting.fetch.layer
         wanted = {(layer, expert) for expert in waiting.fetch.experts}
         absent = [block for block in sorted(wanted) if block not in pool.where]
-        short = len(absent) - pool.spare - len(pool.retired)
-        if short > 0:
-            alone = len(self._pools) == 1
-            slots.evict(model, pool, short, {*wanted, *pool.expected}, self._out, alone)
-            if (short := len(absent) - pool.spare - len(pool.retired)) > 0:
-                slots.evict(model, pool, short, wanted, self._out, alone)
+        alone = len(self._pools) == 1
+        for expected, pins in ((pool.expected, True), ((), True), ((), False)):
+            if (short := len(absent) - pool.spare - len(pool.retired)) <= 0:
+                break
+            slots.evict(model, pool, short, wanted.union(expected), self._out, alone, pins)
         if pool.spare < len(absent):
             slots.reap(model, pool)
         if pool.spare < len(absent):
@@ -431,15 +437,17 @@ class Core(Holdings):
         old.next, old.superseded = None, True
         ahead.forget_pool(model, old)
         new.quota = old.quota if old.outdated else None
+        wished = () if new.fresh else [block for block in old.wish if block not in old.carried]
         slots.forget_wishes(model, old)
         stay = slots.hand_over(model, old, new)
         new.carried.update(stay)
         new.wish.extend(reversed(stay))  # the most valuable first
+        new.wish.extend(block for block in wished if block not in new.carried)
         if new.holds_all:
             new.wish.extend(block for block in new.blocks if block not in new.carried)
         new.source = old
         for session in model.sessions.values():
-            if not session.silent:
+            if not session.silent or session.waiting is not None:  # whoever is refused has to know where to go
                 self._offer(model, session)
         moved = PoolMoved(f"the pool of segment {old.segment} is in segment {new.segment} now")
         for waiting in fetches.ungranted(old):

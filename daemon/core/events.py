@@ -137,6 +137,23 @@ class Unwanted:
 
 
 @dataclass(frozen=True)
+class Warm:
+    """Bring in ``blocks`` of ``model`` (a key) where there is room, the first first; none: all, the most used first."""
+
+    model: str
+    blocks: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Somebody wants ``blocks`` of ``model`` (a key) to stay (``pinned``), or does not any more (none: all of them)."""
+
+    model: str
+    blocks: tuple[tuple[int, int], ...]
+    pinned: bool
+
+
+@dataclass(frozen=True)
 class ReadDone:
     """All bytes of a StartRead (``size`` from disk) or a StartCopy (0) are in its slot."""
 
@@ -171,5 +188,5 @@ class Ended:
 
 Event = (
     Attach | PoolCreated | PoolFailed | Fetch | Ahead | Ack | Routed | Released | Silent | Heard | BudgetChanged
-    | MemoryWanted | Unwanted | ReadDone | ReadFailed | ReadCancelled | Ended
+    | MemoryWanted | Unwanted | Warm | Pin | ReadDone | ReadFailed | ReadCancelled | Ended
 )  # fmt: skip

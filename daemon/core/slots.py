@@ -79,15 +79,21 @@ def make_room(model: Model, pool: Pool, count: int, out: Out, alone: bool) -> No
         reap(model, pool)
 
 
-def evict(model: Model, pool: Pool, count: int, keep: Collection[Block], out: Out, alone: bool) -> None:
+def evict(
+    model: Model, pool: Pool, count: int, keep: Collection[Block], out: Out, alone: bool, pins: bool = True
+) -> None:
     """Take up to ``count`` blocks out of the table, none of ``keep``; their slots retire at a new version.
+
+    What is pinned stays too, unless there are no ``pins`` in this need.
 
     What they were worth is not worked out for a pool that is ``alone``: no other could give it memory.
     """
 
+    pinned: Collection[Block] = model.pinned if pins else ()
+
     def evictable(block: Block) -> bool:
         number = pool.sealed_slot(block)
-        return block not in keep and number is not None and not pool.slots[number].leases
+        return block not in keep and block not in pinned and number is not None and not pool.slots[number].leases
 
     victims = model.policy.victims(pool.layers, count, evictable)
     if not victims:
@@ -170,6 +176,7 @@ def hand_over(model: Model, old: Pool, new: Pool) -> list[Block]:
             model.policy.removed(slot.block)
             slot.carried = False
     known = model.policy.victims(old.layers, len(old.where), lambda block: old.sealed_slot(block) is not None)
+    known.sort(key=model.pinned.__contains__)
     leaving = len(known) if new.fresh else max(0, len(known) - new.layout.slots)
     for block in known[:leaving]:
         model.policy.removed(block)
@@ -209,20 +216,18 @@ def failed(model: Model, pool: Pool, number: int) -> Block:
 
 
 def called_off(model: Model, pool: Pool, number: int, out: Out) -> None:
-    """The read into a slot was called off: free it, or read again if somebody has come to need its block."""
+    """The read into a slot was called off: free it, or read again if somebody has come to wait for its block."""
     block = pool.slots[number].block
     assert block is not None
-    wanted = any(block in waiting.missing for waiting in pool.queue)
-    if wanted or block in pool.expected:
-        priority = Priority.DEMAND if wanted else Priority.AHEAD
+    if any(block in waiting.missing for waiting in pool.queue):
         pool.late.pop(block, None)
-        if not wanted:
-            pool.read_ahead.add(block)
-        out.append(instructions.StartRead(model.key, pool.segment, number, block[0], block[1], priority))
-    else:
-        failed(model, pool, number)
-        if pool.holds_all and not pool.superseded:
-            pool.wish.append(block)
+        out.append(instructions.StartRead(model.key, pool.segment, number, block[0], block[1], Priority.DEMAND))
+        return
+    failed(model, pool, number)
+    if block in pool.expected:
+        pool.ahead[block] = None  # it is read again when its turn comes
+    elif pool.holds_all and not pool.superseded:
+        pool.wish.append(block)
 
 
 def _no_longer_filling(model: Model, pool: Pool, number: int) -> None:

@@ -280,8 +280,9 @@ class Model:
     """One version of one checkpoint, with all that is resident of it.
 
     ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from; ``counts`` has
-    an entry for each layer; ``unwanted``: somebody wants its memory back; ``moves`` and ``copied`` tell how often a
-    pool went on in another generation, and how many blocks were copied for that.
+    an entry for each layer; ``pinned`` are blocks that somebody wants to stay; ``unwanted``: somebody wants its memory
+    back; ``moves`` and ``copied`` tell how often a pool went on in another generation, and how many blocks were copied
+    for that.
     """
 
     key: str
@@ -294,6 +295,7 @@ class Model:
     sessions: dict[int, Session] = field(default_factory=dict)
     opening: list[events.Attach] = field(default_factory=list)
     used_at: int = 0
+    pinned: set[Block] = field(default_factory=set)
     unwanted: bool = False
     moves: int = 0
     copied: int = 0

@@ -1,0 +1,94 @@
+"""``expertd load MODEL``: have a model's experts resident before somebody needs them.
+
+What is brought in is decided by the daemon (``expertd.protocol.messages.Warm``), which reads as long as some session
+uses the model; where none does, this command keeps one open meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import click
+
+from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.progress import Progress
+from expertd.clients.client import Client
+from expertd.protocol.errors import DaemonNotRunning, ModelNotLoaded
+from expertd.protocol.messages import ModelStatus
+from expertd.protocol.model_names import find_model, shown_name, shown_path
+
+_POLL_S = 0.1
+
+
+@click.command()
+@click.argument("model")
+@budget_option
+def load(model: str, budget: str | None) -> None:
+    """Read the experts of MODEL (a checkpoint's folder or name) into free memory, those first that are used most.
+
+    Whoever loads it afterwards finds them resident.  Nothing is evicted for them, and what others wait for is read
+    first.  Ctrl-C ends it; what was read stays.  'expertd warm' reads what given prompts use.
+    """
+    folder = find_model(model)
+    with ExitStack() as stack:
+        if not _in_use(folder):
+            stack.enter_context(_kept_open(folder, budget))
+        client = stack.enter_context(Client())
+        _fill(client, folder)
+        click.echo(show_resident(status_of(client, folder)))
+
+
+def status_of(client: Client, folder: Path) -> ModelStatus:
+    """What the daemon holds of the model in ``folder``.
+
+    Raises:
+        ModelNotLoaded: nothing.
+    """
+    for model in client.status().models:
+        if model.path == str(folder):
+            return model
+    raise ModelNotLoaded(f"the daemon holds nothing of {folder}; something else took its memory")
+
+
+def show_resident(model: ModelStatus) -> str:
+    """One sentence about what is resident."""
+    share = 100 * model.resident_blocks // max(1, model.blocks)
+    return f"{shown_path(model.path)}: {model.resident_blocks} of {model.blocks} blocks ({share} %) are resident"
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether some session uses the model already."""
+    try:
+        with Client() as client:
+            return bool(status_of(client, folder).sessions)
+    except (DaemonNotRunning, ModelNotLoaded):
+        return False
+
+
+@contextmanager
+def _kept_open(folder: Path, budget: str | None) -> Iterator[None]:
+    """A session of the model; the weights that are not experts' are not read for it."""
+    from expertd.worker.load import load as load_model
+    from expertd.worker.load import unload
+
+    loaded, _ = load_model(folder, lazy=True, budget=budget)
+    try:
+        yield
+    finally:
+        unload(loaded)
+
+
+def _fill(client: Client, folder: Path) -> None:
+    left = client.warm(folder)
+    if not left:
+        return
+    size = status_of(client, folder).block_bytes
+    with Progress(shown_name(folder), left * size) as progress:
+        while left:
+            time.sleep(_POLL_S)
+            now = status_of(client, folder).warming
+            progress.moved(max(0, left - now) * size)
+            left = now

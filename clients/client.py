@@ -1,0 +1,137 @@
+"""``expertd.clients.Client``: a Python program's view of the daemon, and its hand on it.
+
+    from expertd.clients import Client
+
+    with Client() as daemon:
+        print(daemon.status().models[0].hits)
+        daemon.budget("8GiB")
+        daemon.warm("Qwen3-30B-A3B-4bit")
+
+Computing with a model is ``expertd.load``, which this does not need: it imports no mlx, and never starts a daemon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from expertd.protocol.messages import (
+    AskStatus,
+    BudgetSet,
+    Pin,
+    Pinned,
+    SetBudget,
+    Status,
+    Unload,
+    Unloaded,
+    Warm,
+    Warming,
+)
+from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import connect
+from expertd.protocol.routing import pack
+from expertd.protocol.sizes import parse_budget
+
+Block = tuple[int, int]
+"""An expert of a MoE layer: both counted from 0 on, layers over the MoE layers of the model."""
+
+
+class Client:
+    """A connection to the daemon of a home.  Not thread-safe: each thread has its own.
+
+    Every method raises DaemonLost if the daemon does not answer, and what else its own words say.  Models are named by
+    the path or the name of their folder, as ``status()`` shows them, or by their id on the hub.
+    """
+
+    def __init__(self, home: Path | str | None = None) -> None:
+        """Connect.
+
+        Args:
+            home: the daemon's home; by default the one that EXPERTD_HOME names, else ``~/.expertd``.
+        Raises:
+            DaemonNotRunning: there is none.
+            ProtocolMismatch: it is of another version.
+        """
+        named = Home.current() if home is None else Home(Path(home).expanduser().absolute())
+        self._connection = connect(named, "client")
+
+    def status(self) -> Status:
+        """All there is to know: models with hits, misses and sessions, memory, pressure, devices."""
+        return self._connection.ask(AskStatus(), Status)
+
+    def budget(self, size: str | int) -> int:
+        """Set the bytes that experts may take (``"8GiB"``, a number, ``"auto"``), until this daemon ends.
+
+        Returns:
+            The new budget in bytes.
+        Raises:
+            SizeInvalid: ``size`` is none.
+            BudgetTooSmall: the models in use need more.
+        """
+        return self._connection.ask(SetBudget(budget=parse_budget(str(size))), BudgetSet).budget
+
+    def warm(self, model: str | Path, blocks: Iterable[Block] = ()) -> int:
+        """Have blocks brought in while there is room, in their order; none named: all, the most used first.
+
+        They are read in the background, as long as some session uses the model; ``status()`` counts them down in
+        ``warming``.
+
+        Returns:
+            How many are to be brought in now.
+        Raises:
+            ModelNotLoaded: the daemon holds nothing of the model; load it first.
+            BlocksInvalid: the model has no such block.
+        """
+        return self._connection.ask(Warm(model=_named(model), blocks=_packed(blocks)), Warming).blocks
+
+    def pin(self, model: str | Path, blocks: Iterable[Block]) -> int:
+        """Have blocks stay as long as the daemon holds the model, and bring in those that are absent.
+
+        A Fetch that finds no other room still takes theirs.
+
+        Returns:
+            How many blocks of the model are pinned now.
+        Raises:
+            ModelNotLoaded: the daemon holds nothing of the model; load it first.
+            BlocksInvalid: the model has no such block, or more than half of a pool would be pinned.
+        """
+        packed = _packed(blocks)
+        return self._connection.ask(Pin(model=_named(model), blocks=packed), Pinned).blocks if packed else 0
+
+    def unpin(self, model: str | Path, blocks: Iterable[Block] = ()) -> int:
+        """Blocks need not stay any longer; none named: none of the model's.  Raises and returns as ``pin``."""
+        return self._connection.ask(Pin(model=_named(model), blocks=_packed(blocks), pinned=False), Pinned).blocks
+
+    def unload(self, model: str | Path) -> int:
+        """Give back the memory of a model that nobody uses.
+
+        Returns:
+            Its bytes.
+        Raises:
+            ModelNotLoaded: the daemon holds nothing of it.
+            ModelInUse: sessions use it.
+        """
+        return self._connection.ask(Unload(model=_named(model)), Unloaded).bytes
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _named(model: str | Path) -> str:
+    """A folder by its full path, anything else as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else str(model)
+
+
+def _packed(blocks: Iterable[Block]) -> bytes:
+    return b"".join(pack(layer, [expert]) for layer, expert in blocks)
