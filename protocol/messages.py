@@ -412,7 +412,7 @@ class BudgetSet(Message):
 
 
 class Unload(Message):
-    """Give back the memory of a model that nobody uses: ``model`` is its key, the path of its folder, or its name."""
+    """Give back the memory of a model that nobody uses: its key, its hub id, or the path or the name of its folder."""
 
     model: Name
 

@@ -24,7 +24,9 @@ from expertd.protocol.config import read_config
 from expertd.protocol.errors import ModelAmbiguous, ModelIncomplete, ModelNotHere, NotACheckpoint
 from expertd.protocol.paths import Home
 
-__all__ = ["KnownModel", "check_complete", "find_model", "hub_id", "known_models", "models_in", "shown_name", "shown_path"]
+__all__ = [
+    "KnownModel", "check_complete", "find_model", "hub_id", "known_models", "models_in", "shown_name", "shown_path",
+]  # fmt: skip
 
 LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 HUB_CACHE = "hub cache"

@@ -101,8 +101,8 @@ def test_what_mlx_lm_needs_is_fetched_and_nothing_else(hub: Hub, repository: Rep
     }  # fmt: skip
     assert all((there / path.name).read_bytes() == repository.files[path.name] for path in there.iterdir())
     assert done.stdout.splitlines()[0].startswith(f"{ID} is here: ")
-    assert done.stdout.splitlines()[0].endswith(f" fetched, in {there}")
-    assert done.stdout.splitlines()[1:] == [f"serve it with: expertd serve {ID}"]
+    assert done.stdout.splitlines()[0].endswith(" fetched")
+    assert done.stdout.splitlines()[1:] == [f"  in {there}", f"serve it with: expertd serve {ID}"]
     assert done.stderr.splitlines()[-1].startswith("fetched ")
     assert "(100 %)" in done.stderr
 
@@ -141,7 +141,7 @@ def test_what_a_killed_download_has_left_is_removed_after_a_day(repository: Repo
 def test_a_revision_is_called_by_its_name_afterwards(hub: Hub, repository: Repository, home: Home) -> None:
     repository.branches["v1"] = "e" * 40
     done = expertd("pull", ID, "--revision", "v1")
-    assert done.stdout.splitlines()[1] == f"serve it with: expertd serve {ID}@v1"
+    assert done.stdout.splitlines()[2] == f"serve it with: expertd serve {ID}@v1"
     assert "e" * 40 in done.stdout
     assert f"{ID} has no revision 'v2'" in refused("hub_not_found", "pull", f"{ID}@v2")
     assert expertd("pull", f"{ID}@v1", "--revision", "v2").returncode == 2
@@ -154,7 +154,7 @@ def test_a_model_that_cannot_be_served_is_fetched_and_told(hub: Hub, tmp_path: P
     hub.repositories["org/strange"] = dense
     done = expertd("pull", "org/strange")
     assert done.returncode == 0
-    assert done.stdout.splitlines()[1] == "expertd cannot serve it: mlx-lm has no model of type 'no_such_family'"
+    assert done.stdout.splitlines()[2] == "expertd cannot serve it: mlx-lm has no model of type 'no_such_family'"
 
 
 def test_what_has_no_weights_of_the_right_kind_is_refused_before_anything_is_fetched(hub: Hub) -> None:

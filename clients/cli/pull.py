@@ -1,6 +1,6 @@
 """``expertd pull ID``: get a model from the hub, and tell how to go on.
 
-Output: two lines on stdout once it is here, or one JSON object; how far it is goes to stderr.  The download itself is
+Output: three lines on stdout once it is here, or one JSON object; how far it is goes to stderr.  The download itself is
 ``expertd.clients.hub.download``.
 """
 
@@ -58,7 +58,7 @@ def pull(id: str, revision: str | None, as_json: bool) -> None:
         click.echo(json.dumps({**told, "servable": facts.servable, "why_not": facts.why_not or None}, indent=2))
         return
     got = f"{show_size(fresh)} fetched" if fresh else "nothing to fetch"
-    click.echo(f"{found.name} is here: {show_size(found.size)}, {got}, in {folder}")
+    click.echo(f"{found.name} is here: {show_size(found.size)}, {got}\n  in {folder}")
     if facts.servable:
         click.echo(f"serve it with: expertd serve {found.name}")
     else:
