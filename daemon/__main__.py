@@ -7,18 +7,21 @@ import asyncio
 import logging
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
 from expertd.daemon.machine import default_budget, this_machine
+from expertd.daemon.ownership import wait_for_home
 from expertd.daemon.policy import POLICIES
 from expertd.daemon.pressure import system_source
 from expertd.daemon.pressure.scripted import ScriptedSource
 from expertd.daemon.server import Server
 from expertd.daemon.simulated_ssd import SimulatedSsd, parse_ssd
 from expertd.protocol.config import read_config
-from expertd.protocol.errors import ExpertdError
+from expertd.protocol.errors import DaemonAlreadyRunning, ExpertdError
 from expertd.protocol.paths import Home
+from expertd.protocol.quick_deaths import counted, why_refused
 
 OPEN_FILES = 65_536
 """Open files that a daemon asks for: it needs a few for each session, segment and checkpoint file."""
@@ -71,6 +74,7 @@ def run(
     Raises:
         ExpertdError: it cannot start; nothing is left behind.
     """
+    _end_well()
     home = Home.current()
     config = read_config(
         home, budget=budget, idle_exit=idle_exit_s, policy=policy, keep_alive=keep_alive_s,
@@ -95,6 +99,40 @@ def run(
     asyncio.run(serve())
 
 
+def run_service() -> None:
+    """Run the daemon that a service manager keeps: its settings are the environment's and the config file's.
+
+    It waits for its turn where another daemon owns the home, and returns at once if it has died too often
+    (``protocol.quick_deaths``).
+
+    Raises:
+        ExpertdError: see ``run``.
+    """
+    _end_well()
+    home = Home.current()
+    home.prepare()
+    with counted(home, "daemon") as may_start:
+        if not may_start:
+            _tell(why_refused(home, "daemon", home.daemon_log))
+            return
+        while True:
+            wait_for_home(home, _tell)
+            try:
+                run(None, None)
+            except DaemonAlreadyRunning:
+                continue  # somebody was quicker
+            return
+
+
+def _end_well() -> None:
+    """Take SIGTERM until the loop does: to be told to end is no failure, however early."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+
+
+def _tell(line: str) -> None:
+    print(f"expertd: {line}", file=sys.stderr, flush=True)
+
+
 def main() -> int:
     """Parse arguments, run, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m expertd.daemon", description=__doc__)
@@ -108,8 +146,12 @@ def main() -> int:
     parser.add_argument(
         "--read-ahead", action=argparse.BooleanOptionalAction, help="read what will soon be needed, where that pays"
     )
+    parser.add_argument("--service", action="store_true", help="run as a service manager's: other flags are not used")
     arguments = parser.parse_args()
     try:
+        if arguments.service:
+            run_service()
+            return 0
         run(
             arguments.budget, arguments.idle_exit, arguments.policy,
             keep_alive_s=arguments.keep_alive, background_rate=arguments.background_rate,

@@ -142,6 +142,7 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
         self._creating = asyncio.Lock()
         self._ending = asyncio.Event()
+        self._fault: BaseException | None = None  # an error in ourselves, which ends us
         self._began = time.monotonic()
         self._frames_dropped = 0
         self._drops_told = (0.0, 0)  # when the log last said how many
@@ -154,6 +155,7 @@ class Server:
         Raises:
             DaemonAlreadyRunning: another daemon has this home.
             HomeError: the home cannot be used.
+            ExpertdError: the daemon found an error in itself; so its service manager starts it again.
         """
         self._home.prepare()
         with owned(self._home):
@@ -182,6 +184,8 @@ class Server:
                 await self._ending.wait()
             finally:
                 await self._close(context)
+            if self._fault is not None:
+                raise ExpertdError("the daemon ended by an error in itself; the lines above say where") from self._fault
 
     async def _close(self, context: zmq.asyncio.Context) -> None:
         for task in list(self._tasks):
@@ -463,9 +467,10 @@ class Server:
                 self._events.popleft()
             for key in self._files.keys() - self._core.models.keys():
                 self._files.pop(key).close()
-        except Exception:
+        except Exception as error:
             # What the core believes is no longer what is: end, so that nobody computes on it.
             log.critical("the daemon has an error in itself and ends", exc_info=True)
+            self._fault = error
             self._ending.set()
             raise
 
@@ -612,6 +617,7 @@ class Server:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("the daemon has an error in itself and ends", exc_info=error)
+            self._fault = error
             self._ending.set()
 
     # -- state ---------------------------------------------------------------------------------------------------------

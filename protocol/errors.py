@@ -44,6 +44,9 @@
     |-- PackFailed                    pack_failed
     |-- PackRunning                   pack_running
     |-- PortInUse                     port_in_use
+    |-- ServiceFailed                 service_failed
+    |   |-- ServiceManagerMissing     service_manager_missing
+    |   `-- ServiceNotInstalled       service_not_installed
     |-- RequestInvalid                request_invalid
     |   |-- ParameterUnsupported      parameter_unsupported
     |   |-- ModelNotFound             model_not_found
@@ -377,6 +380,26 @@ class PortInUse(ExpertdError):
 
     code = "port_in_use"
     exit_status = 5
+
+
+class ServiceFailed(ExpertdError):
+    """The service could not be installed, changed or taken away; the message says which step failed and what helps."""
+
+    code = "service_failed"
+
+
+class ServiceManagerMissing(ServiceFailed):
+    """Neither launchd nor a systemd user manager is there."""
+
+    code = "service_manager_missing"
+    exit_status = 2
+
+
+class ServiceNotInstalled(ServiceFailed):
+    """Something is asked of a service that this home does not have."""
+
+    code = "service_not_installed"
+    exit_status = 3
 
 
 class RequestInvalid(ExpertdError):

@@ -73,6 +73,20 @@ class Home:
         """Folder of packed stores, or of links to them; ``expertd pack`` creates it."""
         return self.root / "packed"
 
+    @property
+    def gateway_log(self) -> Path:
+        """What a gateway says that a service manager keeps."""
+        return self.log / "gateway.log"
+
+    @property
+    def service(self) -> Path:
+        """What the home knows of its service (``protocol.service``); there only while one is installed."""
+        return self.root / "service.json"
+
+    def service_starts(self, name: str) -> Path:
+        """Count of the bad ends of the service's ``daemon`` or ``gateway`` (``protocol.quick_deaths``)."""
+        return self.run / f"starts-{name}.json"
+
     def gateway_socket(self, pid: int) -> Path:
         """Where the workers of the gateway with that process id connect."""
         return self.run / f"gateway-{pid}.sock"

@@ -79,6 +79,9 @@ def run(
     # The model is a folder on this machine: nothing that loads it may ask the network, or chat about the attempt.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Until the loop takes them over there is nothing to end in order: the daemon sees any end by the lifeline.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os._exit(0))
     threading.Thread(target=_end_with, args=[parent or os.getppid()], name="expertd-gateway-watch", daemon=True).start()
     worker = _Worker(gateway)
     try:
@@ -144,7 +147,6 @@ class _Worker:
             words = f"{model_path} could not be loaded ({type(error).__name__}: {error})"
             self._send(WorkerFailed(pid=os.getpid(), code=ExpertdError.code, message=words))
             return ExpertdError.exit_status
-        # Only now: until a model is loaded there is nothing to end in order.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self._send(WorkerReady(pid=os.getpid(), model=shown_name(folder), context=engine.context))

@@ -27,6 +27,7 @@ COMMANDS = {
     "pack": "Write a model's experts so that each is one read.",
     "doctor": "Explain the default budget and memory pressure.",
     "trace": "Record which experts routers choose, and look at it.",
+    "service": "Have launchd or systemd keep the daemon.",
     "daemon": "Run or stop the cache daemon.",
     "verify": "Compare a worker's logits and tokens with plain mlx-lm.",
     "worker": "Run one worker for a gateway (started by 'expertd serve').",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 
 import click
@@ -18,6 +19,7 @@ from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
+from expertd.protocol.quick_deaths import counted, why_refused
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 
 
@@ -26,12 +28,28 @@ from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any free port.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @budget_option
-def serve(model: str, port: int, host: str, budget: str | None) -> None:
+@click.option("--service", is_flag=True, hidden=True, help="Run as a service manager's: it is not restarted for ever.")
+def serve(model: str, port: int, host: str, budget: str | None, service: bool) -> None:
     """Serve MODEL over an OpenAI API.
 
     MODEL is a checkpoint's folder, or the name of one, as an id of the hub ('expertd models' lists what is here).
     Clients call it by its id, or else by the folder's name.
     """
+    # Until the gateway takes them over: to be told to end is no failure, however early.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(0))
+    if not service:
+        return _serve(model, port, host, budget)
+    home = Home.current()
+    home.prepare()
+    with counted(home, "gateway") as may_start:
+        if may_start:
+            return _serve(model, port, host, budget)
+    click.echo(f"expertd: {why_refused(home, 'gateway', home.gateway_log)}", err=True)
+    return None
+
+
+def _serve(model: str, port: int, host: str, budget: str | None) -> None:
     from expertd.clients.gateway import lifetime
 
     logging.basicConfig(
