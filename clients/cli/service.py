@@ -307,7 +307,7 @@ def _gateway(
 
 
 def _lasting_name(model: str) -> str:
-    """What a service should call ``model``: an id of the hub as it is, so that it finds the newest; a folder in full."""
+    """What a service should call ``model``: an id of the hub as it is, to find the newest; a folder in full."""
     weight_files(find_or_pull(model))
     path = Path(model).expanduser()
     return str(path.absolute()) if path.exists() else model
