@@ -73,6 +73,16 @@ class Home:
         """Folder of packed stores, or of links to them; ``expertd pack`` creates it."""
         return self.root / "packed"
 
+    @property
+    def pace(self) -> Path:
+        """Folder of what workers measure of models' speed (``protocol.pace``); they create it."""
+        return self.root / "pace"
+
+    @property
+    def traces(self) -> Path:
+        """Folder in which ``expertd plan`` looks for routing traces; whoever records one there creates it."""
+        return self.root / "traces"
+
     def gateway_socket(self, pid: int) -> Path:
         """Where the workers of the gateway with that process id connect."""
         return self.run / f"gateway-{pid}.sock"

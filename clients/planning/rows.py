@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from expertd.clients.planning.hits import Curve
 from expertd.clients.planning.shape import Shape
-from expertd.clients.planning.speed import Computing, Disk, token_seconds
+from expertd.clients.planning.speed import FETCH_S, Computing, Disk, token_seconds
 from expertd.protocol.sizes import show_size
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
@@ -69,10 +69,12 @@ def make_plan(
     curve: Curve,
     computing: Computing,
     disk: Disk,
+    fetch_s: float = FETCH_S,
 ) -> Plan:
     """What each budget in ``sizes`` would give.
 
     Args:
+        fetch_s: see ``token_seconds``.
         slots_of: how many blocks a budget holds.
         room: bytes that there are for experts.
     """
@@ -81,7 +83,7 @@ def make_plan(
     for size in dict.fromkeys(sizes):
         slots = slots_of(size)
         misses = curve(slots)
-        seconds = token_seconds(misses, layers, shape.top_k, computing, disk)
+        seconds = token_seconds(misses, layers, shape.top_k, computing, disk, fetch_s)
         rows.append(Row(size, slots, slots / shape.blocks, 1 - misses.lookups, 1 / seconds, size <= room))
     return _judged(rows, shape, room)
 

@@ -1,6 +1,6 @@
 """How long a single token takes: its computing, and its waiting for blocks that are absent.
 
-    seconds a token = computing + layers x (part of events that miss x (EVENT_S + fixed)
+    seconds a token = computing + layers x (part of events that miss x (a Fetch's + the disk's fixed time)
                                             + part of lookups that miss x top_k x a block's time)
 
 The absent blocks of one event are read at once: all are there ``fixed + n x a block's time`` after the first read began
@@ -13,9 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from expertd.clients.planning.hits import Misses
+from expertd.protocol.messages import ModelStatus
 
-EVENT_S = 0.0006
-"""What an event that misses costs beside its reading: two messages, four wakes of a thread, and what is computed late."""
+FETCH_S = 0.0008
+"""What a Fetch waits beside its reading, where that is not measured: two messages, and four threads that wake."""
+ON_THE_WAY = 2.0
+"""A session waits so many times what the daemon sees of it (the rest is on the way), reading left out."""
+FETCHES = 500
+"""So many Fetches make a measured figure."""
 TOUCHED_SHARE = 0.6
 """Part of a memory's rate at which weights are read while a token is computed."""
 
@@ -50,11 +55,13 @@ def disk_of(times: Mapping[int, float], source: str = "") -> Disk:
 class Computing:
     """Seconds that one token takes beside its waiting: with everything resident, and with some of it absent.
 
-    ``estimated``: it was not measured, and is the least that it can be.
+    ``fetch_s``: what each Fetch adds to the latter.  ``estimated``: it was not measured, and is the least that it can
+    be.
     """
 
     complete_s: float
     partial_s: float
+    fetch_s: float = 0.0
     source: str = ""
     estimated: bool = False
 
@@ -62,14 +69,27 @@ class Computing:
 def estimated(touched_bytes: int, memory_rate: float, source: str = "") -> Computing:
     """What computing takes at least: its weights have to come out of memory that gives ``memory_rate`` bytes a second."""
     seconds = touched_bytes / (TOUCHED_SHARE * memory_rate)
-    return Computing(seconds, seconds, source, estimated=True)
+    return Computing(seconds, seconds, 0.0, source, estimated=True)
 
 
-def token_seconds(misses: Misses, layers: int, top_k: int, computing: Computing, disk: Disk) -> float:
-    """Seconds that a single token takes in a model of so many MoE layers, if it misses so much."""
+def fetch_seconds(model: ModelStatus) -> float | None:
+    """What a Fetch waits beside its reading, as the daemon has measured it of its sessions; None: of too few."""
+    fetches = sum(session.fetches for session in model.sessions)
+    if fetches < FETCHES:
+        return None
+    waited = sum(session.waited_s - session.read_wait_s for session in model.sessions)
+    return ON_THE_WAY * max(0.0, waited) / fetches
+
+
+def token_seconds(
+    misses: Misses, layers: int, top_k: int, computing: Computing, disk: Disk, fetch_s: float = FETCH_S
+) -> float:
+    """Seconds that a single token takes in a model of so many MoE layers, if it misses so much.
+
+    Args:
+        fetch_s: what a Fetch waits beside its reading.
+    """
     if not misses.lookups:
         return computing.complete_s
-    waiting = layers * (
-        misses.events * (EVENT_S + disk.fixed_s) + misses.lookups * top_k * disk.block_s
-    )
-    return computing.partial_s + waiting
+    each = computing.fetch_s + fetch_s + disk.fixed_s
+    return computing.partial_s + layers * (misses.events * each + misses.lookups * top_k * disk.block_s)
