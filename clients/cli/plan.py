@@ -236,8 +236,8 @@ def _computing(shape: Shape, pace: Pace | None) -> Computing:
 
     if pace is None or not (pace.complete_us or pace.partial_us):
         rate = memory_rate()
-        source = f"estimated from {show_size(shape.touched_bytes)} a token and memory of {show_size(rate)}/s: at least"
-        return estimated(shape.touched_bytes, rate, f"{source} that; better: expertd plan --measure")
+        source = f"at least that, for {show_size(shape.touched_bytes)} from memory of {show_size(rate)}/s"
+        return estimated(shape.touched_bytes, rate, f"{source}; better: expertd plan --measure")
     complete, partial = pace.complete_us or pace.partial_us, pace.partial_us or pace.complete_us
     source = "measured when the model ran here"
     if not pace.complete_us:
@@ -337,6 +337,8 @@ def as_object(found: Reckoned) -> dict[str, object]:
 
 def table(found: Reckoned) -> list[str]:
     """The plan as lines for a person."""
+    from expertd.clients.cli.wrap import wrapped
+
     shape, memory = found.shape, found.memory
     layers = shape.manifest.layers
     experts, block = max(layer.experts for layer in layers), max(layer.block_bytes for layer in layers)
@@ -344,24 +346,32 @@ def table(found: Reckoned) -> list[str]:
     disk = found.disk
     several = f", {shape.top_k} at once in {_time(disk.seconds(shape.top_k))}" if shape.top_k > 1 else ""
     computing = found.computing
-    computed = _time(computing.complete_s)
+    computed = f"{_time(computing.complete_s)} a token"
     if round(computing.partial_s, 4) != round(computing.complete_s, 4):
-        computed += f", or {_time(computing.partial_s)} with some experts absent"
-    lines = [
-        f"model     {shape.manifest.folder} ({shape.manifest.family})",
-        f"  experts   {len(layers)} layers x {experts}, {shape.top_k} a token, {show_size(block)} each, "
-        f"{show_size(shape.expert_bytes)} in all",
-        f"memory    {show_size(memory.total)}",
-        f"  system    {show_size(memory.system)}, and {show_size(memory.page_cache)} for the page cache",
-        f"  base      {show_size(memory.base)}, once in each process that has the model loaded",
-        f"  KV cache  {kv}",
-        f"  experts   {show_size(memory.room)} are left for them; the default budget is {show_size(found.auto)}",
-        f"hits      {found.hits_source}",
-        f"computing {computed} a token, {computing.source}",
-        f"disk      one block in {_time(disk.seconds(1))}{several}, {disk.source}",
-        "",
-    ]
-    head = ["budget", "resident", "hits", "tokens/s" + (" at most" if computing.estimated else ""), ""]
+        computed += f", {_time(computing.partial_s)} with some experts absent"
+    lines: list[str] = []
+    for head, text in (
+        ("model", f"{shape.manifest.folder} ({shape.manifest.family})"),
+        (
+            "  experts",
+            f"{len(layers)} layers x {experts}, {shape.top_k} a token, {show_size(block)} each, "
+            f"{show_size(shape.expert_bytes)} in all",
+        ),
+        ("memory", show_size(memory.total)),
+        ("  system", f"{show_size(memory.system)}, and {show_size(memory.page_cache)} for the page cache"),
+        ("  base", f"{show_size(memory.base)}, in each process that has the model loaded"),
+        ("  KV cache", kv),
+        (
+            "  experts",
+            f"{show_size(memory.room)} are left for them; the default budget is {show_size(found.auto)}",
+        ),
+        ("hits", found.hits_source),
+        ("computing", f"{computed}: {computing.source}"),
+        ("disk", f"one block in {_time(disk.seconds(1))}{several}: {disk.source}"),
+    ):
+        lines += wrapped(f"{head:<11}", text)
+    lines.append("")
+    titles = ["budget", "resident", "hits", "tokens/s" + (" at most" if computing.estimated else ""), ""]
     rows = [
         [
             show_size(row.budget),
@@ -372,12 +382,15 @@ def table(found: Reckoned) -> list[str]:
         ]
         for number, row in enumerate(found.plan.rows)
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines += ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]).rstrip() for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    lines += ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]).rstrip() for row in (titles, *rows)]
     if found.plan.best is None:
-        return [*lines, "", found.plan.why]
+        return [*lines, "", *wrapped("", found.plan.why)]
     best = found.plan.rows[found.plan.best]
-    return [*lines, "", f"best: {show_size(best.budget)}, {found.plan.why}", f"set it: expertd budget {_up(best.budget)}"]
+    return [
+        *lines, "", *wrapped(f"best: {show_size(best.budget)}, ", found.plan.why),
+        f"set it: expertd budget {_up(best.budget)}",
+    ]  # fmt: skip
 
 
 def _up(size: int) -> str:
