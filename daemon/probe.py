@@ -18,7 +18,8 @@ from pathlib import Path
 from expertd.daemon.blocks import OpenFiles
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.files import FillFailed, Read, fill, open_direct, own_buffer
-from expertd.daemon.index import build_index
+from expertd.daemon.index import BlockIndex, build_index
+from expertd.daemon.packed import any_store
 from expertd.daemon.reader import Reader
 from expertd.protocol.errors import ExpertdError, ReadFailed
 from expertd.protocol.layout import PAGE
@@ -31,18 +32,20 @@ PIECE = 1 << 20
 
 
 def probe(
-    manifest: Manifest, packed: Path | None, counts: Sequence[int], read: Read = os.preadv, seed: int = 0
+    manifest: Manifest, store: Path | None, counts: Sequence[int], read: Read = os.preadv, seed: int = 0
 ) -> dict[int, float]:
     """Seconds (the median) until so many random blocks of a model, asked for at once, are all read; by ``counts``.
 
     Args:
-        packed: the folder of packed stores.
+        manifest: need not be one that a worker has derived, as long as it names the right bytes.
+        store: the model's packed store, if it has one.
         read: as ``Reader`` takes it.
     Raises:
         CheckpointError: the files cannot be used.
+        StoreInvalid, OSError: the store cannot be used.
         ReadFailed: the system failed.
     """
-    index = build_index(manifest, packed)
+    index = build_index(manifest) if store is None else _index_of(manifest, store)
     files = OpenFiles(index)
     files.use(index.store)
     reader = Reader(read=read)
@@ -87,6 +90,11 @@ def rate_of(path: Path, seconds: float = 0.5, read: Read = os.preadv) -> tuple[f
         return len(times) * PIECE / sum(times), statistics.median(times)
     finally:
         os.close(descriptor)
+
+
+def _index_of(manifest: Manifest, store: Path) -> BlockIndex:
+    paths = tuple(Path(manifest.folder) / mark.name for mark in manifest.files)
+    return BlockIndex(paths, manifest.files, (), manifest.layers, any_store(store), derived=True)
 
 
 def _largest(manifest: Manifest) -> list[int]:

@@ -136,7 +136,7 @@ def reckon(
     least, most = smallest(shape.manifest), largest(shape.manifest)
     auto = max(least, min(most, default_budget(machine).size))
     curve, hits_source = _curve(home, shape, known, trace)
-    disk = _disk(home, shape, status)
+    disk = _disk(shape, status)
     computing = _computing(shape, read_pace(home, str(folder), shape.manifest.files))
     fetch_s = (known and fetch_seconds(known)) or FETCH_S
     wanted = sorted(max(least, min(most, size)) for size in sizes) or budgets(least, most, memory.room)
@@ -217,7 +217,7 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _disk(home: Home, shape: Shape, status: Status | None) -> Disk:
+def _disk(shape: Shape, status: Status | None) -> Disk:
     """How fast blocks are read: measured on the model's own files, slowed down if the running daemon is."""
     from expertd.clients.planning.speed import disk_of
     from expertd.daemon.probe import probe
@@ -225,9 +225,9 @@ def _disk(home: Home, shape: Shape, status: Status | None) -> Disk:
 
     simulated = "" if status is None else status.simulated_ssd
     read = SimulatedSsd(parse_ssd(simulated)) if simulated else os.preadv
-    times = probe(shape.manifest, home.packed, (1, shape.top_k), read)
-    return disk_of(times, f"measured on the model's files, slowed down to {simulated} as the daemon is" if simulated
-                   else "measured on the model's files")  # fmt: skip
+    times = probe(shape.manifest, shape.store, (1, shape.top_k), read)
+    source = "measured on the model's " + ("files" if shape.store is None else "packed store")
+    return disk_of(times, f"{source}, slowed down to {simulated} as the daemon is" if simulated else source)
 
 
 def _computing(shape: Shape, pace: Pace | None) -> Computing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ _EXPERTS = re.compile(r".+\.(?:experts|switch_mlp|switch_glu)\..+|.+\.experts\b.
 _UNUSED = re.compile(r"(?:^|.*\.)mtp\..*")
 """Heads that predict several tokens: mlx-lm drops them."""
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_FC = {"up_proj": "fc1", "down_proj": "fc2"}
+_UNGATED = re.compile("^(?:up_proj|down_proj)")
 _TOP_K = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
     "experts_per_token", "top_k",
@@ -57,12 +59,14 @@ class Shape:
         base_bytes: all that is not experts, as it is stored.
         dense_bytes: what of that every token touches.
         kv: of one sequence; None if the config does not tell.
+        store: its packed store, if there is one.
     """
 
     manifest: Manifest
     base_bytes: int
     dense_bytes: int
     kv: KvCache | None
+    store: Path | None = None
 
     @property
     def blocks(self) -> int:
@@ -100,7 +104,8 @@ def read_shape(folder: Path, stores: Path | None = None) -> Shape:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from error
     store = _store_of(folder, headers, stores) if stores is not None else None
-    return shape_of(folder, config, headers, store)
+    found, path = store or (None, None)
+    return replace(shape_of(folder, config, headers, found), store=path)
 
 
 def shape_of(
@@ -134,7 +139,7 @@ def shape_of(
     if top_k <= 0:
         raise CheckpointError(f"{folder}/config.json does not tell how many experts a token uses ({_TOP_K[0]})")
     if found:
-        layers = tuple(replace_top_k(layer, top_k) for layer in found)
+        layers = tuple(_with_top_k(layer, top_k) for layer in found)
         manifest = Manifest(str(folder), family, marks, layers)
     else:
         assert store is not None
@@ -150,7 +155,7 @@ def shape_of(
     return Shape(manifest, base_bytes, _dense(base), kv_cache(inner, _item_bytes(base)))
 
 
-def replace_top_k(layer: Layer, top_k: int) -> Layer:
+def _with_top_k(layer: Layer, top_k: int) -> Layer:
     """``layer`` with that many experts a token, or all if it has fewer."""
     return Layer(layer.path, layer.experts, min(top_k, layer.experts), layer.parts)
 
@@ -158,7 +163,7 @@ def replace_top_k(layer: Layer, top_k: int) -> Layer:
 def kv_cache(config: Mapping[str, Any], item_bytes: int) -> KvCache | None:
     """What the KV cache of a model with this config takes, with elements of ``item_bytes``; None if that is not told.
 
-    Layers of linear attention take a fixed state, which is small and left out.
+    Layers of linear attention, or of state spaces, keep a state of fixed size, which is small and left out.
     """
     layers = config.get("num_hidden_layers")
     heads = config.get("num_attention_heads")
@@ -180,6 +185,10 @@ def kv_cache(config: Mapping[str, Any], item_bytes: int) -> KvCache | None:
         full = sum(kind == "full_attention" for kind in kinds)
         windowed = sum(kind == "sliding_attention" for kind in kinds) if isinstance(window, int) else 0
         return KvCache(full * of_layer, windowed * of_layer, window if isinstance(window, int) and windowed else 0)
+    if isinstance(pattern := config.get("hybrid_override_pattern"), str | list):
+        return KvCache(pattern.count("*") * of_layer)
+    if isinstance(chunk := config.get("attention_chunk_size"), int):  # llama4: three of four layers see a chunk
+        return KvCache(layers // 4 * of_layer, (layers - layers // 4) * of_layer, chunk)
     interval = config.get("full_attention_interval")
     if isinstance(interval, int) and interval > 0:
         return KvCache(layers // interval * of_layer)
@@ -199,8 +208,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _store_of(folder: Path, headers: Sequence[Header], stores: Path) -> StoreHeader | None:
-    """The header of the packed store of exactly these files."""
+def _store_of(folder: Path, headers: Sequence[Header], stores: Path) -> tuple[StoreHeader, Path] | None:
+    """The packed store of exactly these files: its header, and where it is."""
     marks = tuple(header.mark for header in headers)
     for path in sorted(stores.glob(f"*{SUFFIX}")):
         try:
@@ -208,7 +217,7 @@ def _store_of(folder: Path, headers: Sequence[Header], stores: Path) -> StoreHea
         except (StoreInvalid, FileNotFoundError):
             continue  # the daemon tells of it, when the model is loaded
         if found.folder == str(folder) and found.files == marks:
-            return found
+            return found, path
     return None
 
 
@@ -236,6 +245,8 @@ def _layers(headers: Sequence[Header]) -> list[Layer]:
     ]  # fmt: skip
     for path, parts in separate.items():
         experts = max(map(len, parts.values()))
+        if not any(part.startswith("gate_proj.") for part in parts):  # no gate: mlx-lm's SwitchMLP, whose names differ
+            parts = {_UNGATED.sub(lambda found: _FC[found[0]], part): of_part for part, of_part in parts.items()}
         layers.append(Layer(path, experts, 1, tuple(
             Part(part, of_part[min(of_part)][2].dtype, of_part[min(of_part)][2].shape,
                  tuple(of_part[expert][0] for expert in sorted(of_part)),
