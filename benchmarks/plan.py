@@ -1,18 +1,19 @@
 """Does a plan tell what will be?  ``expertd plan`` for the demo model, against what daemons with its budgets then give.
 
-The disk is slowed down (``--simulate-ssd``) so that reading matters.  A trace is recorded and the model's pace measured
-with prompts from the first halves of the held-out texts; plans are made while a daemon with half of the blocks runs, and
-daemons with each budget answer prompts from the second halves.  Each budget is planned right before it is tried, because
-how fast a shared machine computes changes by the minute.
+The disk is slowed down (``--simulate-ssd``) so that reading matters.  A trace is recorded with prompts from the first
+halves of the held-out texts, and what is measured are answers to prompts from the second halves.  Each budget is planned
+right before it is tried, some times in turn, because how fast a shared machine computes changes by the minute; what
+workers have measured until then is all that a plan knows of the model's speed.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
@@ -88,56 +89,61 @@ class Answers:
         expertd.unload(self._model)
 
 
-def measured(home: Home, budget: int, warm_up: int, tokens: int) -> tuple[float, float]:
-    """The hit rate and tokens a second of a daemon with this budget, once its cache has filled."""
+class Round(NamedTuple):
+    """What was planned and what was then measured: hit rates (0-1) and tokens a second."""
+
+    hits: float
+    speed: float
+    true_hits: float
+    true_speed: float
+
+
+def rounds(home: Home, budget: int, count: int, tokens: int) -> Iterator[Round]:
+    """Plan ``budget`` and try it with a daemon that has it, again and again; at first its cache fills."""
     with running_daemon(home, budget, "--simulate-ssd", DISK):
         answers = Answers(home)
         try:
-            answers.run(prompts(0), warm_up)
-            answers.tokens = answers.hits = answers.misses = 0
-            answers.seconds = 0.0
-            answers.run(prompts(1), tokens)
+            known, unknown = prompts(0), prompts(1)
+            answers.run(known, 2 * tokens)
+            for _ in range(count):
+                time.sleep(2.0)  # an idle worker keeps what it has measured
+                found = reckon(home, DEMO, sizes=[budget])
+                answers.tokens = answers.hits = answers.misses = 0
+                answers.seconds = 0.0
+                answers.run(unknown, tokens)
+                (row,) = found.plan.rows
+                looked = answers.hits + answers.misses
+                yield Round(row.hits, row.tokens_s, answers.hits / looked, answers.tokens / answers.seconds)
+            print("\n" + "\n".join(table(found)) + "\n")
         finally:
             answers.close()
-    return answers.hits / (answers.hits + answers.misses), answers.tokens / answers.seconds
-
-
-def planned(home: Home, running: int, budget: int, tokens: int) -> tuple[float, float]:
-    """Hit rate and tokens a second with ``budget``, planned while a daemon with the budget ``running`` runs."""
-    with running_daemon(home, running, "--simulate-ssd", DISK):
-        answers = Answers(home)
-        try:
-            answers.run(prompts(0), tokens)
-            time.sleep(2.0)  # an idle worker keeps what it has measured
-            found = reckon(home, DEMO, sizes=[budget])
-        finally:
-            answers.close()
-    print("\n".join(table(found)), "\n")
-    (row,) = found.plan.rows
-    return row.hits, row.tokens_s
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    """``hits_error_25`` and so on in points, ``speed_error_25`` in percent of what was measured, and what both are of."""
+    """``hits_error_25`` and so on in points, ``speed_error_25`` in percent of what was measured, and what that was.
+
+    Each is the median of its rounds.
+    """
     manifest = load_lazily(DEMO).manifest
     blocks = sum(layer.experts for layer in manifest.layers)
-    sizes = [budget_for(manifest, round(share * blocks)) for share in SHARES]
-    warm_up, tokens = (96, 96) if quick else (192, 384)
     figures: dict[str, Any] = {}
     with temporary_home() as home:
         record(home, blocks, 1000 if quick else 2400)
-        for share, size in zip(SHARES, sizes, strict=True):
-            hits, speed = planned(home, sizes[1], size, warm_up)
-            true_hits, true_speed = measured(home, size, warm_up, tokens)
+        for share in SHARES:
+            found = []
+            size = budget_for(manifest, round(share * blocks))
             name = f"{100 * share:.0f}"
-            print(
-                f"{name} % of the blocks: hits {100 * hits:.1f} % planned, {100 * true_hits:.1f} % measured; "
-                f"tokens/s {speed:.1f} planned, {true_speed:.1f} measured"
-            )
+            for one in rounds(home, size, 1 if quick else 3, 96):
+                print(
+                    f"{name} % of the blocks: hits {100 * one.hits:.1f} % planned, {100 * one.true_hits:.1f} % "
+                    f"measured; tokens/s {one.speed:.1f} planned, {one.true_speed:.1f} measured",
+                    flush=True,
+                )
+                found.append(one)
             figures |= {
-                f"hits_error_{name}": round(100 * (hits - true_hits), 2),
-                f"speed_error_{name}": round(100 * (speed / true_speed - 1), 1),
-                f"hits_{name}": round(100 * true_hits, 2),
-                f"tokens_s_{name}": round(true_speed, 2),
+                f"hits_error_{name}": round(100 * statistics.median(one.hits - one.true_hits for one in found), 2),
+                f"speed_error_{name}": round(100 * statistics.median(one.speed / one.true_speed - 1 for one in found), 1),
+                f"hits_{name}": round(100 * statistics.median(one.true_hits for one in found), 2),
+                f"tokens_s_{name}": round(statistics.median(one.true_speed for one in found), 2),
             }
     return figures

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from msgspec.structs import replace
 
 from expertd.clients.planning.hits import Misses, anchored, fitted, measured, replayed
-from expertd.clients.planning.rows import Memory, budgets, make_plan
+from expertd.clients.planning.rows import Memory, Plan, budgets, make_plan
 from expertd.clients.planning.shape import KvCache, Shape, kv_cache, read_shape
 from expertd.clients.planning.speed import (
     FETCH_S,
+    ON_THE_WAY,
     Computing,
     Disk,
     disk_of,
@@ -26,6 +31,7 @@ from expertd.daemon.policy import LRU, Forecast
 from expertd.protocol.errors import CheckpointError, ConfigMissing, DenseModel, DerivedExperts
 from expertd.protocol.manifest import Layer, Manifest, Part
 from expertd.protocol.messages import ModelStatus, SessionStatus
+from expertd.protocol.packed import header_of, layout_of, store_name
 from expertd.protocol.traces import DECODE, PREFILL, Trace, TraceInfo, read_trace
 from expertd.worker.kv_memory import cache_bytes, caches_of
 from expertd.worker.manifest import load_lazily
@@ -51,8 +57,6 @@ def test_names_and_config_tell_what_a_worker_finds_out_by_loading(cell: Cell, tm
     loaded = load_lazily(folder)
     shape = read_shape(folder)
     assert shape.manifest == loaded.manifest
-    from mlx.utils import tree_flatten
-
     everything = sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters()))
     assert shape.base_bytes + shape.expert_bytes == everything
     assert shape.kv is not None
@@ -65,15 +69,13 @@ def test_the_shape_of_a_derived_model_is_its_store_s(tmp_path: Path) -> None:
     with pytest.raises(DerivedExperts, match=f"expertd pack {folder}"):
         read_shape(folder, tmp_path / "packed")
     loaded = load_lazily(folder)
-    from expertd.protocol.packed import header_of, layout_of, store_name
-
     (tmp_path / "packed").mkdir()
     layout = layout_of(header_of(loaded.manifest))
     (tmp_path / "packed" / store_name(loaded.manifest.key)).write_bytes(layout.encoded)
     found = read_shape(folder, tmp_path / "packed")
     assert found.store == tmp_path / "packed" / store_name(loaded.manifest.key)
     assert found.expert_bytes == sum(layer.experts * layer.block_bytes for layer in loaded.manifest.layers)
-    assert [layer.shape_key for layer in found.manifest.layers] == [l.shape_key for l in loaded.manifest.layers]
+    assert [layer.shape_key for layer in found.manifest.layers] == [layer.shape_key for layer in loaded.manifest.layers]
     assert found.top_k == 4
 
 
@@ -97,8 +99,6 @@ def test_a_config_that_does_not_tell_is_refused(checkpoints: dict[str, Path], tm
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
-    import mlx.core as mx
-
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"model.layers.0.mlp.gate_proj.weight": mx.zeros((4, 4))})
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(DenseModel, match="dense model"):
@@ -165,7 +165,7 @@ def test_a_replay_by_lru_hits_what_the_traces_own_does() -> None:
     events = events_of(part)
     hits = lru(events, 384)
     lookups = sum(map(len, events))
-    filled = sum(1 for _ in range(384))
+    filled = 384
     found = replayed(part, lambda: LRU(24, 32, 4))(384)
     # From cold LRU misses the fillings too, which the replay leaves out.
     assert found.lookups == pytest.approx((lookups - hits - filled) / (lookups - filled), abs=0.01)
@@ -191,14 +191,16 @@ def test_the_fitted_curve_falls() -> None:
     curve = fitted(1000, 8)
     rates = [curve(slots) for slots in range(0, 1001, 50)]
     assert rates[0] == Misses(1.0, 1.0)
-    for more, less in zip(rates, rates[1:], strict=False):
+    for more, less in itertools.pairwise(rates):
         assert less.lookups < more.lookups and less.events <= more.events
         assert less.lookups <= less.events <= 1
 
 
 def _status(**counts: int) -> ModelStatus:
-    usual = dict(moe_layers=6, experts=32, top_k=4, block_bytes=1, blocks=192, slots=96, resident_blocks=96,
-                 hits=0, misses=0, bytes_read=0, evictions=0, pool_bytes=1)  # fmt: skip
+    usual = {
+        "moe_layers": 6, "experts": 32, "top_k": 4, "block_bytes": 1, "blocks": 192, "slots": 96,
+        "resident_blocks": 96, "hits": 0, "misses": 0, "bytes_read": 0, "evictions": 0, "pool_bytes": 1,
+    }  # fmt: skip
     return ModelStatus(id="m", path="/m", family="f", sessions=[], **{**usual, **counts})
 
 
@@ -251,9 +253,7 @@ def test_what_a_fetch_costs_beside_reading_is_measured_by_the_daemon() -> None:
 
     model = _status()
     assert fetch_seconds(model) is None
-    from msgspec.structs import replace
-
-    assert fetch_seconds(replace(model, sessions=[session(1000)])) == pytest.approx(0.001)
+    assert fetch_seconds(replace(model, sessions=[session(1000)])) == pytest.approx(ON_THE_WAY * 0.0005)
     assert fetch_seconds(replace(model, sessions=[session(100)])) is None
 
 
@@ -266,10 +266,13 @@ def _shape(blocks: int = 64, block_bytes: int = 1000) -> Shape:
     return Shape(Manifest("/m", "f", (), layers), 5000, 5000, None)
 
 
-def _plan(room: int, disk: Disk = Disk(0.001, 0.001), sizes: tuple[int, ...] = (16_000, 32_000, 48_000, 64_000)):  # type: ignore[no-untyped-def]
-    shape = _shape()
+SIZES = (16_000, 32_000, 48_000, 64_000)
+SSD = Disk(0.001, 0.001)
+
+
+def _plan(room: int, disk: Disk = SSD, sizes: tuple[int, ...] = SIZES) -> Plan:
     return make_plan(
-        shape, sizes, lambda size: size // 1000, room, fitted(64, 4), Computing(0.01, 0.01), disk, FETCH_S
+        _shape(), sizes, lambda size: size // 1000, room, fitted(64, 4), Computing(0.01, 0.01), disk, FETCH_S
     )
 
 

@@ -39,8 +39,8 @@ TRIED = 64 << 20
 def doctor(as_json: bool) -> None:
     """Check what matters on this machine, and say what to do.
 
-    Each check is 'ok', a 'note' (good to know, nothing stops working) or a 'problem'.  It takes some seconds, in which a
-    disk is read and MLX is tried; nothing is changed.
+    Each check is 'ok', a 'note' (good to know, nothing stops working) or a 'problem'.  It takes some seconds, in which
+    a disk is read and MLX is tried; nothing is changed.
 
     Exits with 1 if there is a problem.
     """

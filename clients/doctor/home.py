@@ -68,7 +68,8 @@ def check_daemon(at: Surroundings) -> Finding:
         if owner is None:
             return ok("none runs; the first command that needs one starts it")
         return problem(f"process {owner or 'unknown'} owns the home and does not answer", "expertd daemon stop")
-    text = f"process {status.daemon.pid}, {len(status.models)} models, {show_size(status.used_bytes)} in use"
+    count = f"{len(status.models)} model{'' if len(status.models) == 1 else 's'}"
+    text = f"process {status.daemon.pid}, {count}, {show_size(status.used_bytes)} in use"
     if status.daemon.version != package_version():
         return note(
             f"{text}, of version {status.daemon.version} where this command is {package_version()}",

@@ -66,7 +66,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     """Its numbers, up to four, zeros behind; what is not a number ends them."""
     parts = re.match(r"[\d.]*", version)
     found = [int(part) for part in (parts[0] if parts else "").split(".") if part]
-    return tuple((found + [0, 0, 0, 0])[:4])
+    return tuple([*found, 0, 0, 0, 0][:4])
 
 
 def check_alias(at: Surroundings) -> Finding:
@@ -133,7 +133,7 @@ def check_disk(at: Surroundings) -> Finding:
 def check_files(at: Surroundings) -> Finding:
     """Whether the daemon may open enough files."""
     soft, hard = at.open_files
-    text = f"{_limit(soft)} open files, up to {_limit(hard)} for the daemon"
+    text = f"open files: {_limit(soft)}, for the daemon {_limit(hard)}"
     if 0 <= hard < FEWEST_FILES:
         return problem(text, f"raise the hard limit to {FEW_FILES} or more: ulimit -Hn {FEW_FILES}")
     if 0 <= hard < FEW_FILES:
@@ -142,4 +142,4 @@ def check_files(at: Surroundings) -> Finding:
 
 
 def _limit(number: int) -> str:
-    return "any number of" if number < 0 or number >= 1 << 62 else f"{number:,}"
+    return "any number" if number < 0 or number >= 1 << 62 else f"{number:,}"

@@ -54,7 +54,7 @@ class Plan:
 
 
 def budgets(smallest: int, largest: int, room: int) -> list[int]:
-    """The budgets to look at: shares of ``largest``, which holds all experts, itself, and all that there is room for."""
+    """The budgets to look at: shares of ``largest``, which holds all experts, itself, and all the room there is."""
     found = {largest, *(round(share * largest) for share in SHARES)}
     if smallest <= room < largest:
         found = {size for size in found if abs(size - room) > largest / 50} | {room}

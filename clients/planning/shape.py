@@ -1,8 +1,8 @@
-"""What a checkpoint's config and headers tell of it, without mlx: its blocks, what else it holds, what a token touches.
+"""What a checkpoint's config and headers tell of it, without mlx: its blocks, the rest of it, what a token touches.
 
-A worker derives the manifest from what mlx-lm makes of the files (``expertd.worker.manifest``).  Here the tensors' names
-are taken at their word, which is right for all forms that mlx-lm writes; a daemon is never given a manifest from here.
-Where mlx-lm computes the experts, their packed store tells.
+A worker derives the manifest from what mlx-lm makes of the files (``expertd.worker.manifest``).  Here the names of the
+tensors are taken at their word, which is right for all forms that mlx-lm writes; a daemon is never given a manifest
+from here.  Where mlx-lm computes the experts, their packed store tells.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from expertd.protocol.messages import ModelStatus
 
 FETCH_S = 0.0008
 """What a Fetch waits beside its reading, where that is not measured: two messages, and four threads that wake."""
-ON_THE_WAY = 2.0
+ON_THE_WAY = 2.3
 """A session waits so many times what the daemon sees of it (the rest is on the way), reading left out."""
 FETCHES = 500
 """So many Fetches make a measured figure."""
@@ -67,7 +67,7 @@ class Computing:
 
 
 def estimated(touched_bytes: int, memory_rate: float, source: str = "") -> Computing:
-    """What computing takes at least: its weights have to come out of memory that gives ``memory_rate`` bytes a second."""
+    """What computing takes at least: weights have to come out of memory that gives ``memory_rate`` bytes a second."""
     seconds = touched_bytes / (TOUCHED_SHARE * memory_rate)
     return Computing(seconds, seconds, 0.0, source, estimated=True)
 
