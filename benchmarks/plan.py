@@ -1,9 +1,9 @@
 """Does a plan tell what will be?  ``expertd plan`` for the demo model, against what daemons with its budgets then give.
 
 The disk is slowed down (``--simulate-ssd``) so that reading matters.  A trace is recorded with prompts from the first
-halves of the held-out texts, and what is measured are answers to prompts from the second halves.  Each budget is planned
-right before it is tried, some times in turn, because how fast a shared machine computes changes by the minute; what
-workers have measured until then is all that a plan knows of the model's speed.
+halves of the held-out texts, and what is measured are answers to prompts from the second halves.  Each budget is
+planned right before it is tried, some times in turn, because how fast a shared machine computes changes by the minute;
+what workers have measured until then is all that a plan knows of the model's speed.
 """
 
 from __future__ import annotations
@@ -140,9 +140,10 @@ def run(quick: bool = False) -> dict[str, Any]:
                     flush=True,
                 )
                 found.append(one)
+            errors = [one.speed / one.true_speed - 1 for one in found]
             figures |= {
                 f"hits_error_{name}": round(100 * statistics.median(one.hits - one.true_hits for one in found), 2),
-                f"speed_error_{name}": round(100 * statistics.median(one.speed / one.true_speed - 1 for one in found), 1),
+                f"speed_error_{name}": round(100 * statistics.median(errors), 1),
                 f"hits_{name}": round(100 * statistics.median(one.true_hits for one in found), 2),
                 f"tokens_s_{name}": round(statistics.median(one.true_speed for one in found), 2),
             }

@@ -46,8 +46,9 @@ def _status(version: str = "", models: list[Path] | None = None, used: int = 0) 
          "bytes_read", "evictions", "pool_bytes"), 1,
     )  # fmt: skip
     found = [ModelStatus(id="m", path=str(path), family="f", sessions=[], **numbers) for path in models or []]
+    daemon = DaemonStatus(pid=7, version=version or package_version(), uptime_s=1, rss_bytes=1)
     return Status(
-        protocol=1, home="/h", daemon=DaemonStatus(pid=7, version=version or package_version(), uptime_s=1, rss_bytes=1),
+        protocol=1, home="/h", daemon=daemon,
         budget_bytes=1, used_bytes=used, pressure="normal", tracing="", frames_dropped=0, models=found, limit_bytes=1,
         pressure_figure="", journal=[],
     )  # fmt: skip

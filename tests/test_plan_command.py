@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from expertd.clients.cli.plan import _up
+from expertd.clients.cli.plan import _curve, _up
+from expertd.clients.planning.shape import read_shape
 from expertd.protocol.pace import Pace, write_pace
 from expertd.protocol.paths import Home
 from expertd.protocol.sizes import parse_size
 from expertd.worker.manifest import load_lazily
 from tests.conftest import StartDaemon
 from tools.factory import write_checkpoint
-from tools.stage import budget_for
+from tools.stage import ask_status, budget_for
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 
@@ -139,11 +141,20 @@ def test_a_running_daemon_s_count_is_trusted_first(home: Home, start_daemon: Sta
     done = expertd("generate", str(DEMO), "def read(path):", "--raw", "--max-tokens", "8")
     assert done.returncode == 0
     assert plan(str(DEMO))["hits"]["source"].startswith("a curve fitted"), "too few lookups yet"
+    model = replace(ask_status(home).models[0], hits=90_000, misses=10_096)
+    curve, source = _curve(home, read_shape(DEMO.resolve()), model, None)
+    assert source.startswith("the running daemon: 90.0 % with 50 % resident, prompts included; for other")
+    assert curve(96).lookups == pytest.approx(0.1)
 
 
-def test_a_packed_store_is_what_is_measured(home: Home) -> None:
+def test_a_packed_store_is_what_is_measured_unless_it_is_damaged(home: Home) -> None:
     assert expertd("pack", str(DEMO)).returncode == 0
     assert plan(str(DEMO))["disk"]["source"] == "measured on the model's packed store"
+    (store,) = home.packed.iterdir()
+    with store.open("r+b") as file:
+        file.seek(8192)
+        file.write(bytes(store.stat().st_size - 8192))
+    assert plan(str(DEMO))["disk"]["source"] == "measured on the model's files"
 
 
 def test_no_room_is_exit_status_4(home: Home) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertd.protocol.errors import DaemonNotRunning, ExpertdError, ProtocolMismatch, TraceInvalid
+from expertd.protocol.errors import DaemonNotRunning, ExpertdError, ProtocolMismatch, StoreInvalid, TraceInvalid
 from expertd.protocol.messages import ModelStatus, Status
 from expertd.protocol.pace import Pace, read_pace
 from expertd.protocol.paths import Home
@@ -225,8 +225,15 @@ def _disk(shape: Shape, status: Status | None) -> Disk:
 
     simulated = "" if status is None else status.simulated_ssd
     read = SimulatedSsd(parse_ssd(simulated)) if simulated else os.preadv
-    times = probe(shape.manifest, shape.store, (1, shape.top_k), read)
-    source = "measured on the model's " + ("files" if shape.store is None else "packed store")
+    counts, source = (1, shape.top_k), "measured on the model's files"
+    try:
+        times = probe(shape.manifest, shape.store, counts, read)
+        if shape.store is not None:
+            source = "measured on the model's packed store"
+    except StoreInvalid:
+        if shape.manifest.derived_by:
+            raise
+        times = probe(shape.manifest, None, counts, read)  # the daemon does so, too
     return disk_of(times, f"{source}, slowed down to {simulated} as the daemon is" if simulated else source)
 
 
