@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from msgspec.structs import replace
 
+from benchmarks.plan import DEMO, prompts
 from expertd.clients.planning.hits import Misses, anchored, fitted, measured, replayed
 from expertd.clients.planning.rows import Memory, Plan, budgets, make_plan
 from expertd.clients.planning.shape import KvCache, Shape, kv_cache, read_shape
@@ -317,3 +318,10 @@ def test_budgets_are_shares_of_everything_and_all_the_room() -> None:
     assert 430 in found and found == sorted(found)
     assert min(budgets(300, 1000, 5000)) == 300
     assert not any(math.isclose(size, 500) for size in budgets(10, 1000, 495)), "two that are as good as equal"
+
+
+def test_the_benchmark_measures_on_prompts_that_its_trace_has_not_seen() -> None:
+    known, unknown = ([*itertools.islice(prompts(half), 60)] for half in (0, 1))
+    texts = [path.read_text(encoding="utf-8") for path in sorted((DEMO / "held_out").glob("*.txt"))]
+    assert all(any(piece in text[: len(text) // 2] for text in texts) for piece in known)
+    assert not set(known) & set(unknown)

@@ -65,7 +65,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> 
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--ram", metavar="SIZE", callback=_size, help="Plan for a machine with so much memory, not for this one.")
+@click.option("--ram", metavar="SIZE", callback=_size, help="Plan for a machine as this one with so much memory.")
 @click.option(
     "--budget", "sizes", metavar="SIZE", multiple=True, callback=_sizes,
     help="Look at this budget; may be given several times.  [default: shares of all experts]",
@@ -168,7 +168,7 @@ def _curve(home: Home, shape: Shape, known: ModelStatus | None, trace: Path | No
     found = _trace(home, shape, trace)
     if found is None:
         curve = fitted(shape.blocks, shape.top_k)
-        source = "a curve fitted to other models' routing, off by up to 10 points; better: expertd trace record"
+        source = "a curve fitted to other models' routing, may be off by ten points; better: expertd trace record"
     else:
         path, recorded = found
         policy = POLICIES[read_config(home).policy.value]
@@ -368,10 +368,7 @@ def table(found: Reckoned) -> list[str]:
         ("  system", f"{show_size(memory.system)}, and {show_size(memory.page_cache)} for the page cache"),
         ("  base", f"{show_size(memory.base)}, in each process that has the model loaded"),
         ("  KV cache", kv),
-        (
-            "  experts",
-            f"{show_size(memory.room)} are left for them; the default budget is {show_size(found.auto)}",
-        ),
+        ("  left", f"{show_size(memory.room)} for experts; the default budget is {show_size(found.auto)}"),
         ("hits", found.hits_source),
         ("computing", f"{computed}: {computing.source}"),
         ("disk", f"one block in {_time(disk.seconds(1))}{several}: {disk.source}"),
