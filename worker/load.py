@@ -255,7 +255,7 @@ def _cached(cls: type) -> type:
                 try:
                     events.begin_call()
                     inputs = args[0] if args else kwargs.get("inputs")
-                    events.measure_call(single=inputs is not None and inputs.size == 1)
+                    events.measure_call(single=getattr(inputs, "size", 0) == 1)
                     if events.recorder is not None:
                         events.recorder.begin(inputs, _cache_of(args, kwargs))
                     out = cls.__call__(self, *args, **kwargs)
