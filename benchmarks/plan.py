@@ -9,10 +9,10 @@ what workers have measured until then is all that a plan knows of the model's sp
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import fmean, harmonic_mean
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -31,8 +31,10 @@ DEMO = Path(__file__).parents[1] / "models" / "demo"
 SHARES = (0.25, 0.5, 0.75)
 DISK = "4MB,200us"
 CHARACTERS = 200
-ANSWER_TOKENS = 96
+ANSWER_TOKENS = 48
 TEMPERATURE = 0.8
+WARM_UP, TOKENS = 144, 141
+"""Of a round: an answer to a prompt of each text, whose first tokens are the prompts' and not counted."""
 
 
 def prompts(half: int) -> Iterator[str]:
@@ -57,29 +59,53 @@ def record(home: Home, blocks: int, tokens: int) -> None:
         expertd.unload(model)
 
 
+class Counts(NamedTuple):
+    """Of single tokens: how many, the seconds that they took, and their lookups."""
+
+    tokens: int
+    seconds: float
+    hits: int
+    misses: int
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / (self.hits + self.misses)
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+def together(counts: Iterable[Counts]) -> Counts:
+    """Their sum."""
+    tokens, seconds, hits, misses = map(sum, zip(*counts, strict=True))
+    return Counts(tokens, seconds, hits, misses)
+
+
 class Answers:
-    """Answers to prompts, one after the other, with the time and the lookups of their single tokens."""
+    """Answers to prompts, one after the other."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
         self._model, self._tokenizer = expertd.load(DEMO, home=home)
-        self.tokens = self.hits = self.misses = 0
-        self.seconds = 0.0
 
-    def run(self, texts: Iterator[str], tokens: int) -> None:
-        """Answer until there are so many more tokens."""
-        sampler = make_sampler(TEMPERATURE)
-        until = self.tokens + tokens
-        while self.tokens < until:
-            prompt = mx.array(self._tokenizer.encode(next(texts)))
-            steps = generate_step(prompt, self._model, max_tokens=ANSWER_TOKENS, sampler=sampler)
-            next(steps)
-            before, began = self._lookups(), time.perf_counter()
-            self.tokens += sum(1 for _ in steps)
-            self.seconds += time.perf_counter() - began
-            after = self._lookups()
-            self.hits += after[0] - before[0]
-            self.misses += after[1] - before[1]
+    def run(self, texts: Iterator[str], tokens: int) -> Counts:
+        """Answer until there are so many tokens: what the single ones among them took."""
+        found = [self._answer(next(texts))]
+        while together(found).tokens < tokens:
+            found.append(self._answer(next(texts)))
+        return together(found)
+
+    def _answer(self, text: str) -> Counts:
+        prompt = mx.array(self._tokenizer.encode(text))
+        steps = generate_step(prompt, self._model, max_tokens=ANSWER_TOKENS, sampler=make_sampler(TEMPERATURE))
+        next(steps)
+        before, began = self._lookups(), time.perf_counter()
+        tokens = sum(1 for _ in steps)
+        seconds = time.perf_counter() - began
+        after = self._lookups()
+        return Counts(tokens, seconds, after[0] - before[0], after[1] - before[1])
 
     def _lookups(self) -> tuple[int, int]:
         status = ask_status(self._home).models[0]
@@ -90,40 +116,32 @@ class Answers:
 
 
 class Round(NamedTuple):
-    """What was planned and what was then measured: hit rates (0-1) and tokens a second."""
+    """What was planned, a hit rate (0-1) and tokens a second, and what was then measured."""
 
     hits: float
     speed: float
-    true_hits: float
-    true_speed: float
+    truth: Counts
 
 
-def rounds(home: Home, budget: int, count: int, tokens: int) -> Iterator[Round]:
-    """Plan ``budget`` and try it with a daemon that has it, again and again; at first its cache fills."""
+def rounds(home: Home, budget: int, count: int) -> Iterator[Round]:
+    """Plan ``budget`` and try it with a daemon that has it, again and again; before that its cache fills."""
     with running_daemon(home, budget, "--simulate-ssd", DISK):
         answers = Answers(home)
         try:
             known, unknown = prompts(0), prompts(1)
-            answers.run(known, 2 * tokens)
+            answers.run(known, WARM_UP)
             for _ in range(count):
                 time.sleep(2.0)  # an idle worker keeps what it has measured
                 found = reckon(home, DEMO, sizes=[budget])
-                answers.tokens = answers.hits = answers.misses = 0
-                answers.seconds = 0.0
-                answers.run(unknown, tokens)
                 (row,) = found.plan.rows
-                looked = answers.hits + answers.misses
-                yield Round(row.hits, row.tokens_s, answers.hits / looked, answers.tokens / answers.seconds)
+                yield Round(row.hits, row.tokens_s, answers.run(unknown, TOKENS))
             print("\n" + "\n".join(table(found)) + "\n")
         finally:
             answers.close()
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    """``hits_error_25`` and so on in points, ``speed_error_25`` in percent of what was measured, and what that was.
-
-    Each is the median of its rounds.
-    """
+    """``hits_error_25`` and so on in points, ``speed_error_25`` in percent of what was measured, and what that was."""
     manifest = load_lazily(DEMO).manifest
     blocks = sum(layer.experts for layer in manifest.layers)
     figures: dict[str, Any] = {}
@@ -131,20 +149,20 @@ def run(quick: bool = False) -> dict[str, Any]:
         record(home, blocks, 1000 if quick else 2400)
         for share in SHARES:
             found = []
-            size = budget_for(manifest, round(share * blocks))
             name = f"{100 * share:.0f}"
-            for one in rounds(home, size, 1 if quick else 3, 96):
+            for one in rounds(home, budget_for(manifest, round(share * blocks)), 1 if quick else 3):
                 print(
-                    f"{name} % of the blocks: hits {100 * one.hits:.1f} % planned, {100 * one.true_hits:.1f} % "
-                    f"measured; tokens/s {one.speed:.1f} planned, {one.true_speed:.1f} measured",
+                    f"{name} % of the blocks: hits {100 * one.hits:.1f} % planned, {100 * one.truth.hit_rate:.1f} % "
+                    f"measured; tokens/s {one.speed:.1f} planned, {one.truth.speed:.1f} measured",
                     flush=True,
                 )
                 found.append(one)
-            errors = [one.speed / one.true_speed - 1 for one in found]
+            truth = together(one.truth for one in found)
+            hits, speed = fmean(one.hits for one in found), harmonic_mean(one.speed for one in found)
             figures |= {
-                f"hits_error_{name}": round(100 * statistics.median(one.hits - one.true_hits for one in found), 2),
-                f"speed_error_{name}": round(100 * statistics.median(errors), 1),
-                f"hits_{name}": round(100 * statistics.median(one.true_hits for one in found), 2),
-                f"tokens_s_{name}": round(statistics.median(one.true_speed for one in found), 2),
+                f"hits_error_{name}": round(100 * (hits - truth.hit_rate), 2),
+                f"speed_error_{name}": round(100 * (speed / truth.speed - 1), 1),
+                f"hits_{name}": round(100 * truth.hit_rate, 2),
+                f"tokens_s_{name}": round(truth.speed, 2),
             }
     return figures

@@ -75,6 +75,8 @@ def rate_of(path: Path, seconds: float = 0.5, read: Read = os.preadv) -> tuple[f
     descriptor, _ = open_direct(path)
     try:
         pieces = path.stat().st_size // PIECE
+        if not pieces:
+            raise OSError(f"{path} is too short to be measured")
         places = [place * PIECE for place in range(pieces)]
         random.Random(0).shuffle(places)
         began, times = time.monotonic(), []

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,8 +144,18 @@ def reckon(
     def slots_of(size: int) -> int:
         return sum(pool.layout.slots for pool in plan_pools(shape.manifest, size))
 
-    made = make_plan(shape, wanted, slots_of, memory.room, curve, computing, disk, fetch_s)
+    points = {slots: curve(slots) for slots in _shown(list(dict.fromkeys(map(slots_of, wanted))))}
+    made = make_plan(shape, wanted, slots_of, memory.room, points.__getitem__, computing, disk, fetch_s)
     return Reckoned(shape, memory, auto, context, hits_source, computing, disk, fetch_s, made)
+
+
+def _shown(work: Sequence[int]) -> Iterator[int]:
+    """``work``, with how far it is on a terminal: a large model's trace takes a while to replay for each budget."""
+    if not sys.stderr.isatty():
+        yield from work
+        return
+    with click.progressbar(work, label="budgets", file=sys.stderr) as bar:
+        yield from bar
 
 
 def _ask(home: Home) -> Status | None:

@@ -19,8 +19,9 @@ def check_denied(at: Surroundings) -> Finding:
     if not at.mac:
         return ok("this system denies services none of the user's folders")
     places = [at.home.root, *known_models(at), hub_cache(at)[0]]
-    places += [path.resolve() for path in at.home.packed.glob("*.packed")]
-    found = [path for path in dict.fromkeys(places) if denied(path, at.user)]
+    places += at.home.packed.glob("*.packed")
+    user = at.user.resolve()
+    found = [path for path in dict.fromkeys(place.resolve() for place in places) if denied(path, user)]
     if not found:
         return ok("no model is where macOS denies an agent to read")
     text = f"macOS may deny a launchd agent {found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")

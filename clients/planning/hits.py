@@ -26,7 +26,7 @@ TOGETHER = 0.9
 """Misses come together: so many times ``top_k`` independent lookups miss as often as the ``top_k`` of an event."""
 LOOKUPS = 20_000
 """So many lookups after the cache has filled make a measured rate."""
-EVENTS = 40_000
+EVENTS = 20_000
 """So many events of single tokens are replayed at most: more change the rate by a fraction of a point."""
 
 
