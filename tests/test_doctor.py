@@ -188,7 +188,7 @@ def test_disk(mac: Surroundings) -> None:
 
 
 def test_open_files(mac: Surroundings) -> None:
-    assert check_files(mac).text == "open files: 256, for the daemon any number"
+    assert check_files(mac).text == "256 at once, for the daemon any number"
     assert check_files(replace(mac, open_files=(256, 4096))).verdict is Verdict.OK
     assert check_files(replace(mac, open_files=(256, 512))).verdict is Verdict.NOTE
     assert check_files(replace(mac, open_files=(64, 64))).verdict is Verdict.PROBLEM

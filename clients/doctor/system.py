@@ -133,7 +133,7 @@ def check_disk(at: Surroundings) -> Finding:
 def check_files(at: Surroundings) -> Finding:
     """Whether the daemon may open enough files."""
     soft, hard = at.open_files
-    text = f"open files: {_limit(soft)}, for the daemon {_limit(hard)}"
+    text = f"{_limit(soft)} at once, for the daemon {_limit(hard)}"
     if 0 <= hard < FEWEST_FILES:
         return problem(text, f"raise the hard limit to {FEW_FILES} or more: ulimit -Hn {FEW_FILES}")
     if 0 <= hard < FEW_FILES:
