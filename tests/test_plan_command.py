@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
@@ -98,7 +99,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tools.stage import running_daemon, temporary_home
 
     folder = tmp_path_factory.mktemp("trace")
-    (folder / "prompts").write_text("def read(path):\nThe ship\nThe Congress of the United States\n")
+    (folder / "prompts").write_text("def read(path):\nThe ship\nThe Congress of the United States\nimport os\n")
     with temporary_home() as home, running_daemon(home, "64MiB"):
         done = expertd(
             "trace", "record", str(DEMO), "--prompts", str(folder / "prompts"), "-o", str(folder / "demo.npz"),
@@ -125,6 +126,11 @@ def test_a_trace_of_another_model_is_refused(
     done = expertd("plan", str(checkpoints["stacked"]), "--trace", str(trace))
     assert done.returncode == 2
     assert "is of a model with 6 layers of 32 experts, 4 a token" in done.stderr
+    short = home.root / "short.npz"
+    with np.load(trace) as arrays:
+        np.savez(short, **{name: arrays[name][:100] for name in arrays})
+    refused = expertd("plan", str(DEMO), "--trace", str(short))
+    assert refused.returncode == 2 and "decoded tokens; record at least 128" in refused.stderr
     other = expertd("plan", str(DEMO), "--trace", str(trace.with_name("none.npz")))
     assert other.returncode == 2 and "[trace_invalid]" in other.stderr
 

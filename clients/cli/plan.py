@@ -197,6 +197,7 @@ def _curve(home: Home, shape: Shape, known: ModelStatus | None, trace: Path | No
 
 def _trace(home: Home, shape: Shape, given: Path | None) -> tuple[Path, Trace] | None:
     """The trace to use: the given one, which has to fit, or the newest of the home that does."""
+    from expertd.clients.planning.hits import TOKENS
     from expertd.protocol.traces import read_trace
 
     layers = shape.manifest.layers
@@ -208,6 +209,8 @@ def _trace(home: Home, shape: Shape, given: Path | None) -> tuple[Path, Trace] |
                 f"{given} is of a model with {trace.info.layers} layers of {trace.info.experts} experts, "
                 f"{trace.info.top_k} a token, where {shape.manifest.folder} has {wanted[0]}, {wanted[1]}, {wanted[2]}"
             )
+        if trace.info.decode_tokens < TOKENS:
+            raise TraceInvalid(f"{given} has {trace.info.decode_tokens} decoded tokens; record at least {TOKENS}")
         return given, trace
     name = Path(shape.manifest.folder).name
     for path in sorted(home.traces.glob("*.npz"), key=_modified, reverse=True):
@@ -215,7 +218,8 @@ def _trace(home: Home, shape: Shape, given: Path | None) -> tuple[Path, Trace] |
             trace = read_trace(path)
         except TraceInvalid:
             continue  # it was not asked for
-        if trace.info.model == name and (trace.info.layers, trace.info.experts, trace.info.top_k) == wanted:
+        info = trace.info
+        if info.model == name and (info.layers, info.experts, info.top_k) == wanted and info.decode_tokens >= TOKENS:
             return path, trace
     return None
 

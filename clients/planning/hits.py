@@ -29,6 +29,9 @@ LOOKUPS = 20_000
 EVENTS = 20_000
 """So many events of single tokens are replayed at most: more change the rate by a fraction of a point."""
 
+TOKENS = 128
+"""A trace with fewer decoded tokens tells nothing."""
+
 
 class Policy(Protocol):
     """What is needed of ``expertd.daemon.policy.base.Policy``."""
