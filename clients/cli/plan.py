@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertd.protocol.errors import DaemonNotRunning, ExpertdError, ProtocolMismatch, StoreInvalid, TraceInvalid
+from expertd.protocol.errors import DaemonNotRunning, ExpertdError, ProtocolMismatch, ReadFailed, StoreInvalid, TraceInvalid
 from expertd.protocol.messages import ModelStatus, Status
 from expertd.protocol.pace import Pace, read_pace
 from expertd.protocol.paths import Home
@@ -244,10 +244,10 @@ def _disk(shape: Shape, status: Status | None) -> Disk:
         times = probe(shape.manifest, shape.store, counts, read)
         if shape.store is not None:
             source = "measured on the model's packed store"
-    except StoreInvalid:
-        if shape.manifest.derived_by:
+    except (StoreInvalid, ReadFailed):
+        if shape.store is None or shape.manifest.derived_by:
             raise
-        times = probe(shape.manifest, None, counts, read)  # the daemon does so, too
+        times = probe(shape.manifest, None, counts, read)  # as the daemon would
     return disk_of(times, f"{source}, slowed down to {simulated} as the daemon is" if simulated else source)
 
 
