@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertd.protocol.errors import DaemonNotRunning, ExpertdError, ProtocolMismatch, ReadFailed, StoreInvalid, TraceInvalid
+from expertd.protocol.errors import (
+    DaemonNotRunning,
+    ExpertdError,
+    ProtocolMismatch,
+    ReadFailed,
+    StoreInvalid,
+    TraceInvalid,
+)
 from expertd.protocol.messages import ModelStatus, Status
 from expertd.protocol.pace import Pace, read_pace
 from expertd.protocol.paths import Home
