@@ -87,6 +87,16 @@ class Home:
         """Count of the bad ends of the service's ``daemon`` or ``gateway`` (``protocol.quick_deaths``)."""
         return self.run / f"starts-{name}.json"
 
+    @property
+    def pace(self) -> Path:
+        """Folder of what workers measure of models' speed (``protocol.pace``); they create it."""
+        return self.root / "pace"
+
+    @property
+    def traces(self) -> Path:
+        """Folder in which ``expertd plan`` looks for routing traces; whoever records one there creates it."""
+        return self.root / "traces"
+
     def gateway_socket(self, pid: int) -> Path:
         """Where the workers of the gateway with that process id connect."""
         return self.run / f"gateway-{pid}.sock"

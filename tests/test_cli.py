@@ -295,13 +295,6 @@ def test_unload_says_what_it_gave_back_or_what_there_is(model_path: Path, start_
     assert json.loads(expertd("status", "--json").stdout)["models"] == []
 
 
-def test_doctor_explains_the_default_budget_and_the_pressure(home: Home) -> None:
-    said = expertd("doctor").stdout.splitlines()
-    assert said[0] == "default budget"
-    assert [line.split(":")[0] for line in said if line.startswith("  budget: ")] == ["  budget"]
-    assert any(line.startswith("memory pressure: ") for line in said)
-
-
 def test_a_script_of_pressure_that_cannot_be_read_keeps_the_daemon_from_starting(home: Home, tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text("0 normal\nsoon critical\n")

@@ -86,6 +86,7 @@ class Session:
             none.
         pools: those that have been adopted.
         pressure: how short of memory the machine is, as the daemon says.
+        fetches, waited_s: how many fetches were answered, and the seconds that they took in all.
         on_idle: called by the control thread under the forward lock, when no forward has run for a while.
         on_close: called under the forward lock when the session is closed, before anything is given up.
     """
@@ -129,6 +130,7 @@ class Session:
         self.to_record: tuple[int, str | None] = (0, None)
         self._recorded = False
         self.pressure = Gauge()
+        self.fetches, self.waited_s = 0, 0.0
         self.on_idle: Callable[[], None] = lambda: None
         self.on_close: Callable[[], None] = lambda: None
         self._link = self._active = Link(home, manifest, mode)
@@ -143,6 +145,11 @@ class Session:
     def number(self) -> int:
         """The session's number in its present daemon."""
         return self._link.number
+
+    @property
+    def home(self) -> Home:
+        """Whose daemon it is attached to."""
+        return self._home
 
     @property
     def manifest(self) -> Manifest:
@@ -264,8 +271,11 @@ class Session:
             leases_only=leases_only,
         )
         self._unanswered, self.leases_only = request, leases_only
+        began = time.monotonic()
         link.data.send(request)
         answer = self._await_answer(link, request)
+        self.waited_s += time.monotonic() - began
+        self.fetches += 1
         if isinstance(answer, messages.Error):
             self.leases_only = False
             raise answer.exception()

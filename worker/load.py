@@ -202,7 +202,7 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: 
     model.__class__ = _cached(type(model))
     model._expertd_events = events
     events.model = weakref.ref(model)
-    session.on_idle, session.on_close = _weakly(events.while_idle), _weakly(events.stop_recording)
+    session.on_idle, session.on_close = _weakly(events.while_idle), _weakly(events.closing)
     # At exit it is close_all that ends sessions, because it waits for forwards.
     forgotten = weakref.finalize(model, _forgotten, session, events.slabs)
     forgotten.atexit = False
@@ -262,8 +262,10 @@ def _cached(cls: type) -> type:
             try:
                 try:
                     events.begin_call()
+                    inputs = args[0] if args else kwargs.get("inputs")
+                    events.measure_call(single=getattr(inputs, "size", 0) == 1)
                     if events.recorder is not None:
-                        events.recorder.begin(args[0] if args else kwargs.get("inputs"), _cache_of(args, kwargs))
+                        events.recorder.begin(inputs, _cache_of(args, kwargs))
                     out = cls.__call__(self, *args, **kwargs)
                     if events.recorder is not None:
                         events.recorder.end()
