@@ -193,7 +193,7 @@ def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subproc
 
 def _last_words(home: Home, since: int) -> str:
     with home.daemon_log.open("rb") as log:
-        log.seek(since)
+        log.seek(since if since <= home.daemon_log.stat().st_size else 0)  # a new file may have begun meanwhile
         words = log.read().decode(errors="replace").strip().splitlines()
     return words[-1] if words else "it said nothing"
 

@@ -7,38 +7,44 @@ Ctrl-C; 2 where MODEL is no checkpoint; 5 where the port is taken; otherwise tha
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model, config_option, log_options
 from expertd.protocol.checkpoint import weight_files
+from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 
 
 @click.command()
-@click.argument("model")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any free port.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.argument("model", shell_complete=complete_model)
+@config_option("serve_port")
+@config_option("serve_host")
 @budget_option
-def serve(model: str, port: int, host: str, budget: str | None) -> None:
-    """Serve the checkpoint in the folder MODEL over an OpenAI API."""
-    from expertd.clients.gateway import lifetime
+@log_options
+def serve(model: str, budget: str | None, **flags: Any) -> None:
+    """Serve the checkpoint in the folder MODEL over an OpenAI API, until Ctrl-C or SIGTERM.
 
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.getLevelNamesMapping().get(os.environ.get("EXPERTD_LOG", "").upper(), logging.WARNING),
-        format="expertd: %(message)s",
-    )
+    Prints one line on stdout when it takes requests.  What it does is in its log ('expertd logs'); warnings are on
+    stderr, too.  Exits with 5 if the port is taken.
+    """
+    from expertd.clients.gateway import lifetime
+    from expertd.protocol import logs
+
     path = Path(model).expanduser()
     weight_files(path)
     home = Home.current()
+    config = read_config(home, **flags)
+    host, port = config.serve_host.value, config.serve_port.value
     home.prepare()
+    logs.set_up("gateway", home.gateway_log(os.getpid()), home, config)
+    os.environ.update(logs.environment(config))  # its worker, and the daemon if there is none, log as it does
     # The port comes first: whoever cannot listen should not have started anything.
     with lifetime.listen(host, port) as listener:
         connection, started = connect_or_start(

@@ -10,7 +10,8 @@ from typing import Any
 import click
 import msgspec
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.group import Group
+from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, TraceStopped
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
@@ -25,13 +26,13 @@ STOP_S = 60.0
 _file = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(cls=Group)
 def trace() -> None:
     """Record which experts a model's routers choose, and look at it."""
 
 
 @trace.command()
-@click.argument("model", type=_file)
+@click.argument("model", type=_file, shell_complete=complete_model)
 @click.option("--prompts", required=True, type=_file, help="A prompt a line, or .jsonl with 'prompt' or 'messages'.")
 @click.option("-o", "--output", required=True, type=_file, metavar="OUT.npz", help="Where the trace goes.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.sizes import show_size
 
@@ -15,7 +15,7 @@ PROMPT_LENGTHS = (1, 7, 300)
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path), shell_complete=complete_model)
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Greedy tokens to compare.")
 @click.option("--by-layer", is_flag=True, help="Compare layer by layer even if two models fit in memory.")
 @budget_option
