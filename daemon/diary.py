@@ -7,11 +7,11 @@ written, and where to, is ``expertd.protocol.logs``.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertd.daemon.core.state import Model
+from expertd.daemon.core.state import Model, Pool
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.sizes import show_size
@@ -24,6 +24,10 @@ class _Session:
     pid: int
     model: str
     began: float
+
+
+def _goes_to(pool: Pool, segment: int) -> bool:
+    return pool.segment == segment or (pool.next is not None and pool.next.segment == segment)
 
 
 class Diary:
@@ -66,12 +70,14 @@ class Diary:
         for key in self._models.keys() - keys:
             log.info("model closed, its memory is free", model=self._models.pop(key))
 
-    def pool_created(self, layout: PoolLayout, generation: int) -> None:
+    def pool_created(self, segment: int, layout: PoolLayout, generation: int, models: Iterable[Model]) -> None:
         """The first generation belongs to a model that is being opened; a later one takes the place of one before."""
         told = log.info if generation > 1 else log.debug
+        folders = [model.manifest.folder for model in models for pool in model.pools if _goes_to(pool, segment)]
         told(
             "pool moved" if generation > 1 else "pool created",
-            generation=generation, layers=layout.layers, slots=layout.slots, size=show_size(layout.size),
+            model=Path(folders[0]).name if folders else None, generation=generation, layers=layout.layers,
+            slots=layout.slots, size=show_size(layout.size),
         )  # fmt: skip
 
     def dropped(self, why: str) -> None:

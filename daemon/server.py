@@ -566,7 +566,7 @@ class Server:
             else:
                 self._pools[what.segment] = pool
                 self._large_pages.gather(what.segment, pool.segment.readonly, pool.layout.size)
-                self._diary.pool_created(what.layout, what.generation)
+                self._diary.pool_created(what.segment, what.layout, what.generation, self._core.models.values())
                 event = events.PoolCreated(what.segment)
         self._feed(event)
 

@@ -283,7 +283,7 @@ class Config:
     """All settings: their types, and the table of what is known of each (``KEYS``)."""
 
     budget: Setting[int | None] = field(metadata=_key(
-        _budget, None, "Memory for expert weights, of all models together.",
+        _budget, None, "Memory for expert weights, of all models together: 512MB, 2GiB, bytes or auto.",
         form="SIZE", example='"8GiB"', shown=_shown_budget,
     ))  # fmt: skip
     keep_alive: Setting[float | None] = field(metadata=_key(

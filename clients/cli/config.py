@@ -36,9 +36,10 @@ def config() -> None:
 @config.command()
 @json_option("Print one JSON object; null: auto, or no limit.")
 def show(as_json: bool) -> None:
-    """Show each setting, and where it comes from: environment, file or default.
+    """Show each setting and where it comes from.
 
-    A daemon that runs already keeps what it was started with.  Exits with 2 if a setting cannot be used.
+    That is the environment, the file or a default.  A daemon that runs already keeps what it was started with.  Exits
+    with 2 if a setting cannot be used.
     """
     home = Home.current()
     found = read_config(home)
@@ -51,7 +52,10 @@ def show(as_json: bool) -> None:
 
 @config.command()
 def path() -> None:
-    """Print where config.toml is, whether it is there or not: $EDITOR "$(expertd config path)"."""
+    """Print where config.toml is.
+
+    It need not be there: $EDITOR "$(expertd config path)" begins one.
+    """
     home = Home.current()
     home.check()
     click.echo(home.config)
@@ -59,10 +63,10 @@ def path() -> None:
 
 @config.command()
 def check() -> None:
-    """Say whether all settings can be used, before something is started with them.
+    """Say whether all settings can be used.
 
-    A variable that looks like a setting but is none is noted on stderr.  Exits with 2 if one cannot be used, and says
-    which, and what can be written there.
+    So a mistake is found before something is started with it.  A variable that looks like a setting but is none is
+    noted on stderr.  Exits with 2 if one cannot be used, and says which, and what can be written there.
     """
     home = Home.current()
     found = read_config(home)

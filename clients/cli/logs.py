@@ -51,18 +51,20 @@ def logs(follow: bool, count: int, daemon: bool, gateway: bool, worker: int | No
     patterns = [*(["daemon.log"] if daemon else []), *(["gateway-*.log"] if gateway else [])]
     patterns += [] if worker is None else [f"worker-{worker}.log"]
     chosen = patterns or ["daemon.log", "gateway-*.log", "worker-*.log"]
-    tails = Tails(home.log, chosen)
-    shown = last(tails.history(), count)
-    for event in shown:
-        click.echo(event.as_json() if as_json else event.text)
-    if not shown and not follow and count:
-        click.echo(f"expertd: nothing is written in {home.log} of {', '.join(chosen)}", err=True)
-        sys.exit(1)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), Tails(home.log, chosen) as tails:
+        shown = last(tails.history(), count)
+        _show(shown, as_json)
+        if not shown and not follow and count:
+            click.echo(f"expertd: nothing is written in {home.log} of {', '.join(chosen)}", err=True)
+            sys.exit(1)
         while follow:
             time.sleep(FOLLOW_S)
-            for event in tails.news():
-                click.echo(event.as_json() if as_json else event.text)
+            _show(tails.news(), as_json)
+
+
+def _show(shown: Iterable[Event], as_json: bool) -> None:
+    for event in shown:
+        click.echo(event.as_json() if as_json else event.text)
 
 
 @dataclass(frozen=True, order=True)
@@ -122,6 +124,13 @@ class Tails:
         self._folder = folder
         self._patterns = tuple(patterns)
         self._open: dict[Path, _Tail] = {}
+
+    def __enter__(self) -> Tails:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tail in self._open.values():
+            tail.close()
 
     def history(self) -> list[Iterator[Event]]:
         """For each file, its events until now, those of older files before it included."""

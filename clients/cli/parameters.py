@@ -55,7 +55,7 @@ def _checked(ctx: click.Context, param: click.Parameter, budget: str | None) -> 
 
 
 budget_option = config_option(
-    "budget", note=" (512MB, 2GiB, bytes or auto), if this starts a daemon", callback=_checked
+    "budget", note="; if this starts a daemon", callback=_checked
 )
 
 
