@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.policy import POLICIES
@@ -25,7 +26,6 @@ OPEN_FILES = 65_536
 
 SWITCH_S = 0.0005
 """A reading thread that has been woken waits so long for the loop, which may have 60 more reads to hand out."""
-
 
 FLAGS = tuple(key for key in KEYS.values() if key.section == "log" or (not key.section and key.name != "model_folders"))
 """The settings that a daemon has a use for."""
@@ -47,7 +47,7 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def run(*, simulate_pressure: Path | None = None, simulate_ssd: str | None = None, **flags: object) -> None:
+def run(*, simulate_pressure: Path | None = None, simulate_ssd: str | None = None, **flags: Any) -> None:
     """Run a daemon in the current home until it is told to end.
 
     Args:

@@ -50,7 +50,7 @@ class Log(logging.LoggerAdapter[logging.Logger]):
     def __init__(self, name: str) -> None:
         super().__init__(logging.getLogger(name), None)
 
-    def log(self, level: int, msg: object, /, *args: object, **kwargs: Any) -> None:  # type: ignore[override]
+    def log(self, level: int, msg: object, /, *args: object, **kwargs: Any) -> None:
         """As ``logging.Logger.log``; what that does not know is a fact."""
         if not self.isEnabledFor(level):
             return

@@ -16,7 +16,14 @@ PROMPT_LENGTHS = (1, 7, 300)
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), shell_complete=complete_model)
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Greedy tokens to compare.")
+@click.option(
+    "--tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="NUMBER",
+    help="Greedy tokens to compare.",
+)
 @click.option("--by-layer", is_flag=True, help="Compare layer by layer even if two models fit in memory.")
 @budget_option
 def verify(model: Path, tokens: int, by_layer: bool, budget: str | None) -> None:
