@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import psutil
 
 from expertd.protocol import PROTOCOL
-from expertd.protocol.config import read_config
 from expertd.protocol.connection import Connection, ask_any_version
 from expertd.protocol.errors import (
     DaemonAlreadyRunning,
@@ -84,6 +83,8 @@ def connect_or_start(
 def _start(
     home: Home, role: str, budget: str | None, announce: Callable[[str], None] | None, start_s: float
 ) -> tuple[Connection, bool]:
+    from expertd.protocol.config import read_config  # late, because a client whose daemon runs already needs none of it
+
     idle_exit_s = read_config(home, default_idle_exit_s=IDLE_EXIT_S).idle_exit.value
     process: subprocess.Popen[bytes] | None = None
     refusal: ProtocolMismatch | None = None

@@ -13,6 +13,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -48,8 +49,8 @@ STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
 RETRY_QUEUE_S, RETRY_S, RETRY_MEMORY_S = 1, 5, 10
 
-FACTS = "expertd.facts"
-"""In a request that asks for text: what the log will say of it."""
+FACTS: ContextVar[dict[str, object]] = ContextVar("facts")
+"""What the log will say of the request that is being answered; nothing, if it asks for no text."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -85,8 +86,8 @@ class Gateway:
     # -- routes --------------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        facts: dict[str, object] = {"model": self.name}
-        request[FACTS] = facts
+        facts = FACTS.get()
+        facts["model"] = self.name
         wanted = chat.parse(_decode(await request.read()))
         self._check_model(wanted.model)
         id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -116,22 +117,21 @@ class Gateway:
         )
         try:
             await response.prepare(request)
-            async for data in self._events(answer, event, id, created, include_usage, request[FACTS]):
+            async for data in self._events(answer, event, id, created, include_usage):
                 async with awake.timeout(self._stall_s):
                     await response.write(data)
         except ConnectionError:
-            request[FACTS]["ended"] = "the client left"
+            FACTS.get()["ended"] = "the client left"
         except TimeoutError:
-            request[FACTS]["ended"] = f"the client read nothing for {self._stall_s:.0f} s"
+            FACTS.get()["ended"] = f"the client read nothing for {self._stall_s:.0f} s"
             if request.transport is not None:
                 request.transport.abort()
         return response
 
     async def _events(
-        self, answer: Answer, event: Delta | Finished | None, id: str, created: int, include_usage: bool,
-        facts: dict[str, object],
-    ) -> AsyncIterator[bytes]:  # fmt: skip
-        """What a stream consists of; ``event`` is the first, received already.  What is worth a line goes to facts."""
+        self, answer: Answer, event: Delta | Finished | None, id: str, created: int, include_usage: bool
+    ) -> AsyncIterator[bytes]:
+        """What a stream consists of; ``event`` is the first, received already."""
         yield _event(chat.chunk(id, created, self.name, {"role": "assistant", "content": ""}))
         try:
             while not isinstance(event, Finished):
@@ -142,10 +142,10 @@ class Gateway:
                 event = await self._receive_in_time(answer)
         except ExpertdError as error:
             # The status is sent already: an event says that this is not an answer's end, and no [DONE] follows.
-            facts["error"] = error.code
+            FACTS.get()["error"] = error.code
             yield _event(error_body(error))
             return
-        facts |= _counts(event)
+        FACTS.get().update(_counts(event))
         yield _event(chat.chunk(id, created, self.name, {}, event.reason))
         if include_usage:
             yield _event(chat.usage_chunk(id, created, self.name, event))
@@ -189,16 +189,18 @@ class Gateway:
         self.busy.add(request.protocol)
         began = time.monotonic()
         status: int | None = None
+        facts: dict[str, object] = {}
+        FACTS.set(facts)
         try:
             response = await self._answer(request, handler)
             status = response.status
             return response
         except (ConnectionError, asyncio.CancelledError):
-            request.setdefault(FACTS, {})["ended"] = "the client left"
+            facts["ended"] = "the client left"
             raise
         finally:
             self.busy.discard(request.protocol)
-            if (facts := request.get(FACTS)) is not None:
+            if "model" in facts:
                 log.info("request finished", status=status, seconds=round(time.monotonic() - began, 2), **facts)
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -207,8 +209,7 @@ class Gateway:
             self._check_host(request.headers.get("Host", ""))
             return await handler(request)
         except ExpertdError as error:
-            if FACTS in request:
-                request[FACTS]["error"] = error.code
+            FACTS.get()["error"] = error.code
             return _error_response(error, self._retry_after_s(error))
         except web.HTTPNotFound:
             return _error_response(RouteNotFound(f"there is nothing at {request.path}; the API begins with /v1"))
