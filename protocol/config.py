@@ -326,7 +326,7 @@ class Config:
     ))  # fmt: skip
     log_level: Setting[str] = field(metadata=_key(
         _choice("level", LOG_LEVELS), "info", "What is written into the logs, and all that is worse.",
-        section="log", form="LEVEL", example='"info"', choices=LOG_LEVELS, variable="EXPERTD_LOG",
+        section="log", form="LEVEL", example='"info"', read=str.lower, choices=LOG_LEVELS, variable="EXPERTD_LOG",
     ))  # fmt: skip
     log_format: Setting[str] = field(metadata=_key(
         _choice("format", LOG_FORMATS), "text", "How a line of the logs is written.",

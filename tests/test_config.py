@@ -110,7 +110,7 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_file(
         ("serve_host", None, None, {"serve": {"host": "::1"}}, ("::1", FILE)),
         ("generate_max_tokens", None, "9", {}, (9, ENVIRONMENT)),
         ("generate_temperature", None, "0.5", {"generate": {"temperature": 1}}, (0.5, ENVIRONMENT)),
-        ("log_level", None, "debug", {"log": {"level": "error"}}, ("debug", ENVIRONMENT)),
+        ("log_level", None, "DEBUG", {"log": {"level": "error"}}, ("debug", ENVIRONMENT)),
         ("log_size", None, None, {"log": {"size": "1MiB"}}, (1 << 20, FILE)),
         ("log_count", None, "5", {}, (5, ENVIRONMENT)),
     ],
