@@ -50,7 +50,7 @@ class Log(logging.LoggerAdapter[logging.Logger]):
     def __init__(self, name: str) -> None:
         super().__init__(logging.getLogger(name), None)
 
-    def log(self, level: int, msg: object, /, *args: object, **kwargs: Any) -> None:
+    def log(self, level: int, msg: object, /, *args: object, **kwargs: Any) -> None:  # type: ignore[override]
         """As ``logging.Logger.log``; what that does not know is a fact."""
         if not self.isEnabledFor(level):
             return
@@ -184,7 +184,7 @@ class LogFile(RotatingFileHandler):
         return stream
 
     def _let_go(self) -> None:
-        stream, self.stream = self.stream, None  # type: ignore[assignment]
+        stream, self.stream = self.stream, None
         if stream is not None:
             with contextlib.suppress(OSError):  # what it still held is lost
                 stream.close()

@@ -49,7 +49,7 @@ STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
 RETRY_QUEUE_S, RETRY_S, RETRY_MEMORY_S = 1, 5, 10
 
-FACTS: ContextVar[dict[str, object]] = ContextVar("facts")
+FACTS: ContextVar[dict[str, Any]] = ContextVar("facts")
 """What the log will say of the request that is being answered; nothing, if it asks for no text."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -189,7 +189,7 @@ class Gateway:
         self.busy.add(request.protocol)
         began = time.monotonic()
         status: int | None = None
-        facts: dict[str, object] = {}
+        facts: dict[str, Any] = {}
         FACTS.set(facts)
         try:
             response = await self._answer(request, handler)
