@@ -356,9 +356,12 @@ def variable(key: str) -> str:
     return KEYS[key].variable
 
 
-def default_config() -> Config:
-    """The settings where nobody has said anything."""
-    return merge({}, {}, {}, Path())
+def config_without_file() -> Config:
+    """The settings of the environment, or the defaults if those cannot be used either: for what has to go on."""
+    try:
+        return merge({}, os.environ, {}, Path())
+    except ConfigInvalid:
+        return merge({}, {}, {}, Path())
 
 
 def read_config(home: Home, *, default_idle_exit_s: float | None = None, **flags: object) -> Config:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from expertd.protocol import logs
-from expertd.protocol.config import default_config, read_config
+from expertd.protocol.config import config_without_file, read_config
 from expertd.protocol.errors import ExpertdError, MessageInvalid
 from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.messages import (
@@ -88,7 +88,7 @@ def _set_up_log(home: Home) -> None:
     try:
         config = read_config(home)
     except ExpertdError as error:
-        config, problem = default_config(), error
+        config, problem = config_without_file(), error
     logs.set_up("worker", home.worker_log(os.getpid()), home, config)
     if problem is not None:
         log.warning("the settings cannot be used: %s", problem.message, code=problem.code)
