@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import os
 import secrets
 import signal
@@ -28,6 +27,7 @@ from expertd.daemon.blocks import OpenFiles
 from expertd.daemon.core import Core, events, instructions, warmth
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
+from expertd.daemon.diary import Diary
 from expertd.daemon.files import Read
 from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
@@ -59,6 +59,7 @@ from expertd.protocol.errors import (
     ProtocolMismatch,
     SessionUnknown,
 )
+from expertd.protocol.logs import Log
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
@@ -67,7 +68,7 @@ from expertd.protocol.segments import remove, segment_name
 from expertd.protocol.sizes import show_size
 from expertd.protocol.traces import trace_exists
 
-log = logging.getLogger("expertd.daemon")
+log = Log("expertd.daemon")
 
 
 SESSION_LIMIT = 128
@@ -83,6 +84,8 @@ class _Peer:
     """A session's lifeline, and where its messages come from and go to."""
 
     token: bytes
+    pid: int
+    mode: str
 
     @property
     def control(self) -> bytes:
@@ -144,8 +147,8 @@ class Server:
         self._ending = asyncio.Event()
         self._fault: BaseException | None = None  # an error in ourselves, which ends us
         self._began = time.monotonic()
-        self._frames_dropped = 0
-        self._drops_told = (0.0, 0)  # when the log last said how many
+        self._diary = Diary()
+        self._why_ended = ""
         self._attaching = 0  # sessions whose headers are being read
         self._frame_at: float | None = None  # when the frame came that is being handled
 
@@ -161,7 +164,7 @@ class Server:
         with owned(self._home):
             self._loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._ending.set)
+                self._loop.add_signal_handler(number, self._end_because, number.name)
             context = zmq.asyncio.Context()
             self._router = context.socket(zmq.ROUTER)
             self._router.setsockopt(zmq.LINGER, 500)
@@ -172,10 +175,8 @@ class Server:
             self._router.bind(f"ipc://{self._home.daemon_socket}")
             self._home.daemon_socket.chmod(0o600)
             remove(segment_name(self._home.root))
-            log.info(
-                "expertd daemon (process %d) is ready: budget %s, home %s",
-                os.getpid(), show_size(self._core.budget), self._home.root,
-            )  # fmt: skip
+            budget = show_size(self._core.budget)
+            log.info("the daemon is ready", version=package_version(), budget=budget, home=self._home.root)
             self._spawn(self._receive())
             self._spawn(self._watch_idle())
             self._spawn(self._watch_sessions())
@@ -202,7 +203,11 @@ class Server:
             files.close()
         for socket in (self._home.daemon_socket, self._home.lifeline_socket):
             socket.unlink(missing_ok=True)
-        log.info("expertd daemon (process %d) has ended", os.getpid())
+        log.info("the daemon has ended", why=self._why_ended, up_s=round(time.monotonic() - self._began))
+
+    def _end_because(self, why: str) -> None:
+        self._why_ended = self._why_ended or why
+        self._ending.set()
 
     # -- what comes in -------------------------------------------------------------------------------------------------
 
@@ -215,7 +220,7 @@ class Server:
                     raise MessageInvalid(f"a message of {len(frames)} frames came where one was expected")
                 self._take(identity, messages.decode(frames[0]))
             except MessageInvalid as error:
-                self._drop(error)
+                self._diary.dropped(error.message)
                 self._send(identity, messages.Error.of(error))
             except ExpertdError as error:
                 self._send(identity, messages.Error.of(error))
@@ -223,14 +228,6 @@ class Server:
                 self._frame_at = None
             if number % FAIR_FRAMES == 0:
                 await asyncio.sleep(0)  # awaiting a frame that is there already gives nobody else a turn
-
-    def _drop(self, error: MessageInvalid) -> None:
-        """Count a frame that is no message, and say so, but not once for each of a flood."""
-        self._frames_dropped += 1
-        told_at, told = self._drops_told
-        if time.monotonic() - told_at > 1.0:
-            log.warning("dropped %d frames; the last: %s", self._frames_dropped - told, error)
-            self._drops_told = time.monotonic(), self._frames_dropped
 
     def _check_sender(self, identity: bytes, session: int, sequence: int | None = None) -> bool:
         """Whether ``session`` is open, and what speaks for it is one of its own two sockets.
@@ -320,7 +317,7 @@ class Server:
                 if if_idle and (self._peers or self._attaching):
                     raise DaemonBusy(f"the daemon (process {os.getpid()}) is in use")
                 self._send(identity, messages.Stopping())
-                self._ending.set()
+                self._end_because("it was told to")
             case _:
                 self._take_session(identity, message)
 
@@ -331,7 +328,7 @@ class Server:
             raise BudgetTooSmall(
                 f"the models in use need at least {needed} bytes ({show_size(needed)}); give that much, or end them"
             )
-        log.info("the budget changes from %s to %s", show_size(before), show_size(budget))
+        log.info("budget changed", before=show_size(before), now=show_size(budget))
         self._memory.set_budget(budget, "the budget was changed")
         self._feed(events.BudgetChanged(self._memory.governor.limit, most=budget))
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
@@ -369,6 +366,7 @@ class Server:
 
     def _start_trace(self, identity: bytes, folder: Path) -> None:
         self._tracing.start(folder)
+        log.info("recording of routing began", folder=folder, sessions=len(self._peers))
         for model in self._core.models.values():
             for session in model.sessions:
                 self._trace(session, model)
@@ -386,7 +384,9 @@ class Server:
         deadline = time.monotonic() + TRACE_END_S
         while self._tracing.waiting and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        self._send(identity, self._tracing.report())
+        report = self._tracing.report()
+        log.info("recording of routing ended", files=len(report.ended), unfinished=len(report.unfinished))
+        self._send(identity, report)
 
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:
         if hello.protocol != PROTOCOL:
@@ -417,7 +417,7 @@ class Server:
             taken = MessageInvalid("an Attach came whose lifeline has a session already")
             self._send(identity, messages.Error.of(taken))
             return
-        self._peers[number] = _Peer(message.token)
+        self._peers[number] = _Peer(message.token, message.pid, message.mode)
         files = self._files.setdefault(message.manifest.key, OpenFiles(index))
         files.use(index.store)
         self._feed(events.Attach(number, message.pid, message.mode, message.manifest))
@@ -443,12 +443,12 @@ class Server:
 
     def _line_ended(self, session: int) -> None:
         """The lifeline of ``session`` reached its end of file: its process is gone, or let go."""
-        log.info("session %d has ended", session)
         self._end(session)
 
-    def _end(self, session: int) -> None:
+    def _end(self, session: int, why: str | None = None) -> None:
         peer = self._peers.pop(session, None)
         if peer is not None:
+            self._diary.session_ended(session, why)
             self._tracing.gone(session)
             self._waits.ended(session)
             self._lifelines.close_line(peer.token)
@@ -467,11 +467,12 @@ class Server:
                 self._events.popleft()
             for key in self._files.keys() - self._core.models.keys():
                 self._files.pop(key).close()
+            self._diary.models_kept(self._core.models.keys())
         except Exception as error:
             # What the core believes is no longer what is: end, so that nobody computes on it.
             log.critical("the daemon has an error in itself and ends", exc_info=True)
             self._fault = error
-            self._ending.set()
+            self._end_because("an error in itself")
             raise
 
     def _carry_out(self, what: instructions.Instruction) -> None:
@@ -515,6 +516,7 @@ class Server:
                     self._to_control(session, messages.Moved(session=session, pool=info_named))
             case instructions.Refuse(session, error, None):
                 self._to_control(session, messages.Error.of(error))
+                log.warning("session refused: %s", error.message, code=error.code)
                 self._end(session)
             case instructions.Refuse(session, error, sequence):
                 self._waits.answered(session, time.monotonic())
@@ -530,11 +532,7 @@ class Server:
 
         def done(size: int, error: ExpertdError | None) -> None:
             event: events.ReadDone | events.ReadFailed
-            if error is None:
-                event = events.ReadDone(segment, slot, size)
-            else:
-                log.warning("%s", error)
-                event = events.ReadFailed(segment, slot, error)
+            event = events.ReadDone(segment, slot, size) if error is None else events.ReadFailed(segment, slot, error)
             # The loop may be closed already when the daemon ends; then nobody waits for this read.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._filled, event, time.monotonic())
@@ -545,13 +543,16 @@ class Server:
         read = self._reads.pop((event.segment, event.slot), None)
         if read is not None:  # else it was copied
             self._waits.read_ended(read[0], at)
+        if isinstance(event, events.ReadFailed):
+            self._diary.read_failed(event.error.message)
         self._feed(event)
 
     def _grant(self, grant: instructions.Grant) -> None:
         pools = [self._hand_over(grant.session, info) for info in grant.pools]
-        if grant.session not in self._peers:
+        peer = self._peers.get(grant.session)
+        if peer is None:
             return
-        log.info("session %d: model %s", grant.session, self._core.models[grant.model].manifest.folder)
+        self._diary.session_opened(grant.session, peer.pid, peer.mode, self._core.models[grant.model])
         attached = messages.Attached(
             session=grant.session,
             model=grant.model,
@@ -576,8 +577,7 @@ class Server:
         try:
             self._lifelines.send_segment(peer.token, info.segment, pool.layout.size, pool.segment.readonly)
         except OSError as error:
-            log.warning("session %d took no segment (%s)", session, error)
-            self._end(session)
+            self._end(session, f"it took no segment ({error})")
             return None
         return msgspec.structs.replace(info, nonce=pool.nonce)
 
@@ -593,6 +593,7 @@ class Server:
             else:
                 self._pools[what.segment] = pool
                 self._large_pages.gather(what.segment, pool.segment.readonly, pool.layout.size)
+                self._diary.pool_created(what.segment, what.layout, what.generation, self._core.models.values())
                 event = events.PoolCreated(what.segment)
         self._feed(event)
 
@@ -618,14 +619,14 @@ class Server:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("the daemon has an error in itself and ends", exc_info=error)
             self._fault = error
-            self._ending.set()
+            self._end_because("an error in itself")
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def _status(self) -> messages.Status:
         now, folder = time.monotonic(), str(self._tracing.folder or "")
         waited, uptime_s = self._waits.all(now), now - self._began
-        dropped, ssd = self._frames_dropped, self._simulated_ssd
+        dropped, ssd = self._diary.drops.total, self._simulated_ssd
         packed = {key: files.packed for key, files in self._files.items()}
         reads = self._reader.devices()
         return daemon_status(
@@ -640,7 +641,7 @@ class Server:
             for session in ping:
                 self._to_control(session, messages.Ping(session=session))
             for session in silent:
-                log.warning("session %d does not answer and is left behind", session)
+                self._diary.session_left_behind(session)
                 self._feed(events.Silent(session))
 
     async def _watch_memory(self) -> None:
@@ -664,8 +665,7 @@ class Server:
             for key in self._idleness.unused(time.monotonic(), models):
                 self._feed(events.Unwanted(key))
             if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching)):
-                log.info("nobody was attached for %.0f s", self._idleness.exit_s)
-                self._ending.set()
+                self._end_because(f"nobody was attached for {self._idleness.exit_s:.0f} s")
 
 
 def _blocks(packed: bytes) -> tuple[Block, ...]:

@@ -72,7 +72,7 @@ def gateway_agent(home: Home, python: str, environment: Mapping[str, str], gatew
         description=f"expertd: OpenAI API over {', '.join(Path(model).name for model in gateway.models)}",
         arguments=(python, "-m", "expertd.clients.cli", "serve", *gateway.models, *options),
         environment=_kept(home, environment),
-        log=home.gateway_log,
+        log=home.service_gateway_log,
     )
 
 

@@ -67,6 +67,18 @@ The message is one sentence for the user: what happened, to what, and what to do
 
 from __future__ import annotations
 
+EXIT_STATUSES = {
+    0: "it did what it was asked to",
+    1: "it failed in another way than those below; the sentence says how",
+    2: "what it was given cannot be used: an argument, a setting, a size, a model's files, the home",
+    3: "no daemon runs in this home, it has gone, or it did not come up",
+    4: "there is not enough: memory, budget, sessions",
+    5: "somebody else has it: the home, the port, the packed store",
+    6: "the daemon is of another version",
+    130: "Ctrl-C",
+}
+"""What a command ends with, and what that means; each class below has one of them."""
+
 
 class ExpertdError(Exception):
     """Base of all errors.
@@ -212,7 +224,7 @@ class SizeInvalid(ExpertdError):
 
 
 class ConfigInvalid(ExpertdError):
-    """A daemon's settings cannot be used: ``config.toml``, a variable of the environment, or a flag."""
+    """A setting cannot be used: in ``config.toml``, a variable of the environment, or a flag."""
 
     code = "config_invalid"
     exit_status = 2

@@ -38,12 +38,12 @@ class Home:
 
     @property
     def log(self) -> Path:
-        """Folder of what daemons and workers say."""
+        """Folder of what daemons, gateways and workers write down (``protocol.logs``)."""
         return self.root / "log"
 
     @property
     def config(self) -> Path:
-        """The user's settings for daemons (``protocol.config``); it need not exist."""
+        """The user's settings (``protocol.config``); it need not exist."""
         return self.root / "config.toml"
 
     @property
@@ -74,9 +74,9 @@ class Home:
         return self.root / "packed"
 
     @property
-    def gateway_log(self) -> Path:
-        """What a gateway says that a service manager keeps."""
-        return self.log / "gateway.log"
+    def service_gateway_log(self) -> Path:
+        """The last words of a gateway that a service manager keeps."""
+        return self.log / "service-gateway.log"
 
     @property
     def service(self) -> Path:
@@ -101,8 +101,12 @@ class Home:
         """Where the workers of the gateway with that process id connect."""
         return self.run / f"gateway-{pid}.sock"
 
+    def gateway_log(self, pid: int) -> Path:
+        """Log of the gateway with that process id."""
+        return self.log / f"gateway-{pid}.log"
+
     def worker_log(self, pid: int) -> Path:
-        """Log of the worker that the gateway with that process id started."""
+        """Log of the worker with that process id."""
         return self.log / f"worker-{pid}.log"
 
     def check(self) -> None:

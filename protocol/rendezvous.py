@@ -17,7 +17,6 @@ from contextlib import contextmanager
 import psutil
 
 from expertd.protocol import PROTOCOL
-from expertd.protocol.config import read_config
 from expertd.protocol.connection import Connection, ask_any_version
 from expertd.protocol.errors import (
     DaemonAlreadyRunning,
@@ -89,6 +88,8 @@ def connect_or_start(
 def _start(
     home: Home, role: str, budget: str | None, announce: Callable[[str], None] | None, start_s: float
 ) -> tuple[Connection, bool]:
+    from expertd.protocol.config import read_config  # late, because a client whose daemon runs already needs none of it
+
     idle_exit_s = read_config(home, default_idle_exit_s=IDLE_EXIT_S).idle_exit.value
     process: subprocess.Popen[bytes] | None = None
     refusal: ProtocolMismatch | None = None
@@ -241,7 +242,7 @@ def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subproc
 def _last_words(home: Home, since: int) -> str:
     try:
         with home.daemon_log.open("rb") as log:
-            log.seek(since)
+            log.seek(since if since <= home.daemon_log.stat().st_size else 0)  # a new file may have begun meanwhile
             words = log.read().decode(errors="replace").strip().splitlines()
     except FileNotFoundError:
         words = []

@@ -107,7 +107,7 @@ def test_the_folders_can_be_set_by_a_variable(home: Home, user: Path, monkeypatc
     monkeypatch.setenv("EXPERTD_MODEL_FOLDERS", f"{user}/a:~/b")
     assert (find_model("One", home), find_model("Other", home)) == (one, other)
     monkeypatch.setenv("EXPERTD_MODEL_FOLDERS", "b")
-    with pytest.raises(ConfigInvalid, match=r"^EXPERTD_MODEL_FOLDERS: 'b' is a relative path"):
+    with pytest.raises(ConfigInvalid, match=r"^EXPERTD_MODEL_FOLDERS: 'b' is relative, but to what"):
         find_model("Other", home)
 
 

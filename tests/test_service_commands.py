@@ -172,7 +172,7 @@ def test_a_gateway_comes_and_goes_with_its_flag(service: Stage, checkpoints: dic
     model = checkpoints["stacked"]
     said = service.done("service", "install", "--gateway", str(model), "--port", "18089", "--host", "localhost")
     assert "the gateway answers at http://localhost:18089/v1 as soon as it has loaded stacked" in said
-    log = service.home.gateway_log
+    log = service.home.service_gateway_log
     wait_for(lambda: "expertd: serving stacked at http://localhost:18089/v1" in log.read_text())
     assert "started a daemon" not in log.read_text(), "it uses the service's"
     assert status(service)["gateway"] == {"models": [str(model)], "url": "http://localhost:18089/v1"}

@@ -53,7 +53,7 @@ def test_the_gateway_s_property_list_differs_in_what_it_runs() -> None:
     assert gateway["ProgramArguments"] == [
         PYTHON, "-m", "expertd.clients.cli", "serve", "/models/Qwen", "--host", "::1", "--port", "9000", "--service",
     ]  # fmt: skip
-    assert gateway["StandardErrorPath"] == gateway["StandardOutPath"] == "/Users/me/.expertd/log/gateway.log"
+    assert gateway["StandardErrorPath"] == gateway["StandardOutPath"] == "/Users/me/.expertd/log/service-gateway.log"
 
 
 @pytest.mark.parametrize("key", ["LowPriorityIO", "LowPriorityBackgroundIO", "Nice"])
@@ -124,7 +124,7 @@ def test_any_path_survives_both_forms(text: str) -> None:
     assert words == list(agent.arguments)
     (variable,) = shlex.split(lines["Environment"])
     assert variable.replace("%%", "%") == f"EXPERTD_HOME={home.root}"
-    assert lines["StandardError"].replace("%%", "%") == f"append:{home.gateway_log}"
+    assert lines["StandardError"].replace("%%", "%") == f"append:{home.service_gateway_log}"
 
 
 def test_an_interpreter_of_homebrew_is_named_by_the_link_that_stays() -> None:

@@ -11,7 +11,6 @@ pools, are *offered* by the control thread, and adopted under the forward lock b
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -35,6 +34,7 @@ from expertd.protocol.errors import (
     SessionUnknown,
     from_code,
 )
+from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.routing import pack
@@ -42,7 +42,7 @@ from expertd.worker.doorbell import Doorbell
 from expertd.worker.link import Link, MappedPool, Mode
 from expertd.worker.pressure import Gauge
 
-log = logging.getLogger("expertd.worker")
+log = Log("expertd.worker")
 
 RESEND_S = 5.0
 """An unanswered Fetch is sent again after so long: it is idempotent, and a ROUTER may drop an answer."""
@@ -125,6 +125,7 @@ class Session:
         self._left: deque[Link] = deque()  # nothing is looked up there any more; the control thread hangs up
         self._needed = False
         self._attempts = 0
+        self._refusals = Sparsely(10.0)
         self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
         self.news = 0
         self.to_record: tuple[int, str | None] = (0, None)
@@ -498,10 +499,10 @@ class Session:
                 self._attempts += 1
                 self._trouble = error if isinstance(error, ExpertdError) else DaemonLost(str(error))
                 self._exchange.notify_all()
-            if not isinstance(error, DaemonNotRunning):
-                log.warning("the model could not be attached again: %s", error)
+            if not isinstance(error, DaemonNotRunning) and self._refusals.add():
+                log.warning("the model could not be attached again: %s", error, attempts=self._attempts)
             return min(max(2 * pause_s, _RETRY_S[0]), _RETRY_S[1])
-        log.info("session %d goes on as session %d", self._link.number, link.number)
+        log.info("attached again", session=link.number, before=self._link.number, attempts=self._attempts + 1)
         with self._exchange:
             self.to_record = self.to_record[0] + 1, None  # it was the last daemon's wish
             if self._active is not self._link:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, find_or_pull
+from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
+from expertd.protocol.config import read_config
+from expertd.protocol.paths import Home
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.argument("prompt")
-@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@config_option("generate_max_tokens")
+@config_option("generate_temperature")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
 @budget_option
-def generate(model: str, prompt: str, max_tokens: int, temperature: float, raw: bool, budget: str | None) -> None:
+def generate(model: str, prompt: str, raw: bool, budget: str | None, **flags: Any) -> None:
     """Generate text from PROMPT ('-' reads it from standard input) with MODEL.
 
     MODEL is a checkpoint's folder, or the name of one, as an id of the hub ('expertd models' lists what is here).
     """
+    config = read_config(Home.current(), **flags)
+    max_tokens, temperature = config.generate_max_tokens.value, config.generate_temperature.value
     folder = find_or_pull(model)  # before mlx is imported, which takes a second
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_sampler

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from expertd.clients.cli.group import INTERRUPTED
+from expertd.clients.cli.parameters import complete_model
 from expertd.clients.cli.progress import Progress
 from expertd.protocol.errors import PackFailed, StoreInvalid
 from expertd.protocol.manifest import Manifest
@@ -23,14 +25,12 @@ from expertd.protocol.sizes import show_size
 if TYPE_CHECKING:
     from expertd.worker.manifest import LazyModel
 
-INTERRUPTED = 130
-
 Fill = Callable[[int, int, Sequence[memoryview]], None]
 """As in ``expertd.worker.store``."""
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
     help="Folder for the store; a link in the home leads to it.  [default: the folder 'packed' in the home]",

@@ -166,7 +166,7 @@ def logs(follow: bool, lines: int, gateway: bool) -> None:
     """Show the end of the daemon's log."""
     home = Home.current()
     home.check()
-    path = home.gateway_log if gateway else home.daemon_log
+    path = home.service_gateway_log if gateway else home.daemon_log
     if not path.exists() and not follow:
         name = "gateway" if gateway else "daemon"
         raise ServiceNotInstalled(f"there is no log of a {name} yet ({path}); it begins when one is started")

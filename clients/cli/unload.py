@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from expertd.clients.cli.parameters import complete_loaded
 from expertd.protocol.errors import CheckpointError, ModelNotLoaded
 from expertd.protocol.messages import Unload, Unloaded
 from expertd.protocol.model_names import find_model
@@ -15,7 +16,7 @@ from expertd.protocol.sizes import show_size
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_loaded)
 def unload(model: str) -> None:
     """Give back the memory of MODEL (its hub id, or the name or path of its folder), which nobody uses any more.
 

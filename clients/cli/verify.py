@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.model_names import find_model
 from expertd.protocol.sizes import show_size
@@ -15,8 +15,15 @@ PROMPT_LENGTHS = (1, 7, 300)
 
 
 @click.command()
-@click.argument("model")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Greedy tokens to compare.")
+@click.argument("model", shell_complete=complete_model)
+@click.option(
+    "--tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="NUMBER",
+    help="Greedy tokens to compare.",
+)
 @click.option("--by-layer", is_flag=True, help="Compare layer by layer even if two models fit in memory.")
 @budget_option
 def verify(model: str, tokens: int, by_layer: bool, budget: str | None) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,12 +34,13 @@ from expertd.protocol.errors import (
     RouteNotFound,
     WorkerUnavailable,
 )
+from expertd.protocol.logs import Log
 from expertd.protocol.messages import Delta, Finished
 from expertd.protocol.model_names import shown_name
 
 __all__ = ["BODY_LIMIT", "STALL_S", "Gateway", "error_body"]
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 BODY_LIMIT = 64 << 20
 """Longest HTTP body, in bytes; aiohttp's own limit of 1 MiB is less than an agent's prompt."""
@@ -48,6 +49,9 @@ KEEPALIVE_S = 10.0
 STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
 RETRY_QUEUE_S, RETRY_S, RETRY_MEMORY_S = 1, 5, 10
+
+FACTS: ContextVar[dict[str, Any]] = ContextVar("facts")
+"""What the log will say of the request that is being answered; nothing, if it asks for no text."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -86,6 +90,8 @@ class Gateway:
     # -- routes --------------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
+        facts = FACTS.get()
+        facts["model"] = self.name
         wanted = chat.parse(_decode(await request.read()))
         self._check_model(wanted.model)
         id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -96,6 +102,7 @@ class Gateway:
             while True:
                 event = await answer.receive(self._keepalive_s)
                 if isinstance(event, Finished):
+                    facts |= _counts(event)
                     return _json(chat.completion(id, created, self.name, "".join(texts), event))
                 if event is not None:
                     texts.append(event.text)
@@ -118,9 +125,9 @@ class Gateway:
                 async with awake.timeout(self._stall_s):
                     await response.write(data)
         except ConnectionError:
-            log.info("a client left a stream")
+            FACTS.get()["ended"] = "the client left"
         except TimeoutError:
-            log.info("a client did not read its stream for %.0f s", self._stall_s)
+            FACTS.get()["ended"] = f"the client read nothing for {self._stall_s:.0f} s"
             if request.transport is not None:
                 request.transport.abort()
         return response
@@ -139,8 +146,10 @@ class Gateway:
                 event = await self._receive_in_time(answer)
         except ExpertdError as error:
             # The status is sent already: an event says that this is not an answer's end, and no [DONE] follows.
+            FACTS.get()["error"] = error.code
             yield _event(error_body(error))
             return
+        FACTS.get().update(_counts(event))
         yield _event(chat.chunk(id, created, self.name, {}, event.reason))
         if include_usage:
             yield _event(chat.usage_chunk(id, created, self.name, event))
@@ -180,11 +189,31 @@ class Gateway:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Note who is busy, and write a line of each request that asks for text, however it ends."""
         self.busy.add(request.protocol)
+        began = time.monotonic()
+        status: int | None = None
+        facts: dict[str, Any] = {}
+        FACTS.set(facts)
+        try:
+            response = await self._answer(request, handler)
+            status = response.status
+            return response
+        except (ConnectionError, asyncio.CancelledError):
+            facts["ended"] = "the client left"
+            raise
+        finally:
+            self.busy.discard(request.protocol)
+            if "model" in facts:
+                log.info("request finished", status=status, seconds=round(time.monotonic() - began, 2), **facts)
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """What the route answers, or its error."""
         try:
             self._check_host(request.headers.get("Host", ""))
             return await handler(request)
         except ExpertdError as error:
+            FACTS.get()["error"] = error.code
             return _error_response(error, self._retry_after_s(error))
         except web.HTTPNotFound:
             return _error_response(RouteNotFound(f"there is nothing at {request.path}; the API begins with /v1"))
@@ -199,10 +228,8 @@ class Gateway:
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("a request failed", method=request.method, path=request.path)
             return _error_response(ExpertdError("the gateway failed; its log says where"))
-        finally:
-            self.busy.discard(request.protocol)
 
     def _retry_after_s(self, error: ExpertdError) -> float:
         if isinstance(error, QueueFull):
@@ -223,6 +250,15 @@ class Gateway:
 
     def _model_object(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self._created, "owned_by": "expertd"}
+
+
+def _counts(finished: Finished) -> dict[str, object]:
+    """What the log says of an answer: never a word of it."""
+    return {
+        "prompt_tokens": finished.prompt_tokens,
+        "tokens": finished.completion_tokens,
+        "reason": finished.reason,
+    }
 
 
 def error_body(error: ExpertdError) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from expertd.protocol.errors import (
     WorkerUnavailable,
     from_code,
 )
+from expertd.protocol.logs import Log
 from expertd.protocol.messages import (
     FRAME_LIMIT,
     Cancel,
@@ -47,7 +47,7 @@ from expertd.protocol.paths import Home
 
 __all__ = ["SILENCE_S", "Answer", "Worker"]
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 QUEUE_LIMIT = 64
 SILENCE_S = 300.0
@@ -344,7 +344,9 @@ class Worker:
         else:
             if self._ending.is_set():
                 self._ask_to_end()
+            log.info("worker started", model=self._model.name, worker=process.pid)
             status = await process.wait()
+            log.info("worker ended", model=self._model.name, worker=process.pid, status=status)
             if status >= 0 and not self._spoken.is_set():
                 # Its last words may still be on their way.
                 with contextlib.suppress(TimeoutError):
@@ -380,6 +382,8 @@ class Worker:
             self._first.set_result(message)
         elif not self._ending.is_set():
             log.warning("the worker is ready again (process %d)", message.pid)
+            return
+        log.info("worker ready", model=self._model.name, worker=message.pid)
 
     def _lose(self, why: str) -> None:
         """There is no worker any more to send to or to hear from."""
