@@ -254,9 +254,12 @@ def _cached(cls: type) -> type:
             try:
                 try:
                     events.begin_call()
+                    inputs = args[0] if args else kwargs.get("inputs")
                     if events.recorder is not None:
-                        events.recorder.begin(args[0] if args else kwargs.get("inputs"), _cache_of(args, kwargs))
+                        events.recorder.begin(inputs, _cache_of(args, kwargs))
                     out = cls.__call__(self, *args, **kwargs)
+                    if inputs is not None and inputs.ndim == 2:
+                        events.session.computed(*inputs.shape)
                     if events.recorder is not None:
                         events.recorder.end()
                     return out
