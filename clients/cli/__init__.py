@@ -16,7 +16,9 @@ from expertd.protocol.errors import ExpertdError
 COMMANDS = {
     "serve": "Serve a model over an OpenAI API.",
     "generate": "Generate text from a prompt.",
+    "chat": "Chat with a model.",
     "status": "Show what the daemon holds and how well it does.",
+    "top": "Show live what the daemon does.",
     "budget": "Show or change the memory that experts may take.",
     "config": "Show the settings that daemons start with.",
     "unload": "Give a model's memory back.",

@@ -43,10 +43,8 @@ def glance(found: Status, programs: Mapping[int, str], width: int, blocks: str =
 
 
 def bar(percent: float, width: int, blocks: str = BLOCKS) -> str:
-    """A bar of ``width`` characters.  It is full only at 100 %, and empty only at 0 %."""
-    full = min(width, max(0, round(width * percent / 100)))
-    if 0 < percent < 100:
-        full = min(width - 1, max(1, full))
+    """A bar of ``width`` characters; what is more than nothing fills one at least."""
+    full = min(width, max(1 if percent > 0 else 0, round(width * percent / 100)))
     return blocks[0] * full + blocks[1] * (width - full)
 
 
@@ -110,7 +108,7 @@ def _user(session: SessionStatus, programs: Mapping[int, str]) -> str:
     done = f", {tokens:,} tokens" if tokens else ""
     if session.left_behind:
         return f"{name}, does not answer"
-    return f"{name}{done}" + (", waits for the disk" if session.waiting else "")
+    return f"{name}{done}"
 
 
 def named(pid: int, programs: Mapping[int, str]) -> str:
