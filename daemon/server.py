@@ -43,8 +43,8 @@ from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
 from expertd.daemon.status import daemon_status
 from expertd.daemon.thermal import system_thermal
-from expertd.daemon.tracing import Tracing
 from expertd.daemon.tokens import TokenCounts
+from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waits
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version

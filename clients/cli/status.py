@@ -55,11 +55,8 @@ def status(verbose: bool, layers: bool, journal: bool, as_json: bool) -> None:
 
         click.echo(json.dumps(as_object(found), indent=2))
         return
-    if verbose or layers or journal:
-        lines = table(found, layers=layers, journal=journal)
-    else:
-        lines = screen(found)
-    for line in lines:
+    figures = verbose or layers or journal
+    for line in table(found, layers=layers, journal=journal) if figures else screen(found):
         click.echo(line)
 
 

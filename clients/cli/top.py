@@ -5,6 +5,7 @@ It asks for the status again and again, and shows what happened in between (``ex
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -197,7 +198,7 @@ def keys() -> Iterator[Wait]:
             if not sys.stdin.isatty():
                 time.sleep(left)
             elif select.select([sys.stdin], [], [], left)[0]:
-                key = sys.stdin.buffer.raw.read(1)  # type: ignore[attr-defined]
+                key = os.read(sys.stdin.fileno(), 1)
                 if key in (b"q", b"Q", b"\x04", b""):
                     return True
         return False

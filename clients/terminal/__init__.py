@@ -1,1 +1,1 @@
-"""What commands show in a terminal: the pure parts of ``status``, ``top`` and ``chat``, without any output of theirs."""
+"""What commands show in a terminal: the parts of ``status``, ``top`` and ``chat`` that print nothing."""

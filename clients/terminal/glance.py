@@ -28,13 +28,13 @@ def glance(found: Status, programs: Mapping[int, str], width: int, blocks: str =
         programs: names by process ids, as far as they are known.
         blocks: the characters of the full and the empty part of a bar.
     """
-    troubles = [line for trouble in _troubles(found, programs) for line in _wrapped(f"! {trouble}", width, indent=2)]
+    troubles = [line for trouble in _troubles(found, programs) for line in wrapped(f"! {trouble}", width, indent=2)]
     up = duration(found.daemon.uptime_s)
     state = f"expertd has been running for {up}; " + ("it needs a look:" if troubles else "all is well.")
     held = 100 * found.used_bytes / max(1, found.budget_bytes)
     used = f"{show_size(found.used_bytes)} of {show_size(found.budget_bytes)} that it may take"
     lines = [state, *troubles, "", _row("memory", bar(held, _bar_width(width), blocks), used)]
-    lines += [f"{'':{LABEL}}{line}" for note in _notes(found) for line in _wrapped(note, width - LABEL)]
+    lines += [f"{'':{LABEL}}{line}" for note in _notes(found) for line in wrapped(note, width - LABEL)]
     for model in found.models:
         lines += ["", *_model(model, programs, width, blocks)]
     if not found.models:
@@ -79,7 +79,8 @@ def _model(model: ModelStatus, programs: Mapping[int, str], width: int, blocks: 
     resident = 100 * model.resident_blocks / max(1, model.blocks)
     hits = 100 * model.hits / max(1, looked)
     long = _bar_width(width)
-    there = f"{percent(model.resident_blocks, model.blocks)} of its experts are in memory, {show_size(model.pool_bytes)}"
+    held = percent(model.resident_blocks, model.blocks)
+    there = f"{held} of its experts are in memory, {show_size(model.pool_bytes)}"
     found = f"{percent(model.hits, looked)} were there when they were needed" if looked else "not used yet"
     folder = Path(model.path)
     where = _shortened(f"  {folder.parent}/", width - len(folder.name))
@@ -148,7 +149,7 @@ def _notes(found: Status) -> list[str]:
     return notes
 
 
-def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
+def wrapped(text: str, width: int, indent: int = 0) -> list[str]:
     """``text`` in lines of at most ``width``; a longer word stays whole.  Later lines are indented."""
     lines = [""]
     for word in text.split(" "):

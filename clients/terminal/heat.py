@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 PLAIN_LEVELS = " .:-=+*#%"
@@ -22,7 +23,7 @@ def fit(values: Sequence[float], width: int) -> list[float]:
         columns = min(WIDEST, width // len(values))
         return [value for value in values for _ in range(columns)]
     edges = [place * len(values) // width for place in range(width + 1)]
-    return [max(values[low:high]) for low, high in zip(edges, edges[1:], strict=False)]
+    return [max(values[low:high]) for low, high in pairwise(edges)]
 
 
 def levels(values: Sequence[float], top: float, levels: str = LEVELS) -> str:
