@@ -6,13 +6,13 @@ is one turn, they go to standard error.
 
 from __future__ import annotations
 
-import logging
+import io
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class _Talk:
         else:
             self.said.take_back()
         told = self._status.after()
-        return "; ".join([*_speed(last), *told, self._length(), *_ended(last, stop.wanted, self._max_tokens)])
+        return "; ".join([*_ended(last, stop.wanted, self._max_tokens), *_speed(last), *told, self._length()])
 
     def _length(self) -> str:
         return f"chat {len(self._turns.cached):,} tokens ({self._turns.computed:,} new)"
@@ -235,8 +235,9 @@ def _at_terminal(talk: _Talk) -> None:
 
 def _turn(talk: _Talk, text: str) -> None:
     """One question and its answer on the terminal; whatever happens, the chat goes on."""
+    heard = io.StringIO()  # what the worker tells on standard error would stand in the middle of the answer
     try:
-        with _later() as heard:
+        with redirect_stderr(heard):
             figures = talk.answer(text, _show)
     except ExpertdError as error:
         click.echo()
@@ -248,7 +249,7 @@ def _turn(talk: _Talk, text: str) -> None:
         click.secho("Stopped; the chat is as it was before your message.", dim=True)
         return
     click.echo()
-    for sentence in [*heard, figures]:
+    for sentence in [*heard.getvalue().splitlines(), figures]:
         for line in wrapped(sentence, shutil.get_terminal_size().columns):
             click.secho(line, dim=True)
     click.echo()
@@ -257,23 +258,6 @@ def _turn(talk: _Talk, text: str) -> None:
 def _show(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-@contextmanager
-def _later() -> Iterator[list[str]]:
-    """Warnings of the worker are kept for after the answer, in which nobody could read them."""
-    heard: list[str] = []
-
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
-
-    handler, log = Kept(logging.WARNING), logging.getLogger("expertd")
-    log.addHandler(handler)
-    try:
-        yield heard
-    finally:
-        log.removeHandler(handler)
 
 
 def _obey(talk: _Talk, command: Command) -> bool:
