@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,16 @@ from expertd.clients.terminal.conversation import (
 )
 from expertd.protocol.errors import PromptTooLong, RequestInvalid
 from expertd.protocol.paths import Home
-from expertd.protocol.rendezvous import stop_daemon
-from expertd.worker.load import session_of
 from expertd.worker.manifest import load_lazily
 from expertd.worker.template import encode_chat
 from expertd.worker.turns import Reuse, Turns, reuse
-from tests.conftest import DEADLINE_S, StartDaemon
-from tests.terminal import CTRL_C, CTRL_D, DEMO, Terminal
+from tests.conftest import StartDaemon
 from tools.factory import write_checkpoint
 from tools.stage import ask_status, budget_for
+from tools.terminal import CTRL_C, CTRL_D, Terminal
 
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "models" / "demo"
 QUESTIONS = ["What does os.path.join do?", "And what is the module socket for?", "Write the function clamp."]
 ENDLESS = "Write a function for me"
 """A question that the demo model answers without end."""
@@ -410,9 +409,9 @@ def test_a_chat_goes_on_when_its_daemon_is_killed(own_home: Home, plain: Any) ->
         os.kill(daemon, signal.SIGKILL)
         shown = terminal.expect("cut off by --max-tokens; ")
         assert f"\n{expected(plain, [ENDLESS], tokens=120)}\n" in shown
-        told = shown.splitlines()[-2:]
-        assert told[0] == f"the daemon of {own_home.root} has ended; the model waits for its return"
-        assert told[1].startswith("expertd: started a daemon (process ")
+        told = " ".join(shown.splitlines()[-4:])
+        assert f"the daemon of {own_home.root} has ended; the model waits for its return" in told
+        assert "expertd: started a daemon (process " in told
         since = len(terminal.text)
         terminal.send("/reset\n")
         terminal.send(f"{QUESTIONS[0]}\n")

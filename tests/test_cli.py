@@ -261,7 +261,8 @@ def test_daemon_run_serves_until_it_is_stopped(home: Home) -> None:
 
 def test_every_command_explains_itself() -> None:
     listed = expertd("--help").stdout
-    for command in ("serve", "generate", "chat", "status", "top", "budget", "config", "pack", "daemon", "verify", "worker"):
+    commands = "serve", "generate", "chat", "status", "top", "budget", "config", "pack", "daemon", "verify", "worker"
+    for command in commands:
         assert f"\n  {command} " in listed
         done = expertd(command, "--help")
         assert done.returncode == 0

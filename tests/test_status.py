@@ -20,8 +20,9 @@ from expertd.protocol import PROTOCOL
 from expertd.protocol.messages import DaemonStatus, ModelStatus, SessionStatus, Status
 from tests.conftest import StartDaemon
 from tests.programs import Program
-from tests.terminal import DEMO
 
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "models" / "demo"
 NOT_IMPORTED = (
     "mlx", "mlx_lm", "numpy", "aiohttp", "asyncio", "rich", "psutil", "subprocess", "importlib.metadata", "hashlib",
     "expertd.worker", "expertd.daemon", "expertd.clients.gateway", "expertd.protocol.config",

@@ -24,10 +24,12 @@ from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
 from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 from tests.programs import Program
-from tests.terminal import CONTROL, CTRL_C, DEMO, ROOT, Terminal
 from tests.test_status import model, session, status
 from tools.stage import ask_status, budget_for
+from tools.terminal import CONTROL, CTRL_C, Terminal
 
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "models" / "demo"
 NAMES = {41: "expertd serve", 42: "notes.py"}
 
 
@@ -118,7 +120,7 @@ def test_a_window_looks_back_one_look_at_least() -> None:
 
 def test_a_strip_repeats_few_layers_and_shows_the_hottest_of_many() -> None:
     assert fit([1, 2, 3], 7) == [1, 1, 2, 2, 3, 3]
-    assert fit([1, 2], 100) == [1] * 8 + [2] * 8
+    assert fit([1, 2], 100) == [1] * 16 + [2] * 16
     assert fit([1, 9, 2, 3], 2) == [9, 3]
     assert [len(fit([1.0] * layers, 46)) for layers in (46, 47, 94, 1000)] == [46] * 4
     assert fit([], 10) == fit([1], 0) == []
@@ -132,16 +134,15 @@ def test_a_level_is_nothing_only_for_nothing() -> None:
 
 
 def drawn(found: Status, shown: Rates | None, width: int, marks: str = LEVELS) -> list[str]:
-    console = Console(width=width, highlight=False, color_system=None, record=True, file=Path(os.devnull).open("w"))
+    console = Console(width=width, highlight=False, color_system=None)
     with console.capture() as capture:
         console.print(frame(found, shown, NAMES, width, marks))
-    console.file.close()
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def test_a_frame_in_80_columns() -> None:
     before, after = two_looks()
-    strip = "████████" + " " * 8
+    strip = "█" * 16 + " " * 16
     assert drawn(after, rates(before, after), 80) == [
         "expertd top   process 1, up 1 min 50 s                             the last 10 s",
         "",
@@ -151,7 +152,7 @@ def test_a_frame_in_80_columns() -> None:
         "Qwen3-30B-A3B-4bit   40.0 % of its experts in memory, 6.5 GB",
         f"  misses  {strip}  most 25 %, layer 0",
         f"  reads   {strip}  most 2.0 MB/s, layer 0",
-        "  layer   0              1",
+        "  layer   0                              1",
         "  program         process  tokens/s  prompt tokens/s  waiting",
         "  expertd serve        41      30.0                0     40 %",
         "  notes.py             42       0.0                5      0 %",

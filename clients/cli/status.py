@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import click
 
@@ -63,7 +64,8 @@ def status(verbose: bool, layers: bool, journal: bool, as_json: bool) -> None:
 def screen(found: Status) -> list[str]:
     """The state at a glance, for this terminal."""
     pids = [session.pid for model in found.models for session in model.sessions]
-    return glance(found, programs(pids), shutil.get_terminal_size().columns, blocks())
+    columns = shutil.get_terminal_size().columns
+    return glance(found, programs(pids), columns, blocks(), str(Path.home()))
 
 
 def blocks() -> str:

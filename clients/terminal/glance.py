@@ -21,12 +21,15 @@ PLAIN_BLOCKS = "#."
 """For a terminal that has no others."""
 
 
-def glance(found: Status, programs: Mapping[int, str], width: int, blocks: str = BLOCKS) -> list[str]:
+def glance(
+    found: Status, programs: Mapping[int, str], width: int, blocks: str = BLOCKS, user_home: str = ""
+) -> list[str]:
     """The lines for a terminal of ``width`` columns.
 
     Args:
         programs: names by process ids, as far as they are known.
         blocks: the characters of the full and the empty part of a bar.
+        user_home: the user's own folder, which is shown as ``~``.
     """
     troubles = [line for trouble in _troubles(found, programs) for line in wrapped(f"! {trouble}", width, indent=2)]
     up = duration(found.daemon.uptime_s)
@@ -36,7 +39,7 @@ def glance(found: Status, programs: Mapping[int, str], width: int, blocks: str =
     lines = [state, *troubles, "", _row("memory", bar(held, _bar_width(width), blocks), used)]
     lines += [f"{'':{LABEL}}{line}" for note in _notes(found) for line in wrapped(note, width - LABEL)]
     for model in found.models:
-        lines += ["", *_model(model, programs, width, blocks)]
+        lines += ["", *_model(model, programs, width, blocks, user_home)]
     if not found.models:
         lines += ["", "No model has been used yet.  Try: expertd chat MODEL"]
     return [*lines, "", "More: expertd status --verbose    Live: expertd top"]
@@ -74,7 +77,9 @@ def _row(label: str, *parts: str) -> str:
     return f"{label:{LABEL}}{'  '.join(parts)}"
 
 
-def _model(model: ModelStatus, programs: Mapping[int, str], width: int, blocks: str) -> list[str]:
+def _model(
+    model: ModelStatus, programs: Mapping[int, str], width: int, blocks: str, user_home: str
+) -> list[str]:
     looked = model.hits + model.misses
     resident = 100 * model.resident_blocks / max(1, model.blocks)
     hits = 100 * model.hits / max(1, looked)
@@ -83,7 +88,10 @@ def _model(model: ModelStatus, programs: Mapping[int, str], width: int, blocks: 
     there = f"{held} of its experts are in memory, {show_size(model.pool_bytes)}"
     found = f"{percent(model.hits, looked)} were there when they were needed" if looked else "not used yet"
     folder = Path(model.path)
-    where = _shortened(f"  {folder.parent}/", width - len(folder.name))
+    parent = f"{folder.parent}/"
+    if user_home and parent.startswith(f"{user_home}/"):
+        parent = f"~{parent.removeprefix(user_home)}"
+    where = _shortened(f"  {parent}", width - len(folder.name))
     return [
         folder.name + where,
         _row("  held", bar(resident, long, blocks), there),

@@ -8,7 +8,7 @@ from itertools import pairwise
 LEVELS = " ▁▂▃▄▅▆▇█"
 PLAIN_LEVELS = " .:-=+*#%"
 """For a terminal that has no others."""
-WIDEST = 8
+WIDEST = 16
 """Columns that one layer takes at most."""
 
 

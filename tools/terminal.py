@@ -1,4 +1,4 @@
-"""A program in a pseudo-terminal of so many columns, as a user has it: keys in, what it shows out."""
+"""``expertd`` in a pseudo-terminal of so many columns, as a user has it: keys in, what it shows out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import struct
 import sys
 import termios
 import time
-from pathlib import Path
-
-from tests.conftest import DEADLINE_S
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[()][0-9A-Za-z]|\x1b[=>]|\r")
+WAIT_S = 60.0
+"""How long anything is waited for."""
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
@@ -65,7 +64,7 @@ class Terminal:
 
     def expect(self, text: str, since: int = 0) -> str:
         """Wait until ``text`` is shown; returns what was shown before it, from the place ``since`` in ``text``."""
-        deadline = time.monotonic() + 3 * DEADLINE_S
+        deadline = time.monotonic() + WAIT_S
         while text not in self.text[since:]:
             assert time.monotonic() < deadline, f"{text!r} was not shown: {self.text[since:]!r}"
             self._read()
@@ -73,7 +72,7 @@ class Terminal:
 
     def ended(self) -> int:
         """Wait for its end; its exit status."""
-        deadline = time.monotonic() + 3 * DEADLINE_S
+        deadline = time.monotonic() + WAIT_S
         while self.status is None:
             assert time.monotonic() < deadline, f"it does not end: {self.text!r}"
             self._read()
@@ -101,6 +100,3 @@ for number in (0, 1, 2):
 os.close(place)
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "models" / "demo"
