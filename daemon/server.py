@@ -251,7 +251,7 @@ class Server:
             case messages.Fetch(session=session, sequence=sequence, segment=segment, layer=layer):
                 if self._check_sender(identity, session, sequence):
                     experts, routing = tuple(message.experts), tuple(unpack(message.routing))
-                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
+                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens, sequence)
                     self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
                     fetch = events.Fetch(
                         session, sequence, segment, layer, experts, routing,

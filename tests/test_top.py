@@ -194,6 +194,15 @@ def test_plain_strips_are_ascii() -> None:
 # -- what sessions tell ------------------------------------------------------------------------------------------------
 
 
+def test_the_tokens_of_a_fetch_that_is_repeated_count_once() -> None:
+    counts = TokenCounts()
+    for sequence in (1, 1, 2, 1):
+        counts.reported(1, 5, 0, sequence)
+    counts.reported(1, 1, 0)
+    counts.reported(2, 5, 0, 1)
+    assert counts.all() == {1: Tokens(11, 0), 2: Tokens(5, 0)}
+
+
 def test_tokens_add_up_until_their_session_ends() -> None:
     counts = TokenCounts()
     counts.reported(1, 5, 30)
