@@ -385,7 +385,7 @@ def test_a_chat_in_a_terminal(columns: int, partial: subprocess.Popen[bytes], pl
 
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(partial: subprocess.Popen[bytes]) -> None:
-    with Terminal("chat", str(DEMO), "--max-tokens", "4000") as terminal:
+    with Terminal("chat", str(DEMO), "--max-tokens", "100") as terminal:
         terminal.expect(">>> ")
         terminal.send(f"{ENDLESS}\n")
         terminal.expect("fromisoformat")
