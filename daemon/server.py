@@ -43,6 +43,7 @@ from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
 from expertd.daemon.status import daemon_status
 from expertd.daemon.thermal import system_thermal
+from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waits
 from expertd.protocol import PROTOCOL, messages
@@ -137,6 +138,7 @@ class Server:
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
         self._waits = Waits()
+        self._tokens = TokenCounts()
         self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
         self._peers: dict[int, _Peer] = {}
@@ -252,6 +254,7 @@ class Server:
             case messages.Fetch(session=session, sequence=sequence, segment=segment, layer=layer):
                 if self._check_sender(identity, session, sequence):
                     experts, routing = tuple(message.experts), tuple(unpack(message.routing))
+                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens, sequence)
                     self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
                     fetch = events.Fetch(
                         session, sequence, segment, layer, experts, routing,
@@ -269,10 +272,12 @@ class Server:
             case messages.Ack(session=session):
                 if self._check_sender(identity, session):
                     routing = tuple(unpack(message.routing))
+                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
                     self._feed(events.Ack(session, message.version, message.sequence, routing))
             case messages.RoutingLog(session=session):
                 if self._check_sender(identity, session):
                     self._feed(events.Routed(session, tuple(unpack(message.routing))))
+                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
             case messages.Released(session=session, segment=segment):
                 if self._check_sender(identity, session):
                     self._feed(events.Released(session, segment))
@@ -451,6 +456,7 @@ class Server:
             self._diary.session_ended(session, why)
             self._tracing.gone(session)
             self._waits.ended(session)
+            self._tokens.ended(session)
             self._lifelines.close_line(peer.token)
             self._feed(events.Ended(session))
 
@@ -630,8 +636,9 @@ class Server:
         packed = {key: files.packed for key, files in self._files.items()}
         reads = self._reader.devices()
         return daemon_status(
-            self._home, self._core, self._memory, waited, uptime_s, folder, dropped, ssd, reads, packed
-        )
+            self._home, self._core, self._memory, waited, self._tokens.all(), uptime_s, folder, dropped, ssd, reads,
+            packed,
+        )  # fmt: skip
 
     async def _watch_sessions(self) -> None:
         """Ping those of whom something is expected; tell the core of those who have gone silent."""

@@ -7,7 +7,6 @@ model family, which expert) is no business of this module: see ``expertd.worker.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -161,6 +160,8 @@ def _parse(path: Path, file: BinaryIO) -> Header:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise HeaderInvalid(f"{path} has a header that is not safetensors ({error})") from error
     _check(path, tensors, data, status.st_size)
+    import hashlib  # late: see ``Manifest.key``
+
     digest = hashlib.sha256(raw).hexdigest()
     mark = FileMark(path.name, status.st_size, status.st_mtime_ns, status.st_ino, digest)
     return Header(path, mark, tensors)

@@ -200,7 +200,8 @@ def _shown_number(value: Any) -> str:
 
 def _shown_folders(value: Any) -> str:
     home = Path.home()
-    return ", ".join(f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path) for path in value) or "none"
+    shown = [f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path) for path in value]
+    return ", ".join(shown) or "none"
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

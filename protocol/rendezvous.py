@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import psutil
+from typing import TYPE_CHECKING
 
 from expertd.protocol import PROTOCOL
 from expertd.protocol.connection import Connection, ask_any_version
@@ -30,6 +28,11 @@ from expertd.protocol.messages import Stop, Stopping
 from expertd.protocol.paths import Home
 from expertd.protocol.quick_deaths import why_refused
 from expertd.protocol.service import Service, ask_to_start, read_service
+
+if TYPE_CHECKING:
+    import subprocess
+
+    import psutil
 
 IDLE_EXIT_S = 900
 """An on-demand daemon ends by itself after so many seconds without a session, if its user has set nothing else."""
@@ -88,7 +91,7 @@ def connect_or_start(
 def _start(
     home: Home, role: str, budget: str | None, announce: Callable[[str], None] | None, start_s: float
 ) -> tuple[Connection, bool]:
-    from expertd.protocol.config import read_config  # late, because a client whose daemon runs already needs none of it
+    from expertd.protocol.config import read_config  # late, as below: who asks a daemon that runs needs none of it
 
     idle_exit_s = read_config(home, default_idle_exit_s=IDLE_EXIT_S).idle_exit.value
     process: subprocess.Popen[bytes] | None = None
@@ -218,6 +221,8 @@ def _after(idle_exit_s: float | None) -> str:
 
 
 def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subprocess.Popen[bytes]:
+    import subprocess
+
     command = [sys.executable, "-m", "expertd.daemon"]  # it reads the other settings itself
     if idle_exit_s is not None:
         command += ["--idle-exit", str(idle_exit_s)]
@@ -269,9 +274,7 @@ def stop_daemon(home: Home, role: str, *, if_idle: bool = False, timeout_s: floa
         if owner is None:
             raise
         pid = owner.pid
-        try:
-            owner.terminate()
-        except psutil.NoSuchProcess:
+        if not _terminate(owner):
             return pid
     deadline = time.monotonic() + timeout_s
     while _runs(pid):
@@ -313,6 +316,8 @@ def _owner(home: Home) -> psutil.Process | None:
     pid = lock_holder(home)
     if not pid:
         return None
+    import psutil
+
     lock = str(home.daemon_lock.resolve())
     try:
         owner = psutil.Process(pid)
@@ -321,8 +326,21 @@ def _owner(home: Home) -> psutil.Process | None:
         return None
 
 
+def _terminate(owner: psutil.Process) -> bool:
+    """Send SIGTERM; whether there was a process to send it to."""
+    import psutil
+
+    try:
+        owner.terminate()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
 def _runs(pid: int) -> bool:
     """Whether the process runs; one that has ended and was not waited for by its parent does not."""
+    import psutil
+
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

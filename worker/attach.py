@@ -81,6 +81,7 @@ class Session:
         leases_only: until the next ``fetch`` nothing may be looked up, and nothing read but what the last one gave.
         routing: what routers chose, ``(layer, experts)``, and no message has told yet.  The owner appends events that
             were all hits; the others ride in their Fetch.
+        decode_tokens, prompt_tokens: what was computed and no message has told yet; the owner counts with ``computed``.
         news: grows when pools are offered or have become complete, or ``to_record`` changes.
         to_record: the number of the daemon's last wish to have this session's routing recorded, and the file; None for
             none.
@@ -114,6 +115,7 @@ class Session:
         self.leases_only = False
         self.asked = self.acked = 0
         self.routing: list[tuple[int, Sequence[int]]] = []
+        self.decode_tokens = self.prompt_tokens = 0
         self._forwards = 0
         self._missed_in = 0  # the number of the last forward in which something was fetched
         self._frames_before = 0
@@ -206,6 +208,18 @@ class Session:
             if self.asked == self.acked or not self._forward.acquire(blocking=False):
                 return
 
+    def computed(self, sequences: int, length: int) -> None:
+        """The forward that ends has computed ``length`` tokens of each of so many sequences."""
+        if length == 1:
+            self.decode_tokens += sequences
+        else:
+            self.prompt_tokens += sequences * length
+
+    def report(self) -> None:
+        """Tell the daemon what was routed and computed until now (between two forwards)."""
+        with self.between_forwards():
+            self._report(self._link.data)
+
     @contextlib.contextmanager
     def between_forwards(self) -> Iterator[None]:
         """No forward runs in the block.
@@ -261,6 +275,7 @@ class Session:
         self.acked = self.asked  # a Fetch acks everything that was told
         link.sequence += 1
         self._missed_in = self._forwards
+        decode_tokens, prompt_tokens = self._take_tokens()
         request = messages.Fetch(
             session=link.number,
             sequence=link.sequence,
@@ -270,6 +285,8 @@ class Session:
             routing=self._take_routing(),
             then=list(then),
             leases_only=leases_only,
+            decode_tokens=decode_tokens,
+            prompt_tokens=prompt_tokens,
         )
         self._unanswered, self.leases_only = request, leases_only
         began = time.monotonic()
@@ -409,19 +426,31 @@ class Session:
         taken, self.routing = self.routing, []
         return b"".join(pack(layer, experts) for layer, experts in taken)
 
+    def _take_tokens(self) -> tuple[int, int]:
+        taken, self.decode_tokens, self.prompt_tokens = (self.decode_tokens, self.prompt_tokens), 0, 0
+        return taken
+
     def _report(self, over: Connection) -> None:
         """Send the routing log; without a daemon it is lost, which costs only statistics."""
-        routing = self._take_routing()
+        routing, (decode, prompt) = self._take_routing(), self._take_tokens()
         if not self._link.lost:
-            over.send(messages.RoutingLog(session=self._link.number, routing=routing))
+            number = self._link.number
+            over.send(
+                messages.RoutingLog(session=number, routing=routing, decode_tokens=decode, prompt_tokens=prompt)
+            )
 
     def _send_ack(self, over: Connection) -> None:
         """Ack everything that was told over the present link; the caller holds the forward lock."""
         asked, link = self.asked, self._link
         version = max(link.told_by_request, link.told_by_answer)
-        routing = self._take_routing()
+        routing, (decode, prompt) = self._take_routing(), self._take_tokens()
         if not link.lost:
-            over.send(messages.Ack(session=link.number, version=version, sequence=link.sequence, routing=routing))
+            over.send(
+                messages.Ack(
+                    session=link.number, version=version, sequence=link.sequence, routing=routing,
+                    decode_tokens=decode, prompt_tokens=prompt,
+                )
+            )  # fmt: skip
         self.acked = asked
 
     def _give_up(self, link: Link) -> None:
@@ -589,7 +618,7 @@ class Session:
         """No forward ran for a while: report what was routed, and adopt news, so that old pools can be given back."""
         if self._forward.acquire(blocking=False):
             try:
-                if self.routing:
+                if self.routing or self.decode_tokens or self.prompt_tokens:
                     self._report(self._link.control)
                 if self._settled and self._closed is None:
                     self.on_idle()

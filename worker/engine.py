@@ -18,12 +18,13 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from expertd.protocol.errors import ExpertdError, MemoryPressure, MessageInvalid, PromptTooLong, RequestInvalid
+from expertd.protocol.errors import ExpertdError, MemoryPressure, MessageInvalid, PromptTooLong
 from expertd.protocol.messages import Delta, Finished, Generate, Refused
 from expertd.worker.kv_memory import CacheMemory, Growth
 from expertd.worker.pressure import Buffers, Gauge
 from expertd.worker.sequential import SequentialGenerator
 from expertd.worker.stops import StopText
+from expertd.worker.template import encode_chat
 from expertd.worker.wired import WiredLimit
 
 __all__ = ["Engine", "Event", "context_length"]
@@ -209,7 +210,7 @@ class Engine:
             self._wired.hold()
 
     def _prepare(self, message: Generate) -> _Request:
-        prompt = self._encode(message.messages)
+        prompt = encode_chat(self._tokenizer, message.messages)
         room = self.context - len(prompt)
         if message.max_tokens is not None and message.max_tokens > room > 0:
             raise PromptTooLong(
@@ -232,20 +233,6 @@ class Engine:
             stops=StopText(message.stop),
             detokenizer=self._tokenizer.detokenizer,
         )
-
-    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        if not self._tokenizer.has_chat_template:
-            raise RequestInvalid("the model's tokenizer has no chat template, so it takes no chat messages")
-        try:
-            prompt = list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        except Exception as error:
-            # A template is a program of the model's author: it may raise anything, about what the messages contain.
-            raise RequestInvalid(
-                f"the model's chat template refused the messages ({error})", param="messages"
-            ) from error
-        if not prompt:
-            raise RequestInvalid("the model's chat template made no tokens of the messages", param="messages")
-        return prompt
 
     def _admit(self) -> list[Event]:
         """Hand waiting requests to the generator, no more than its next step computes, so that only those can fail.

@@ -267,6 +267,8 @@ def _cached(cls: type) -> type:
                     if events.recorder is not None:
                         events.recorder.begin(inputs, _cache_of(args, kwargs))
                     out = cls.__call__(self, *args, **kwargs)
+                    if inputs is not None and inputs.ndim == 2:
+                        events.session.computed(*inputs.shape)
                     if events.recorder is not None:
                         events.recorder.end()
                     return out

@@ -14,7 +14,9 @@ from expertd.clients.cli.group import Program
 COMMANDS = {
     "serve": "Serve a model over an OpenAI API.",
     "generate": "Generate text from a prompt.",
+    "chat": "Chat with a model.",
     "status": "Show what the daemon holds and how well it does.",
+    "top": "Show live what the daemon does.",
     "budget": "Show or change the memory that experts may take.",
     "config": "Show the settings and where they come from.",
     "logs": "Show what daemon, gateways and workers have done.",
