@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from expertd.worker.manifest import load_lazily
-from tools.stage import ask_status, budget_for, running_daemon, temporary_home
+from tools.demo import expert_bytes  # asks another process: with mlx in this one, each fork would take longer
+from tools.stage import ask_status, running_daemon, temporary_home
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 SHARE = 0.25
 COMMANDS: dict[str, Sequence[str]] = {
-    "status": ("-m", "expertd.clients.cli", "status"),
-    "interpreter": ("-c", "pass"),
+    "status": (str(Path(sys.executable).with_name("expertd")), "status"),  # as users call it
+    "interpreter": (sys.executable, "-c", "pass"),
 }
 
 
@@ -36,7 +36,7 @@ class Taken(NamedTuple):
 
 def _taken(arguments: Sequence[str]) -> Taken:
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     return Taken(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
@@ -54,10 +54,8 @@ def _measure(rounds: int) -> dict[str, list[Taken]]:
 def run(quick: bool = False, model: Path = DEMO) -> dict[str, Any]:
     """``busy_*`` and ``idle_*``: milliseconds, medians, of the command and of the interpreter alone."""
     rounds = 15 if quick else 60
-    manifest = load_lazily(model).manifest
-    blocks = sum(layer.experts for layer in manifest.layers)
     figures: dict[str, Any] = {}
-    with temporary_home() as home, running_daemon(home, budget_for(manifest, round(SHARE * blocks))):
+    with temporary_home() as home, running_daemon(home, int(SHARE * expert_bytes(model))):
         command = [sys.executable, "-m", "benchmarks._decoder", str(model)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as decoder:
             try:
