@@ -102,7 +102,7 @@ def run_service() -> None:
         while True:
             wait_for_home(home, _tell)
             try:
-                run(None, None)
+                run()
             except DaemonAlreadyRunning:
                 continue  # somebody was quicker
             return

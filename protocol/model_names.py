@@ -125,8 +125,8 @@ def known_models(home: Home) -> Iterator[KnownModel]:
     yield from _in_hub_cache()
     for place in LM_STUDIO_FOLDERS:
         yield from models_in(Path(place).expanduser(), LM_STUDIO, publishers=True)
-    for place in read_config(home).model_folders.value:
-        yield from models_in(Path(place))
+    for folder in read_config(home).model_folders.value:
+        yield from models_in(folder)
 
 
 def models_in(place: Path, told: str = "", *, publishers: bool = False) -> Iterator[KnownModel]:
