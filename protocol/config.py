@@ -312,7 +312,7 @@ class Config:
         form="true|false", example="true", read=_truth, shown=lambda yes: "where it pays" if yes else "no",
     ))  # fmt: skip
     model_folders: Setting[tuple[Path, ...]] = field(metadata=_key(
-        _folders, (Path("~/models").expanduser(),), "Folder whose subfolders are models, found by their names.",
+        _folders, (Path("~/models"),), "Folder whose subfolders are models, found by their names.",
         form="FOLDER", example='["~/models", "/Volumes/big/models"]', read=_paths, shown=_shown_folders,
     ))  # fmt: skip
     serve_host: Setting[str] = field(metadata=_key(
@@ -415,6 +415,8 @@ def merge(
             if value is not None
         ]
         default = default_idle_exit_s if name == "idle_exit" else key.default
+        if name == "model_folders":
+            default = key.check(default)  # "~" is who calls
         chosen[name] = found[0] if found else Setting(default, Source.DEFAULT)
     return Config(**chosen)
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertd.protocol.checkpoint import missing_files
-from expertd.protocol.config import read_config
 from expertd.protocol.errors import ModelAmbiguous, ModelIncomplete, ModelNotHere, NotACheckpoint
 from expertd.protocol.paths import Home
 
@@ -122,6 +121,8 @@ def known_models(home: Home) -> Iterator[KnownModel]:
     Raises:
         ConfigInvalid, HomeError: the settings cannot be used.
     """
+    from expertd.protocol.config import read_config  # late, because whoever only shows a name needs none of it
+
     yield from _in_hub_cache()
     for place in LM_STUDIO_FOLDERS:
         yield from models_in(Path(place).expanduser(), LM_STUDIO, publishers=True)

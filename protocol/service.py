@@ -6,7 +6,6 @@ knows launchd or systemd.  Whether a daemon that dies again and again is started
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Final
 
@@ -63,6 +62,8 @@ def encode_service(service: Service) -> bytes:
 
 def ask_to_start(service: Service) -> str:
     """Have the service manager start the daemon; returns why it did not take the order, or nothing."""
+    import subprocess  # late, because who asks a daemon that runs needs none of it
+
     try:
         done = subprocess.run(
             service.start, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=START_S,

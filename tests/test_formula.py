@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from expertd.protocol import VERSION
 from tools.formula import FORMULA, written
 
 TEXT = FORMULA.read_text()
@@ -32,7 +33,7 @@ def test_it_is_ruby() -> None:
 
 
 def test_version_and_licence_are_the_package_s() -> None:
-    assert stanza("url").endswith(f"/expertd-{PROJECT['version']}.tar.gz")
+    assert stanza("url").endswith(f"/expertd-{VERSION}.tar.gz")
     assert stanza("license") == PROJECT["license"]
     assert "  version " not in TEXT, "brew reads it from the url, and says so if it is given twice"
 

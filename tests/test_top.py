@@ -282,10 +282,12 @@ def test_one_frame_fits_the_terminal(columns: int, start_daemon: StartDaemon) ->
 
 
 def test_without_a_daemon_or_a_terminal_one_frame_is_an_error(home: Home) -> None:
-    for arguments in (["--once"], ["--once", "--json"]):
-        done = top(*arguments)
-        assert (done.returncode, done.stdout) == (3, "")
-        assert done.stderr.endswith(" [daemon_not_running]\n")
+    done = top("--once")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.endswith(" [daemon_not_running]\n")
+    done = top("--once", "--json")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert json.loads(done.stderr)["error"]["code"] == "daemon_not_running"
     done = top()
     assert (done.returncode, done.stdout) == (2, "")
     assert "standard output is no terminal; use --once or --json" in done.stderr

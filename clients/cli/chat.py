@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
 from expertd.clients.terminal.conversation import (
     HELP,
     Command,
@@ -30,8 +30,10 @@ from expertd.clients.terminal.conversation import (
 )
 from expertd.clients.terminal.glance import percent, wrapped
 from expertd.clients.terminal.rates import rates
+from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.messages import AskStatus, Status
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
@@ -41,25 +43,33 @@ STATUS_S = 2.0
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--system", default="", metavar="TEXT", help="What the model is told before all else.")
-@click.option("--max-tokens", default=1024, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.argument("model", shell_complete=complete_model)
+@click.option("--system", default="", metavar="WORDS", help="What the model is told before all else.")
+@click.option(
+    "--max-tokens",
+    default=1024,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Longest answer.",
+)
+@config_option("generate_temperature")
 @budget_option
-def chat(model: Path, system: str, max_tokens: int, temperature: float, budget: str | None) -> None:
-    """Chat with the checkpoint in the folder MODEL.
+def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: Any) -> None:
+    """Chat with MODEL, a checkpoint's folder, or the name of one ('expertd models' lists what is here).
 
     '/help' lists what can be typed besides messages.  Ctrl-C stops an answer, Ctrl-D leaves.  What was said stays
     computed, so an answer waits only for what is new.
 
     In a pipe each line of standard input is one turn; the first error ends it.
     """
+    temperature = read_config(Home.current(), **flags).generate_temperature.value
+    folder = find_or_pull(model)  # before mlx is imported, which takes a second
     import expertd
     from expertd.worker.turns import Turns
 
-    loaded, tokenizer = expertd.load(model, budget=budget)
-    name = model.expanduser().resolve().name
-    talk = _Talk(name, loaded, tokenizer, Turns(loaded, tokenizer), system, max_tokens, temperature)
+    loaded, tokenizer = expertd.load(folder, budget=budget)
+    talk = _Talk(shown_name(folder), loaded, tokenizer, Turns(loaded, tokenizer), system, max_tokens, temperature)
     try:
         if sys.stdin.isatty() and sys.stdout.isatty():
             _at_terminal(talk)

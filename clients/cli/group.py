@@ -42,9 +42,9 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from expertd.protocol.config import near
-
         if args and not args[0].startswith("-") and args[0] not in (names := self.list_commands(ctx)):
+            from expertd.protocol.config import near  # late, because a command that exists needs none of it
+
             meant = near(args[0], names)
             suggestion = f"did you mean {meant!r}?" if meant else f"there are: {', '.join(names)}"
             ctx.fail(f"there is no command {args[0]!r}; {suggestion}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.clients.cli.progress import Progress
 from expertd.clients.client import Client
 from expertd.protocol.errors import DaemonNotRunning, ModelNotLoaded
@@ -24,7 +24,7 @@ _POLL_S = 0.1
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @budget_option
 def load(model: str, budget: str | None) -> None:
     """Read the experts of MODEL (a checkpoint's folder or name) into free memory, those first that are used most.

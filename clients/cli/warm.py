@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from expertd.clients.cli.load import show_resident, status_of
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.clients.client import Client
 from expertd.protocol.model_names import find_model
 
@@ -15,10 +15,19 @@ _file = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.argument("prompt", nargs=-1)
-@click.option("--prompts", type=_file, help="More of them: one a line, or .jsonl with 'prompt' or 'messages'.")
-@click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Longest answer to each.")
+@click.option(
+    "--prompts", type=_file, metavar="FILE", help="More of them: one a line, or .jsonl with 'prompt' or 'messages'."
+)
+@click.option(
+    "--max-tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Longest answer to each.",
+)
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without the model's chat template.")
 @budget_option
 def warm(
