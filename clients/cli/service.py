@@ -53,8 +53,8 @@ def service() -> None:
 @service.command()
 @click.option("--gateway/--no-gateway", default=None, help="Keep 'expertd serve MODEL' too, or do not any more.")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--port", type=click.IntRange(1, 65535), help=f"The gateway's.  [default: {PORT}]")
-@click.option("--host", help=f"Address that the gateway listens on.  [default: {HOST}]")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help=f"The gateway's.  [default: {PORT}]")
+@click.option("--host", metavar="ADDRESS", help=f"Address that the gateway listens on.  [default: {HOST}]")
 @dry_run_option
 def install(gateway: bool | None, models: tuple[str, ...], port: int | None, host: str | None, dry_run: bool) -> None:
     """Install the service, or bring one that is installed up to date.
@@ -160,7 +160,9 @@ def status(as_json: bool) -> None:
 
 @service.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
-@click.option("-n", "--lines", type=click.IntRange(0), default=40, show_default=True, help="How many lines to show.")
+@click.option(
+    "-n", "--lines", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="How many lines to show."
+)
 @click.option("--gateway", is_flag=True, help="The gateway's log, not the daemon's.")
 def logs(follow: bool, lines: int, gateway: bool) -> None:
     """Show the end of the daemon's log."""
