@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import secrets
 import signal
@@ -42,6 +43,7 @@ from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
 from expertd.daemon.status import daemon_status
+from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
@@ -173,6 +175,8 @@ class Server:
             self._router.setsockopt(zmq.MAXMSGSIZE, messages.FRAME_LIMIT)
             for stale in (self._home.daemon_socket, self._home.lifeline_socket):
                 stale.unlink(missing_ok=True)
+            self._subscribers = Subscribers(self._send)
+            logging.getLogger("expertd.daemon").addHandler(self._subscribers)
             self._lifelines.listen()
             self._router.bind(f"ipc://{self._home.daemon_socket}")
             self._home.daemon_socket.chmod(0o600)
@@ -191,6 +195,7 @@ class Server:
                 raise ExpertdError("the daemon ended by an error in itself; the lines above say where") from self._fault
 
     async def _close(self, context: zmq.asyncio.Context) -> None:
+        logging.getLogger("expertd.daemon").removeHandler(self._subscribers)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -312,6 +317,9 @@ class Server:
                 self._warm(identity, self._loaded(model), _blocks(blocks))
             case messages.Pin(model=model, blocks=blocks, pinned=pinned):
                 self._pin(identity, self._loaded(model), _blocks(blocks), pinned)
+            case messages.Subscribe():
+                self._subscribers.subscribe(identity)
+                self._send(identity, messages.Subscribed())
             case messages.AskStatus():
                 self._send(identity, self._status())
             case messages.StartTrace(folder=folder):

@@ -465,6 +465,26 @@ class Pinned(Message):
     blocks: Count
 
 
+class Subscribe(Message):
+    """Be told what happens, for half a minute; to be renewed in time."""
+
+
+class Subscribed(Message):
+    """Answer to Subscribe, each time."""
+
+
+class Happened(Message):
+    """Something happened that the daemon's log tells too.
+
+    ``at`` is in seconds since 1970; ``facts`` are texts, numbers or truth values.
+    """
+
+    at: float
+    level: Name
+    event: Text
+    facts: dict[str, Any]
+
+
 class StartTrace(Message):
     """Have every session's routing recorded, each in a file of its own in ``folder``, until StopTrace."""
 
@@ -572,6 +592,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Attach, Attached, Fetch, Resident, Ahead, Ack, AckRequest, Complete, Moved, Released, RoutingLog, Ping, Pong,
     Pressure, Record, Recorded, Detach, Detached,
     AskStatus, Status, SetBudget, BudgetSet, Unload, Unloaded, Warm, Warming, Pin, Pinned,
+    Subscribe, Subscribed, Happened,
     StartTrace, TraceStarted, StopTrace, TraceStopped, Stop, Stopping,
     WorkerReady, WorkerFailed, Generate, Cancel, Delta, Finished, Refused, Shutdown,
 )  # fmt: skip
@@ -583,6 +604,7 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     | Ping | Pong
     | Pressure | Record | Recorded | Detach | Detached
     | AskStatus | Status | SetBudget | BudgetSet | Unload | Unloaded | Warm | Warming | Pin | Pinned
+    | Subscribe | Subscribed | Happened
     | StartTrace | TraceStarted | StopTrace | TraceStopped | Stop | Stopping
     | WorkerReady | WorkerFailed | Generate | Cancel | Delta | Finished | Refused | Shutdown
 )  # fmt: skip
