@@ -12,26 +12,36 @@ Computing with a model is ``expertd.load``, which this does not need: it imports
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from math import inf
 from pathlib import Path
 from types import TracebackType
 
+from expertd.protocol.errors import DaemonLost
 from expertd.protocol.messages import (
     AskStatus,
     BudgetSet,
+    Happened,
     Pin,
     Pinned,
     SetBudget,
     Status,
+    Subscribe,
+    Subscribed,
     Unload,
     Unloaded,
     Warm,
     Warming,
+    expect,
 )
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.routing import pack
 from expertd.protocol.sizes import parse_budget
+
+RENEW_S = 10.0
+"""How often a subscription is renewed; a daemon that does not answer for so long is taken for lost."""
 
 Block = tuple[int, int]
 """An expert of a MoE layer: both counted from 0 on, layers over the MoE layers of the model."""
@@ -41,7 +51,7 @@ class Client:
     """A connection to the daemon of a home.  Not thread-safe: each thread has its own.
 
     Every method raises DaemonLost if the daemon does not answer, and what else its own words say.  Models are named by
-    the path or the name of their folder, as ``status()`` shows them.
+    the path or the name of their folder, as ``status()`` shows them, or by their id on the hub.
     """
 
     def __init__(self, home: Path | str | None = None) -> None:
@@ -53,8 +63,8 @@ class Client:
             DaemonNotRunning: there is none.
             ProtocolMismatch: it is of another version.
         """
-        named = Home.current() if home is None else Home(Path(home).expanduser().absolute())
-        self._connection = connect(named, "client")
+        self._home = Home.current() if home is None else Home(Path(home).expanduser().absolute())
+        self._connection = connect(self._home, "client")
 
     def status(self) -> Status:
         """All there is to know: models with hits, misses and sessions, memory, pressure, devices."""
@@ -113,6 +123,29 @@ class Client:
             ModelInUse: sessions use it.
         """
         return self._connection.ask(Unload(model=_named(model)), Unloaded).bytes
+
+    def events(self) -> Iterator[Happened]:
+        """What happens in the daemon from now on: models and sessions that come and go, pressure, failed reads.
+
+        It is what ``expertd logs --daemon`` shows: ``event`` in words, ``facts`` by name.  It comes over a connection of
+        its own, so that all else may be asked meanwhile, and goes on until the caller stops asking.
+
+        Raises:
+            DaemonLost: the daemon has ended, or hangs.
+        """
+        with connect(self._home, "client") as connection:
+            renewed_at, answered = -inf, True
+            while True:
+                if (now := time.monotonic()) >= renewed_at + RENEW_S:
+                    if not answered:
+                        raise DaemonLost(f"the daemon of {self._home.root} is gone, or hangs")
+                    connection.send(Subscribe())
+                    renewed_at, answered = now, False
+                message = connection.receive(renewed_at + RENEW_S - now)
+                if isinstance(message, Happened):
+                    yield message
+                elif message is not None:
+                    answered = bool(expect(message, Subscribed))
 
     def close(self) -> None:
         """Hang up."""

@@ -197,7 +197,7 @@ class LargePages:
                 self._rest(pool.key, time.monotonic() - began)  # half of a processor at most
             left = refused
         share = 1 - len(left) / len(offsets)
-        log.info("a pool of %s lies in large pages (%.0f %%)", show_size(pool.size), 100 * share)
+        log.debug("a pool of %s lies in large pages (%.0f %%)", show_size(pool.size), 100 * share)
 
     def _wanted(self, key: int) -> bool:
         """Whether to go on; if the machine is short of memory that is known only when it is no more."""

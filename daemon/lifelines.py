@@ -127,7 +127,7 @@ class Lifelines:
             while await loop.sock_recv(accepted, 64):
                 pass  # nothing is said on an open lifeline; only its end matters
         except (OSError, TimeoutError) as error:
-            log.info("a lifeline broke: %s", error)
+            log.debug("a lifeline broke: %s", error)
         finally:
             line = self._lines.pop(token, None)
             accepted.close()

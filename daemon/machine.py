@@ -44,12 +44,16 @@ class Budget:
     why: list[str]
 
 
+def reserves(memory: int) -> tuple[int, int]:
+    """What is left to the system, and to the page cache, of so many bytes of memory."""
+    return max(SYSTEM_LEAST, memory // SYSTEM_SHARE), memory // PAGE_CACHE_SHARE
+
+
 def default_budget(machine: Machine) -> Budget:
     """Half of the memory, or what is available less the reserves, whichever is less; never below ``FLOOR``."""
     memory = machine.total if machine.limit is None else min(machine.total, machine.limit)
     half = memory // SHARE
-    system = max(SYSTEM_LEAST, memory // SYSTEM_SHARE)
-    page_cache = memory // PAGE_CACHE_SHARE
+    system, page_cache = reserves(memory)
     left = max(0, machine.available - system - page_cache)
     why = [f"total: {show_size(machine.total)}"]
     if memory < machine.total:

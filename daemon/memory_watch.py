@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Literal
 
 from expertd.daemon.core.governor import Change, Governor
 from expertd.daemon.machine import this_machine
 from expertd.daemon.pressure import Level, Source
+from expertd.protocol.logs import Log
 from expertd.protocol.messages import JournalEntry, Pressure
 from expertd.protocol.sizes import show_size
 
-log = logging.getLogger("expertd.daemon")
+log = Log("expertd.daemon")
 
 TICK_S, IDLE_TICK_S = 0.25, 1.0
 """How often the system is asked, while there is something to give back and while there is not."""
@@ -61,11 +61,13 @@ class MemoryWatch:
         quiet = reading.level is Level.NORMAL and governor.limit == governor.budget
         room = 0 if quiet else _room()  # nobody asks for it while nothing can change
         change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, room)
-        self._note(change)
+        if change is not None:
+            before, after = show_size(change.before), show_size(change.after)
+            log.info("limit changed", before=before, now=after, why=change.why)
         if reading.level is self._told:
             return change, None
         self._told = reading.level
-        log.info("memory pressure is %s: %s", reading.level.word, reading.figure)
+        log.info("memory pressure changed", level=reading.level.word, figure=reading.figure)
         return change, self.pressure
 
     def asks_again(self, too_much: bool) -> bool:
@@ -77,14 +79,7 @@ class MemoryWatch:
 
     def set_budget(self, budget: int, why: str) -> Change | None:
         """Somebody wants another budget."""
-        change = self.governor.set_budget(time.monotonic(), budget, why)
-        self._note(change)
-        return change
-
-    def _note(self, change: Change | None) -> None:
-        if change is not None:
-            before, after = show_size(change.before), show_size(change.after)
-            log.info("the limit goes from %s to %s: %s", before, after, change.why)
+        return self.governor.set_budget(time.monotonic(), budget, why)
 
 
 def _room() -> int:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from expertd.protocol.errors import DaemonAlreadyRunning
 from expertd.protocol.paths import Home
+from expertd.protocol.rendezvous import lock_holder
+
+LOOK_S = 0.5
+"""How often a daemon that waits for its home looks whether it is free."""
 
 
 @contextlib.contextmanager
@@ -27,3 +32,17 @@ def owned(home: Home) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def wait_for_home(home: Home, tell: Callable[[str], None]) -> None:
+    """Return when no daemon owns the home; ``tell`` is called once with a sentence if one does.
+
+    For the service's daemon: to fail while one that was started on demand still has sessions would look like a fault.
+    """
+    told = False
+    while (holder := lock_holder(home)) is not None:
+        if not told:
+            owner = f"the daemon (process {holder or 'unknown'})"
+            tell(f"{owner} has {home.root}; the service's daemon begins when it ends")
+            told = True
+        time.sleep(LOOK_S)

@@ -27,6 +27,7 @@ from expertd.protocol.packed import (
     StoreLayout,
     check_fits,
     checksum,
+    layout_of,
     read_header,
     store_name,
 )
@@ -68,8 +69,20 @@ def find_store(folder: Path, manifest: Manifest) -> StoreIndex | None:
 
 def _index(path: Path, manifest: Manifest) -> StoreIndex:
     mark = _mark(path)
-    path = path.resolve()
-    layout = check_fits(path, manifest)
+    return _indexed(path.resolve(), mark, check_fits(path, manifest))
+
+
+def any_store(path: Path) -> StoreIndex:
+    """The store at ``path``, whatever model it is of.
+
+    Raises:
+        StoreInvalid: it is none, or damaged.
+        OSError: it cannot be read.
+    """
+    return _indexed(path.resolve(), _mark(path), layout_of(read_header(path)))
+
+
+def _indexed(path: Path, mark: tuple[int, int, int], layout: StoreLayout) -> StoreIndex:
     with path.open("rb") as file:
         file.seek(layout.start)
         table = file.read(layout.table_bytes)

@@ -28,6 +28,7 @@ from expertd.daemon.blocks import OpenFiles
 from expertd.daemon.core import Core, events, instructions, warmth
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
+from expertd.daemon.diary import Diary
 from expertd.daemon.files import Read
 from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
@@ -42,7 +43,9 @@ from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
 from expertd.daemon.status import daemon_status
+from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
+from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waits
 from expertd.protocol import PROTOCOL, messages
@@ -59,14 +62,16 @@ from expertd.protocol.errors import (
     ProtocolMismatch,
     SessionUnknown,
 )
+from expertd.protocol.logs import Log
 from expertd.protocol.manifest import Manifest
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
 from expertd.protocol.routing import unpack
 from expertd.protocol.segments import remove, segment_name
 from expertd.protocol.sizes import show_size
 from expertd.protocol.traces import trace_exists
 
-log = logging.getLogger("expertd.daemon")
+log = Log("expertd.daemon")
 
 
 SESSION_LIMIT = 128
@@ -82,6 +87,8 @@ class _Peer:
     """A session's lifeline, and where its messages come from and go to."""
 
     token: bytes
+    pid: int
+    mode: str
 
     @property
     def control(self) -> bytes:
@@ -133,6 +140,7 @@ class Server:
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
         self._waits = Waits()
+        self._tokens = TokenCounts()
         self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
         self._peers: dict[int, _Peer] = {}
@@ -141,9 +149,10 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
         self._creating = asyncio.Lock()
         self._ending = asyncio.Event()
+        self._fault: BaseException | None = None  # an error in ourselves, which ends us
         self._began = time.monotonic()
-        self._frames_dropped = 0
-        self._drops_told = (0.0, 0)  # when the log last said how many
+        self._diary = Diary()
+        self._why_ended = ""
         self._attaching = 0  # sessions whose headers are being read
         self._frame_at: float | None = None  # when the frame came that is being handled
 
@@ -153,26 +162,27 @@ class Server:
         Raises:
             DaemonAlreadyRunning: another daemon has this home.
             HomeError: the home cannot be used.
+            ExpertdError: the daemon found an error in itself; so its service manager starts it again.
         """
         self._home.prepare()
         with owned(self._home):
             self._loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._ending.set)
+                self._loop.add_signal_handler(number, self._end_because, number.name)
             context = zmq.asyncio.Context()
             self._router = context.socket(zmq.ROUTER)
             self._router.setsockopt(zmq.LINGER, 500)
             self._router.setsockopt(zmq.MAXMSGSIZE, messages.FRAME_LIMIT)
             for stale in (self._home.daemon_socket, self._home.lifeline_socket):
                 stale.unlink(missing_ok=True)
+            self._subscribers = Subscribers(self._send)
+            logging.getLogger("expertd.daemon").addHandler(self._subscribers)
             self._lifelines.listen()
             self._router.bind(f"ipc://{self._home.daemon_socket}")
             self._home.daemon_socket.chmod(0o600)
             remove(segment_name(self._home.root))
-            log.info(
-                "expertd daemon (process %d) is ready: budget %s, home %s",
-                os.getpid(), show_size(self._core.budget), self._home.root,
-            )  # fmt: skip
+            budget = show_size(self._core.budget)
+            log.info("the daemon is ready", version=package_version(), budget=budget, home=self._home.root)
             self._spawn(self._receive())
             self._spawn(self._watch_idle())
             self._spawn(self._watch_sessions())
@@ -181,8 +191,11 @@ class Server:
                 await self._ending.wait()
             finally:
                 await self._close(context)
+            if self._fault is not None:
+                raise ExpertdError("the daemon ended by an error in itself; the lines above say where") from self._fault
 
     async def _close(self, context: zmq.asyncio.Context) -> None:
+        logging.getLogger("expertd.daemon").removeHandler(self._subscribers)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -197,7 +210,11 @@ class Server:
             files.close()
         for socket in (self._home.daemon_socket, self._home.lifeline_socket):
             socket.unlink(missing_ok=True)
-        log.info("expertd daemon (process %d) has ended", os.getpid())
+        log.info("the daemon has ended", why=self._why_ended, up_s=round(time.monotonic() - self._began))
+
+    def _end_because(self, why: str) -> None:
+        self._why_ended = self._why_ended or why
+        self._ending.set()
 
     # -- what comes in -------------------------------------------------------------------------------------------------
 
@@ -210,7 +227,7 @@ class Server:
                     raise MessageInvalid(f"a message of {len(frames)} frames came where one was expected")
                 self._take(identity, messages.decode(frames[0]))
             except MessageInvalid as error:
-                self._drop(error)
+                self._diary.dropped(error.message)
                 self._send(identity, messages.Error.of(error))
             except ExpertdError as error:
                 self._send(identity, messages.Error.of(error))
@@ -218,14 +235,6 @@ class Server:
                 self._frame_at = None
             if number % FAIR_FRAMES == 0:
                 await asyncio.sleep(0)  # awaiting a frame that is there already gives nobody else a turn
-
-    def _drop(self, error: MessageInvalid) -> None:
-        """Count a frame that is no message, and say so, but not once for each of a flood."""
-        self._frames_dropped += 1
-        told_at, told = self._drops_told
-        if time.monotonic() - told_at > 1.0:
-            log.warning("dropped %d frames; the last: %s", self._frames_dropped - told, error)
-            self._drops_told = time.monotonic(), self._frames_dropped
 
     def _check_sender(self, identity: bytes, session: int, sequence: int | None = None) -> bool:
         """Whether ``session`` is open, and what speaks for it is one of its own two sockets.
@@ -250,6 +259,7 @@ class Server:
             case messages.Fetch(session=session, sequence=sequence, segment=segment, layer=layer):
                 if self._check_sender(identity, session, sequence):
                     experts, routing = tuple(message.experts), tuple(unpack(message.routing))
+                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens, sequence)
                     self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
                     fetch = events.Fetch(
                         session, sequence, segment, layer, experts, routing,
@@ -267,10 +277,12 @@ class Server:
             case messages.Ack(session=session):
                 if self._check_sender(identity, session):
                     routing = tuple(unpack(message.routing))
+                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
                     self._feed(events.Ack(session, message.version, message.sequence, routing))
             case messages.RoutingLog(session=session):
                 if self._check_sender(identity, session):
                     self._feed(events.Routed(session, tuple(unpack(message.routing))))
+                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
             case messages.Released(session=session, segment=segment):
                 if self._check_sender(identity, session):
                     self._feed(events.Released(session, segment))
@@ -305,6 +317,9 @@ class Server:
                 self._warm(identity, self._loaded(model), _blocks(blocks))
             case messages.Pin(model=model, blocks=blocks, pinned=pinned):
                 self._pin(identity, self._loaded(model), _blocks(blocks), pinned)
+            case messages.Subscribe():
+                self._subscribers.subscribe(identity)
+                self._send(identity, messages.Subscribed())
             case messages.AskStatus():
                 self._send(identity, self._status())
             case messages.StartTrace(folder=folder):
@@ -315,7 +330,7 @@ class Server:
                 if if_idle and (self._peers or self._attaching):
                     raise DaemonBusy(f"the daemon (process {os.getpid()}) is in use")
                 self._send(identity, messages.Stopping())
-                self._ending.set()
+                self._end_because("it was told to")
             case _:
                 self._take_session(identity, message)
 
@@ -326,18 +341,18 @@ class Server:
             raise BudgetTooSmall(
                 f"the models in use need at least {needed} bytes ({show_size(needed)}); give that much, or end them"
             )
-        log.info("the budget changes from %s to %s", show_size(before), show_size(budget))
+        log.info("budget changed", before=show_size(before), now=show_size(budget))
         self._memory.set_budget(budget, "the budget was changed")
         self._feed(events.BudgetChanged(self._memory.governor.limit, most=budget))
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
 
     def _loaded(self, name: str) -> Model:
-        """The model with that key, folder, or name of a folder."""
+        """The model with that key, folder, name of a folder, or hub id."""
         for model in self._core.models.values():
             folder = Path(model.manifest.folder)
-            if name in (model.key, str(folder), folder.name):
+            if name in (model.key, str(folder), folder.name, shown_name(folder)):
                 return model
-        loaded = ", ".join(Path(model.manifest.folder).name for model in self._core.models.values()) or "none"
+        loaded = ", ".join(shown_name(Path(model.manifest.folder)) for model in self._core.models.values()) or "none"
         raise ModelNotLoaded(f"the daemon holds nothing of {name[:200]!r}; what it holds: {loaded}")
 
     def _unload(self, identity: bytes, model: Model) -> None:
@@ -364,13 +379,14 @@ class Server:
 
     def _start_trace(self, identity: bytes, folder: Path) -> None:
         self._tracing.start(folder)
+        log.info("recording of routing began", folder=folder, sessions=len(self._peers))
         for model in self._core.models.values():
             for session in model.sessions:
                 self._trace(session, model)
         self._send(identity, messages.TraceStarted(sessions=len(self._peers)))
 
     def _trace(self, session: int, model: Model) -> None:
-        name = Path(model.manifest.folder).name
+        name = shown_name(Path(model.manifest.folder)).rpartition("/")[2]  # it becomes part of a file's name
         record = self._tracing.begin(session, model.sessions[session].pid, name)
         if record is not None:
             self._to_control(session, record)
@@ -381,7 +397,9 @@ class Server:
         deadline = time.monotonic() + TRACE_END_S
         while self._tracing.waiting and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        self._send(identity, self._tracing.report())
+        report = self._tracing.report()
+        log.info("recording of routing ended", files=len(report.ended), unfinished=len(report.unfinished))
+        self._send(identity, report)
 
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:
         if hello.protocol != PROTOCOL:
@@ -412,7 +430,7 @@ class Server:
             taken = MessageInvalid("an Attach came whose lifeline has a session already")
             self._send(identity, messages.Error.of(taken))
             return
-        self._peers[number] = _Peer(message.token)
+        self._peers[number] = _Peer(message.token, message.pid, message.mode)
         files = self._files.setdefault(message.manifest.key, OpenFiles(index))
         files.use(index.store)
         self._feed(events.Attach(number, message.pid, message.mode, message.manifest))
@@ -438,14 +456,15 @@ class Server:
 
     def _line_ended(self, session: int) -> None:
         """The lifeline of ``session`` reached its end of file: its process is gone, or let go."""
-        log.info("session %d has ended", session)
         self._end(session)
 
-    def _end(self, session: int) -> None:
+    def _end(self, session: int, why: str | None = None) -> None:
         peer = self._peers.pop(session, None)
         if peer is not None:
+            self._diary.session_ended(session, why)
             self._tracing.gone(session)
             self._waits.ended(session)
+            self._tokens.ended(session)
             self._lifelines.close_line(peer.token)
             self._feed(events.Ended(session))
 
@@ -462,10 +481,12 @@ class Server:
                 self._events.popleft()
             for key in self._files.keys() - self._core.models.keys():
                 self._files.pop(key).close()
-        except Exception:
+            self._diary.models_kept(self._core.models.keys())
+        except Exception as error:
             # What the core believes is no longer what is: end, so that nobody computes on it.
             log.critical("the daemon has an error in itself and ends", exc_info=True)
-            self._ending.set()
+            self._fault = error
+            self._end_because("an error in itself")
             raise
 
     def _carry_out(self, what: instructions.Instruction) -> None:
@@ -509,6 +530,7 @@ class Server:
                     self._to_control(session, messages.Moved(session=session, pool=info_named))
             case instructions.Refuse(session, error, None):
                 self._to_control(session, messages.Error.of(error))
+                log.warning("session refused: %s", error.message, code=error.code)
                 self._end(session)
             case instructions.Refuse(session, error, sequence):
                 self._waits.answered(session, time.monotonic())
@@ -524,11 +546,7 @@ class Server:
 
         def done(size: int, error: ExpertdError | None) -> None:
             event: events.ReadDone | events.ReadFailed
-            if error is None:
-                event = events.ReadDone(segment, slot, size)
-            else:
-                log.warning("%s", error)
-                event = events.ReadFailed(segment, slot, error)
+            event = events.ReadDone(segment, slot, size) if error is None else events.ReadFailed(segment, slot, error)
             # The loop may be closed already when the daemon ends; then nobody waits for this read.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._filled, event, time.monotonic())
@@ -539,13 +557,16 @@ class Server:
         read = self._reads.pop((event.segment, event.slot), None)
         if read is not None:  # else it was copied
             self._waits.read_ended(read[0], at)
+        if isinstance(event, events.ReadFailed):
+            self._diary.read_failed(event.error.message)
         self._feed(event)
 
     def _grant(self, grant: instructions.Grant) -> None:
         pools = [self._hand_over(grant.session, info) for info in grant.pools]
-        if grant.session not in self._peers:
+        peer = self._peers.get(grant.session)
+        if peer is None:
             return
-        log.info("session %d: model %s", grant.session, self._core.models[grant.model].manifest.folder)
+        self._diary.session_opened(grant.session, peer.pid, peer.mode, self._core.models[grant.model])
         attached = messages.Attached(
             session=grant.session,
             model=grant.model,
@@ -570,8 +591,7 @@ class Server:
         try:
             self._lifelines.send_segment(peer.token, info.segment, pool.layout.size, pool.segment.readonly)
         except OSError as error:
-            log.warning("session %d took no segment (%s)", session, error)
-            self._end(session)
+            self._end(session, f"it took no segment ({error})")
             return None
         return msgspec.structs.replace(info, nonce=pool.nonce)
 
@@ -587,6 +607,7 @@ class Server:
             else:
                 self._pools[what.segment] = pool
                 self._large_pages.gather(what.segment, pool.segment.readonly, pool.layout.size)
+                self._diary.pool_created(what.segment, what.layout, what.generation, self._core.models.values())
                 event = events.PoolCreated(what.segment)
         self._feed(event)
 
@@ -611,19 +632,21 @@ class Server:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("the daemon has an error in itself and ends", exc_info=error)
-            self._ending.set()
+            self._fault = error
+            self._end_because("an error in itself")
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def _status(self) -> messages.Status:
         now, folder = time.monotonic(), str(self._tracing.folder or "")
         waited, uptime_s = self._waits.all(now), now - self._began
-        dropped, ssd = self._frames_dropped, self._simulated_ssd
+        dropped, ssd = self._diary.drops.total, self._simulated_ssd
         packed = {key: files.packed for key, files in self._files.items()}
         reads = self._reader.devices()
         return daemon_status(
-            self._home, self._core, self._memory, waited, uptime_s, folder, dropped, ssd, reads, packed
-        )
+            self._home, self._core, self._memory, waited, self._tokens.all(), uptime_s, folder, dropped, ssd, reads,
+            packed,
+        )  # fmt: skip
 
     async def _watch_sessions(self) -> None:
         """Ping those of whom something is expected; tell the core of those who have gone silent."""
@@ -633,7 +656,7 @@ class Server:
             for session in ping:
                 self._to_control(session, messages.Ping(session=session))
             for session in silent:
-                log.warning("session %d does not answer and is left behind", session)
+                self._diary.session_left_behind(session)
                 self._feed(events.Silent(session))
 
     async def _watch_memory(self) -> None:
@@ -657,8 +680,7 @@ class Server:
             for key in self._idleness.unused(time.monotonic(), models):
                 self._feed(events.Unwanted(key))
             if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching)):
-                log.info("nobody was attached for %.0f s", self._idleness.exit_s)
-                self._ending.set()
+                self._end_because(f"nobody was attached for {self._idleness.exit_s:.0f} s")
 
 
 def _blocks(packed: bytes) -> tuple[Block, ...]:

@@ -16,6 +16,7 @@ from expertd.daemon.core.state import Model, Session
 from expertd.daemon.devices import ReadStatistics
 from expertd.daemon.files import device_name
 from expertd.daemon.memory_watch import MemoryWatch
+from expertd.daemon.tokens import Tokens
 from expertd.daemon.waits import Waited
 from expertd.protocol import PROTOCOL
 from expertd.protocol.connection import package_version
@@ -36,6 +37,7 @@ KINDS: Mapping[Kind, Literal["prompt", "next layer", "second next layer"]] = Map
     {Kind.PROMPT: "prompt", Kind.NEXT: "next layer", Kind.SECOND: "second next layer"}
 )
 NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
+NOTHING_COMPUTED: Mapping[int, Tokens] = MappingProxyType({})
 
 
 def daemon_status(
@@ -43,6 +45,7 @@ def daemon_status(
     core: Core,
     memory: MemoryWatch,
     waited: Mapping[int, Waited],
+    tokens: Mapping[int, Tokens],
     uptime_s: float,
     tracing: str,
     frames_dropped: int,
@@ -53,7 +56,7 @@ def daemon_status(
     """All there is to show of this process, which is the daemon of ``home``.
 
     Args:
-        waited: by sessions.
+        waited, tokens: by sessions.
         packed: paths of the packed stores in use, by models' keys.
     """
     daemon = DaemonStatus(
@@ -77,7 +80,7 @@ def daemon_status(
         simulated_ssd=simulated_ssd,
         devices=_devices(reads),
         fetch_to_read_us=FetchToRead(p50=round(reads.fetch_to_read_p50_us), p99=round(reads.fetch_to_read_p99_us)),
-        models=[model_status(model, waited, packed.get(model.key, "")) for model in core.models.values()],
+        models=[model_status(model, waited, packed.get(model.key, ""), tokens) for model in core.models.values()],
     )
 
 
@@ -104,7 +107,12 @@ def _rss() -> int:
         return 0
 
 
-def model_status(model: Model, waited: Mapping[int, Waited] = NOBODY_WAITED, packed: str = "") -> ModelStatus:
+def model_status(
+    model: Model,
+    waited: Mapping[int, Waited] = NOBODY_WAITED,
+    packed: str = "",
+    tokens: Mapping[int, Tokens] = NOTHING_COMPUTED,
+) -> ModelStatus:
     """One model's figures.  ``experts`` and ``block_bytes`` are the largest of its layers where they differ."""
     layers = model.manifest.layers
     return ModelStatus(
@@ -124,7 +132,8 @@ def model_status(model: Model, waited: Mapping[int, Waited] = NOBODY_WAITED, pac
         evictions=model.evictions,
         pool_bytes=model.size + model.extra,
         sessions=[
-            _session(model, session, waited.get(session.number, Waited())) for session in model.sessions.values()
+            _session(model, session, waited.get(session.number, Waited()), tokens.get(session.number, Tokens()))
+            for session in model.sessions.values()
         ],
         layers=_layers(model),
         moves=model.moves,
@@ -152,7 +161,7 @@ def _ahead(model: Model) -> list[AheadStatus]:
     ]
 
 
-def _session(model: Model, session: Session, waited: Waited) -> SessionStatus:
+def _session(model: Model, session: Session, waited: Waited, tokens: Tokens) -> SessionStatus:
     return SessionStatus(
         id=session.number,
         pid=session.pid,
@@ -163,6 +172,8 @@ def _session(model: Model, session: Session, waited: Waited) -> SessionStatus:
         held_bytes=model.held_by(session.number),
         waited_s=round(waited.all_s, 6),
         read_wait_s=round(waited.read_s, 6),
+        decode_tokens=tokens.decode,
+        prompt_tokens=tokens.prompt,
     )
 
 

@@ -11,4 +11,8 @@ from __future__ import annotations
 PROTOCOL = 4
 """Version of the wire protocol.  Changes only when an older peer would misunderstand a newer one."""
 
-__all__ = ["PROTOCOL"]
+VERSION = "0.1.0"
+"""Version of the package.  The build takes it from here: to ask the installed metadata costs more than all of
+``expertd status``."""
+
+__all__ = ["PROTOCOL", "VERSION"]

@@ -7,10 +7,10 @@ model family, which expert) is no business of this module: see ``expertd.worker.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ ITEM_BYTES = {
 """Bytes an element takes, by safetensors' name of its type."""
 
 _HEADER_LIMIT = 100 << 20
+_SHARD = re.compile(r"(?P<prefix>.+)-\d+-of-(?P<count>\d{1,5})\.safetensors")
 
 
 class FileMark(msgspec.Struct, frozen=True):
@@ -77,6 +78,46 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def missing_files(folder: Path) -> list[str]:
+    """Names of the files that a checkpoint in ``folder`` should have and has not; a link that leads nowhere counts.
+
+    What it should have is what its index says, else what the numbers in its files' names say.  An index that is out of
+    date (tensors are in other files than it says) is no proof that anything is missing.
+    """
+    there = {path.name for path in folder.glob("*.safetensors") if path.exists()}
+    missing = [] if (folder / "config.json").exists() else ["config.json"]
+    if not there:
+        return [*missing, "model.safetensors"]
+    index = _index(folder / "model.safetensors.index.json")
+    lost = sorted(set(index.values()) - there)
+    if lost:
+        found = {name for file in there for name in _tensor_names(folder / file)}
+        lost = sorted({file for name, file in index.items() if file not in there and name not in found})
+    elif not index:
+        shards = [match for match in map(_SHARD.fullmatch, sorted(there)) if match]
+        for count in {match["count"] for match in shards}:
+            prefix = next(match["prefix"] for match in shards if match["count"] == count)
+            names = (f"{prefix}-{n:0{len(count)}}-of-{count}.safetensors" for n in range(1, int(count) + 1))
+            lost += [name for name in names if name not in there]
+    return missing + lost
+
+
+def _index(path: Path) -> dict[str, str]:
+    """File by tensor, as an index says; empty where there is none that can be read."""
+    try:
+        entries = json.loads(path.read_bytes())["weight_map"]
+        return {str(name): str(file) for name, file in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _tensor_names(path: Path) -> set[str]:
+    try:
+        return set(read_header(path).tensors)
+    except (OSError, CheckpointTruncated, HeaderInvalid):
+        return set()
+
+
 def read_header(path: Path) -> Header:
     """Parse and check the header of ``path``.
 
@@ -119,6 +160,8 @@ def _parse(path: Path, file: BinaryIO) -> Header:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise HeaderInvalid(f"{path} has a header that is not safetensors ({error})") from error
     _check(path, tensors, data, status.st_size)
+    import hashlib  # late: see ``Manifest.key``
+
     digest = hashlib.sha256(raw).hexdigest()
     mark = FileMark(path.name, status.st_size, status.st_mtime_ns, status.st_ino, digest)
     return Header(path, mark, tensors)

@@ -1,31 +1,42 @@
-"""What a daemon is started with: flags, the environment, the home's ``config.toml``, defaults, in that order.
+"""The user's settings: flags, the environment, the home's ``config.toml``, defaults, in that order.
 
-``merge`` judges and chooses and touches nothing; ``read_config`` gives it this process's environment and the home's
-file.  Both whoever starts a daemon on demand and the daemon itself read, so a mistake is told by the one that the user
-has called.  A running daemon keeps what it was started with; its budget changes by a message (``SetBudget``).
+``Config`` is the one table of them: what each is called, how it is checked, what it is without anybody's say.  The help
+of flags (``expertd.clients.cli.parameters``), ``expertd config show``, what is refused and the documentation come from
+it.  ``merge`` judges and chooses and touches nothing; ``read_config`` gives it this process's environment and the
+home's file.  Both whoever starts a daemon on demand and the daemon itself read, so a mistake is told by the one that
+the user has called.  A running daemon keeps what it was started with; its budget changes by a message (``SetBudget``).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from expertd.protocol.errors import ConfigInvalid, SizeInvalid
 from expertd.protocol.paths import Home
-from expertd.protocol.sizes import parse_budget, parse_rate
+from expertd.protocol.sizes import AUTO, parse_budget, parse_rate, parse_size, show_size
 
 POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
 """Of ``expertd.daemon.policy.POLICIES``; the first is the default, the others are there to be compared with."""
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+
 FOREVER_S = 1e9
 """More seconds are as good as no limit: thirty years."""
 
+MODEL_FOLDERS = ("~/models",)
+"""Where models are looked for by the name of their folder, if nobody says otherwise."""
+
 UNLIMITED = ("inf", "unlimited")
 """A rate that is none, as text."""
+
+SMALLEST_LOG = 64 << 10
+MOST_LOGS = 100
 
 T = TypeVar("T")
 
@@ -47,37 +58,319 @@ class Setting(Generic[T]):
     source: Source
 
 
+# -- what values may be ------------------------------------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _budget(value: object) -> int | None:
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return parse_budget(str(value))
+    raise SizeInvalid(f'{value!r} is not a size; write text as "8GiB" or "auto", or a whole number of bytes')
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, int | float) and _is_number(value) and value >= 0:  # nan is not
+        return None if value > FOREVER_S else float(value)
+    raise ConfigInvalid(f"{value!r} is not a number of seconds; write 0 or more, or inf for no limit")
+
+
+def _rate(value: object) -> int | None:
+    if value == float("inf") or (isinstance(value, str) and value.strip().lower() in UNLIMITED):
+        return None
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            return parse_rate(str(value))
+        except SizeInvalid as error:
+            raise SizeInvalid(f"{error.message}, or inf for no limit") from None
+    raise SizeInvalid(f'{value!r} is not a rate; write text as "200MB/s", a whole number of bytes, or inf for no limit')
+
+
+def _choice(what: str, choices: Sequence[str]) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if isinstance(value, str) and value in choices:
+            return value
+        raise ConfigInvalid(f"{value!r} is not a {what}; {instead(str(value), choices)}")
+
+    return check
+
+
+def _yes(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ConfigInvalid(f"{value!r} is neither true nor false")
+
+
+def _port(value: object) -> int:
+    if isinstance(value, int) and _is_whole(value) and 0 <= value <= 65535:
+        return value
+    raise ConfigInvalid(f"{value!r} is not a port; write a whole number from 1 to 65535, or 0 for any that is free")
+
+
+def _host(value: object) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise ConfigInvalid(f'{value!r} is not an address to listen on; write text as "127.0.0.1"')
+
+
+def _tokens(value: object) -> int:
+    if isinstance(value, int) and _is_whole(value) and value >= 1:
+        return value
+    raise ConfigInvalid(f"{value!r} is not a number of tokens; write a whole number of 1 or more")
+
+
+def _temperature(value: object) -> float:
+    if isinstance(value, int | float) and _is_number(value) and 0 <= value < float("inf"):
+        return float(value)
+    raise ConfigInvalid(f"{value!r} is not a temperature; write 0 or more (0 is greedy)")
+
+
+def _log_size(value: object) -> int:
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        size = parse_size(str(value))
+        if size >= SMALLEST_LOG:
+            return size
+        raise SizeInvalid(f"{value!r} is too small for a log; write at least 64KiB")
+    raise SizeInvalid(f'{value!r} is not a size; write text as "10MB", or a whole number of bytes')
+
+
+def _log_count(value: object) -> int:
+    if isinstance(value, int) and _is_whole(value) and 2 <= value <= MOST_LOGS:
+        return value
+    raise ConfigInvalid(f"{value!r} is not a number of log files; write a whole number from 2 to {MOST_LOGS}")
+
+
+def _folders(value: object) -> tuple[Path, ...]:
+    if isinstance(value, list | tuple) and all(isinstance(item, str | Path) and str(item) for item in value):
+        found = tuple(Path(item).expanduser() for item in value)
+        for path in found:
+            if not path.is_absolute():
+                raise ConfigInvalid(f"'{path}' is relative, but to what?  Write the folder's whole path, or ~/...")
+        return tuple(dict.fromkeys(found))
+    raise ConfigInvalid(f'{value!r} is not a list of folders; write for example ["~/models"]')
+
+
+# -- how the text of a variable is read --------------------------------------------------------------------------------
+# What cannot be read stays text, and is refused as what it is.
+
+
+def _number(text: str) -> object:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _whole(text: str) -> object:
+    return int(text) if text.strip().isascii() and text.strip().isdecimal() and len(text) < 20 else text
+
+
+def _truth(text: str) -> object:
+    return {"true": True, "false": False}.get(text.strip().lower(), text)
+
+
+def _paths(text: str) -> object:
+    return [part for part in text.split(os.pathsep) if part]
+
+
+# -- how values are shown ----------------------------------------------------------------------------------------------
+
+
+def _shown_budget(value: Any) -> str:
+    return f"{AUTO}: what the machine can spare" if value is None else show_size(value)
+
+
+def _shown_rate(value: Any) -> str:
+    return "no limit" if value is None else f"{show_size(value)}/s"
+
+
+def _shown_seconds(forever: str) -> Callable[[Any], str]:
+    return lambda value: forever if value is None else f"{value:.12g} s"
+
+
+def _shown_number(value: Any) -> str:
+    return f"{value:.12g}"
+
+
+def _shown_folders(value: Any) -> str:
+    home = Path.home()
+    shown = [f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path) for path in value]
+    return ", ".join(shown) or "none"
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Config:
-    """All settings of a daemon; the names are the keys of ``config.toml``.
+class Key:
+    """What is known of one setting.
 
     Attributes:
-        budget: bytes for expert weights; None: what the machine can spare.
-        keep_alive: seconds after which a model that nobody uses is given back; None: when memory is needed.
-        idle_exit: seconds without a session after which the daemon ends; None: never.
-        policy: one of ``POLICY_NAMES``.
-        background_rate: bytes a second that are read at most while nobody waits for them; None: no limit.
-        read_ahead: whether what sessions will soon need is read before they ask for it, where that pays.
+        name: of its field of ``Config``: ``serve_port``.
+        section: of ``config.toml``; empty for what stands above all sections.
+        check: turns what a flag, a variable or the file says into the value, or raises ConfigInvalid or SizeInvalid.
+        read: turns the text of a variable into what the file would say.
+        default: the value if nobody sets it.
+        help: what it does, for a person; one sentence.
+        form: what to write, for a person: ``SIZE``.
+        example: a line's right-hand side in ``config.toml``.
+        choices: all values that there are, if they are few words.
+        shown: a value for a person.
+        variable: in the environment.
     """
 
-    budget: Setting[int | None]
-    keep_alive: Setting[float | None]
-    idle_exit: Setting[float | None]
-    policy: Setting[str]
-    background_rate: Setting[int | None]
-    read_ahead: Setting[bool]
+    name: str
+    section: str
+    check: Callable[[object], Any]
+    read: Callable[[str], object]
+    default: Any
+    help: str
+    form: str
+    example: str
+    choices: tuple[str, ...]
+    shown: Callable[[Any], str]
+    variable: str
+
+    @property
+    def word(self) -> str:
+        """Its name in ``config.toml``, without the section."""
+        return self.name.removeprefix(f"{self.section}_") if self.section else self.name
+
+    @property
+    def dotted(self) -> str:
+        """Its name with the section: ``serve.port``."""
+        return f"{self.section}.{self.word}" if self.section else self.name
+
+    @property
+    def flag(self) -> str:
+        """``--idle-exit``; what a command is called after is left out (``--port`` of ``serve``), but for logs."""
+        if self.name == "model_folders":
+            return "--model-folder"  # one at a time
+        return "--" + (self.name if self.section == "log" else self.word).replace("_", "-")
+
+    @property
+    def default_shown(self) -> str:
+        return self.shown(self.default)
+
+    def place(self, path: Path) -> str:
+        """Where it stands in the file at ``path``, for a person."""
+        return f"{self.word} in [{self.section}] of {path}" if self.section else f"{self.name} in {path}"
 
 
-KEYS = tuple(field.name for field in fields(Config))
+def _key(
+    check: Callable[[object], Any],
+    default: object,
+    help: str,
+    *,
+    form: str,
+    example: str,
+    section: str = "",
+    read: Callable[[str], object] = str,
+    shown: Callable[[Any], str] = str,
+    choices: tuple[str, ...] = (),
+    variable: str | None = None,
+) -> dict[str, Any]:
+    """What is known of a field of ``Config``."""
+    return {
+        "check": check, "default": default, "help": help, "form": form, "example": example, "section": section,
+        "read": read, "shown": shown, "choices": choices, "variable": variable,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings: their types, and the table of what is known of each (``KEYS``)."""
+
+    budget: Setting[int | None] = field(metadata=_key(
+        _budget, None, "Memory for expert weights, of all models together: 512MB, 2GiB, bytes or auto.",
+        form="SIZE", example='"8GiB"', shown=_shown_budget,
+    ))  # fmt: skip
+    keep_alive: Setting[float | None] = field(metadata=_key(
+        _seconds, None, "Give a model's memory back when nobody has used it for so long.",
+        form="SECONDS", example="600", read=_number, shown=_shown_seconds("when memory is needed"),
+    ))  # fmt: skip
+    idle_exit: Setting[float | None] = field(metadata=_key(
+        _seconds, None, "End the daemon after so long without a session.",
+        form="SECONDS", example="inf", read=_number, shown=_shown_seconds("never"),
+    ))  # fmt: skip
+    policy: Setting[str] = field(metadata=_key(
+        _choice("policy", POLICY_NAMES), POLICY_NAMES[0], "How to choose the blocks that go.",
+        form="NAME", example='"forecast"', choices=POLICY_NAMES,
+    ))  # fmt: skip
+    background_rate: Setting[int | None] = field(metadata=_key(
+        _rate, None, "Read at most so much a second while nobody waits for it, for example 200MB/s.",
+        form="RATE", example='"200MB/s"', shown=_shown_rate,
+    ))  # fmt: skip
+    read_ahead: Setting[bool] = field(metadata=_key(
+        _yes, True, "Read what sessions will soon need before they ask for it, where that pays.",
+        form="true|false", example="true", read=_truth, shown=lambda yes: "where it pays" if yes else "no",
+    ))  # fmt: skip
+    model_folders: Setting[tuple[Path, ...]] = field(metadata=_key(
+        _folders, (Path("~/models"),), "Folder whose subfolders are models, found by their names.",
+        form="FOLDER", example='["~/models", "/Volumes/big/models"]', read=_paths, shown=_shown_folders,
+    ))  # fmt: skip
+    serve_host: Setting[str] = field(metadata=_key(
+        _host, "127.0.0.1", "Address to listen on.", section="serve", form="ADDRESS", example='"127.0.0.1"',
+    ))  # fmt: skip
+    serve_port: Setting[int] = field(metadata=_key(
+        _port, 8080, "Port to listen on; 0 takes any free one.",
+        section="serve", form="PORT", example="8080", read=_whole,
+    ))  # fmt: skip
+    generate_max_tokens: Setting[int] = field(metadata=_key(
+        _tokens, 256, "Longest answer.", section="generate", form="TOKENS", example="256", read=_whole,
+    ))  # fmt: skip
+    generate_temperature: Setting[float] = field(metadata=_key(
+        _temperature, 0.0, "How freely tokens are chosen; 0 is greedy.",
+        section="generate", form="NUMBER", example="0.7", read=_number, shown=_shown_number,
+    ))  # fmt: skip
+    log_level: Setting[str] = field(metadata=_key(
+        _choice("level", LOG_LEVELS), "info", "What is written into the logs, and all that is worse.",
+        section="log", form="LEVEL", example='"info"', read=str.lower, choices=LOG_LEVELS, variable="EXPERTD_LOG",
+    ))  # fmt: skip
+    log_format: Setting[str] = field(metadata=_key(
+        _choice("format", LOG_FORMATS), "text", "How a line of the logs is written.",
+        section="log", form="FORMAT", example='"text"', choices=LOG_FORMATS,
+    ))  # fmt: skip
+    log_size: Setting[int] = field(metadata=_key(
+        _log_size, 10_000_000, "Begin a new log file when one has so many bytes.",
+        section="log", form="SIZE", example='"10MB"', shown=show_size,
+    ))  # fmt: skip
+    log_count: Setting[int] = field(metadata=_key(
+        _log_count, 3, "Keep so many files of a log, the one that is written included.",
+        section="log", form="NUMBER", example="3", read=_whole,
+    ))  # fmt: skip
+
+
+def _known(name: str, about: Mapping[str, Any]) -> Key:
+    variable = about["variable"] or f"EXPERTD_{name.upper()}"
+    return Key(name=name, **{**about, "variable": variable})
+
+
+KEYS: dict[str, Key] = {entry.name: _known(entry.name, entry.metadata) for entry in fields(Config)}
+SECTIONS = tuple(dict.fromkeys(key.section for key in KEYS.values() if key.section))
 
 
 def variable(key: str) -> str:
     """The environment variable of a key: ``EXPERTD_IDLE_EXIT``."""
-    return f"EXPERTD_{key.upper()}"
+    return KEYS[key].variable
+
+
+def config_without_file() -> Config:
+    """The settings of the environment, or the defaults if those cannot be used either: for what has to go on."""
+    try:
+        return merge({}, os.environ, {}, Path())
+    except ConfigInvalid:
+        return merge({}, {}, {}, Path())
 
 
 def read_config(home: Home, *, default_idle_exit_s: float | None = None, **flags: object) -> Config:
-    """The settings for a daemon in ``home`` (see ``merge``).
+    """The settings in ``home`` (see ``merge``).
 
     Raises:
         HomeError: the home cannot be used.
@@ -105,34 +398,55 @@ def merge(
 
     Raises:
         ConfigInvalid: the file has a key that there is not, or a value cannot be used; says which, where, what can.
-        SizeInvalid: the flag ``budget`` or ``background_rate`` is none.
+        SizeInvalid: a flag that is a size or a rate is none.
     """
-
-    def choose(key: str, check: Callable[[object], T], default: T, read: Callable[[str], object] = str) -> Setting[T]:
-        text = environment.get(variable(key))
+    said = _by_key(file, path)
+    chosen: dict[str, Setting[Any]] = {}
+    for name, key in KEYS.items():
+        text = environment.get(key.variable)
         sources = (
-            (Source.FLAG, flags.get(key), "--" + key.replace("_", "-")),
-            (Source.ENVIRONMENT, read(text) if text else None, variable(key)),
-            (Source.FILE, file.get(key), f"{key} in {path}"),
+            (Source.FLAG, flags.get(name), key.flag),
+            (Source.ENVIRONMENT, key.read(text) if text else None, key.variable),
+            (Source.FILE, said.get(name), key.place(path)),
         )
         found = [
-            Setting(_checked(check, value, source, where), source)
+            Setting(_checked(key.check, value, source, where), source)
             for source, value, where in sources
             if value is not None
         ]
-        return found[0] if found else Setting(default, Source.DEFAULT)
+        default = default_idle_exit_s if name == "idle_exit" else key.default
+        if name == "model_folders":
+            default = key.check(default)  # "~" is who calls
+        chosen[name] = found[0] if found else Setting(default, Source.DEFAULT)
+    return Config(**chosen)
 
-    for key in file:
-        if key not in KEYS:
-            raise ConfigInvalid(f"{key!r} in {path} is not a setting; {_instead(key, KEYS)}")
-    return Config(
-        budget=choose("budget", _budget, None),
-        keep_alive=choose("keep_alive", _seconds, None, _number),
-        idle_exit=choose("idle_exit", _seconds, default_idle_exit_s, _number),
-        policy=choose("policy", _policy, POLICY_NAMES[0]),
-        background_rate=choose("background_rate", _rate, None),
-        read_ahead=choose("read_ahead", _yes, True, _truth),
-    )
+
+def _by_key(file: Mapping[str, object], path: Path) -> dict[str, object]:
+    """What the file says, by the names of ``KEYS``.
+
+    Raises:
+        ConfigInvalid: it says something that is none of them.
+    """
+    above = tuple(key.name for key in KEYS.values() if not key.section)
+    found: dict[str, object] = {}
+    for word, value in file.items():
+        if word in SECTIONS:
+            if not isinstance(value, Mapping):
+                raise ConfigInvalid(f"{word} in {path} is a section; write its keys below a line [{word}]")
+            words = tuple(key.word for key in KEYS.values() if key.section == word)
+            for inner, inner_value in value.items():
+                if inner not in words:
+                    raise ConfigInvalid(f"{inner!r} in [{word}] of {path} is not a setting; {instead(inner, words)}")
+                found[f"{word}_{inner}"] = inner_value
+        elif word in above:
+            found[word] = value
+        else:
+            homes = [key.section for key in KEYS.values() if key.section and key.word == word]
+            if homes:
+                raise ConfigInvalid(f"{word!r} in {path} belongs below a line [{homes[0]}]")
+            choices = above + tuple(f"[{section}]" for section in SECTIONS)
+            raise ConfigInvalid(f"{word!r} in {path} is not a setting; {instead(word, choices)}")
+    return found
 
 
 def _read(path: Path) -> Mapping[str, object]:
@@ -160,54 +474,15 @@ def _checked(check: Callable[[object], T], value: object, source: Source, where:
         raise ConfigInvalid(f"{where}: {error.message}") from error
 
 
-def _budget(value: object) -> int | None:
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        return parse_budget(str(value))
-    raise SizeInvalid(f'{value!r} is not a size; write text as "8GiB" or "auto", or a whole number of bytes')
-
-
-def _seconds(value: object) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:  # nan is not
-        return None if value > FOREVER_S else float(value)
-    raise ConfigInvalid(f"{value!r} is not a number of seconds; write 0 or more, or inf for no limit")
-
-
-def _rate(value: object) -> int | None:
-    if value == float("inf") or (isinstance(value, str) and value.strip().lower() in UNLIMITED):
-        return None
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return parse_rate(str(value))
-        except SizeInvalid as error:
-            raise SizeInvalid(f"{error.message}, or inf for no limit") from None
-    raise SizeInvalid(f'{value!r} is not a rate; write text as "200MB/s", a whole number of bytes, or inf for no limit')
-
-
-def _policy(value: object) -> str:
-    if isinstance(value, str) and value in POLICY_NAMES:
-        return value
-    raise ConfigInvalid(f"{value!r} is not a policy; {_instead(str(value), POLICY_NAMES)}")
-
-
-def _yes(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ConfigInvalid(f"{value!r} is neither true nor false")
-
-
-def _truth(text: str) -> object:
-    return {"true": True, "false": False}.get(text.strip().lower(), text)
-
-
-def _number(text: str) -> object:
-    try:
-        return float(text)
-    except ValueError:
-        return text  # it is refused as what it is
-
-
-def _instead(word: str, choices: Sequence[str]) -> str:
+def near(word: str, choices: Sequence[str], likeness: float = 0.6) -> str | None:
+    """The one of ``choices`` that whoever wrote ``word`` may have meant, if one is as like it (0 to 1)."""
     import difflib
 
-    near = difflib.get_close_matches(word.lower(), choices, n=1)
-    return (f"did you mean {near[0]!r}? There are: " if near else "there are: ") + ", ".join(choices)
+    found = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=likeness)
+    return found[0] if found else None
+
+
+def instead(word: str, choices: Sequence[str]) -> str:
+    """What there is where ``word`` is not, for a person."""
+    meant = near(word, choices)
+    return (f"did you mean {meant!r}? There are: " if meant else "there are: ") + ", ".join(choices)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import socket
 import time
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TypeVar
 
 import zmq
 
-from expertd.protocol import PROTOCOL
+from expertd.protocol import PROTOCOL, VERSION
 from expertd.protocol.errors import DaemonLost, DaemonNotRunning, MessageInvalid, ProtocolMismatch
 from expertd.protocol.messages import Hello, Message, Welcome, decode, encode, expect
 
@@ -29,10 +27,9 @@ def data_identity(token: bytes) -> bytes:
     return b"d" + token
 
 
-@functools.cache
 def package_version() -> str:
-    """Version of the installed package."""
-    return importlib.metadata.version("expertd")
+    """Version of the package that this process runs (which may have been upgraded on disk meanwhile)."""
+    return VERSION
 
 
 class Connection:

@@ -9,7 +9,15 @@
     |   |-- CheckpointTruncated       checkpoint_truncated
     |   |-- HeaderInvalid             header_invalid
     |   |-- DerivedExperts            derived_experts
-    |   `-- FileChanged               file_changed
+    |   |-- FileChanged               file_changed
+    |   |-- ModelNotHere              model_not_here
+    |   |-- ModelIncomplete           model_incomplete
+    |   `-- ModelAmbiguous            model_ambiguous
+    |-- HubError                      hub_failed
+    |   |-- HubUnreachable            hub_unreachable
+    |   |-- HubRefused                hub_refused
+    |   `-- HubNotFound               hub_not_found
+    |-- DiskFull                      disk_full
     |-- BudgetTooSmall                budget_too_small
     |-- SizeInvalid                   size_invalid
     |-- ConfigInvalid                 config_invalid
@@ -36,6 +44,9 @@
     |-- PackFailed                    pack_failed
     |-- PackRunning                   pack_running
     |-- PortInUse                     port_in_use
+    |-- ServiceFailed                 service_failed
+    |   |-- ServiceManagerMissing     service_manager_missing
+    |   `-- ServiceNotInstalled       service_not_installed
     |-- RequestInvalid                request_invalid
     |   |-- ParameterUnsupported      parameter_unsupported
     |   |-- ModelNotFound             model_not_found
@@ -56,6 +67,18 @@ The message is one sentence for the user: what happened, to what, and what to do
 """
 
 from __future__ import annotations
+
+EXIT_STATUSES = {
+    0: "it did what it was asked to",
+    1: "it failed in another way than those below; the sentence says how",
+    2: "what it was given cannot be used: an argument, a setting, a size, a model's files, the home",
+    3: "no daemon runs in this home, it has gone, or it did not come up",
+    4: "there is not enough: memory, budget, sessions",
+    5: "somebody else has it: the home, the port, the packed store",
+    6: "the daemon is of another version",
+    130: "Ctrl-C",
+}
+"""What a command ends with, and what that means; each class below has one of them."""
 
 
 class ExpertdError(Exception):
@@ -136,6 +159,55 @@ class FileChanged(CheckpointError):
     code = "file_changed"
 
 
+class ModelNotHere(CheckpointError):
+    """What the user called a model is neither a folder nor the name of a model on this machine."""
+
+    code = "model_not_here"
+
+
+class ModelIncomplete(CheckpointError):
+    """A model is here, but some of its files are not."""
+
+    code = "model_incomplete"
+
+
+class ModelAmbiguous(CheckpointError):
+    """Several models, or versions of one, are here by the name that the user gave."""
+
+    code = "model_ambiguous"
+
+
+class HubError(ExpertdError):
+    """The model hub answered with something that does not help, or a download broke off."""
+
+    code = "hub_failed"
+
+
+class HubUnreachable(HubError):
+    """The hub cannot be reached, or must not be asked (offline)."""
+
+    code = "hub_unreachable"
+    retryable = True
+
+
+class HubRefused(HubError):
+    """The hub wants to know who asks, or that person may not have the model."""
+
+    code = "hub_refused"
+
+
+class HubNotFound(HubError):
+    """The hub has no such model, or no such revision of it, for whoever asks."""
+
+    code = "hub_not_found"
+
+
+class DiskFull(ExpertdError):
+    """The disk has no room for what should be written."""
+
+    code = "disk_full"
+
+
 class BudgetTooSmall(ExpertdError):
     """The budget cannot hold what this model needs at least; the message names the smallest that works."""
 
@@ -153,7 +225,7 @@ class SizeInvalid(ExpertdError):
 
 
 class ConfigInvalid(ExpertdError):
-    """A daemon's settings cannot be used: ``config.toml``, a variable of the environment, or a flag."""
+    """A setting cannot be used: in ``config.toml``, a variable of the environment, or a flag."""
 
     code = "config_invalid"
     exit_status = 2
@@ -321,6 +393,26 @@ class PortInUse(ExpertdError):
 
     code = "port_in_use"
     exit_status = 5
+
+
+class ServiceFailed(ExpertdError):
+    """The service could not be installed, changed or taken away; the message says which step failed and what helps."""
+
+    code = "service_failed"
+
+
+class ServiceManagerMissing(ServiceFailed):
+    """Neither launchd nor a systemd user manager is there."""
+
+    code = "service_manager_missing"
+    exit_status = 2
+
+
+class ServiceNotInstalled(ServiceFailed):
+    """Something is asked of a service that this home does not have."""
+
+    code = "service_not_installed"
+    exit_status = 3
 
 
 class RequestInvalid(ExpertdError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import msgspec
@@ -68,4 +67,6 @@ class Manifest(msgspec.Struct, frozen=True):
     @property
     def key(self) -> str:
         """Names the model: the same files, read the same way, give the same key; anything else another one."""
+        import hashlib  # late: it brings OpenSSL along, and who only talks to a daemon needs none of it
+
         return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()[:16]

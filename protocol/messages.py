@@ -117,6 +117,8 @@ class Fetch(Message):
     routing: Routing = b""
     then: Annotated[list[Expert], Meta(max_length=65536)] = []
     leases_only: bool = False
+    decode_tokens: Count = 0
+    prompt_tokens: Count = 0
 
 
 class Resident(Message):
@@ -154,6 +156,8 @@ class Ack(Message):
     version: Count
     sequence: Count
     routing: Routing = b""
+    decode_tokens: Count = 0
+    prompt_tokens: Count = 0
 
 
 class AckRequest(Message):
@@ -223,10 +227,12 @@ class Recorded(Message):
 
 
 class RoutingLog(Message):
-    """What the routers chose since the last report (PROTOCOL.md, "Routing log")."""
+    """What the routers chose since the last report (PROTOCOL.md, "Routing log"), and how many tokens were computed."""
 
     session: Count
     routing: Routing
+    decode_tokens: Count = 0
+    prompt_tokens: Count = 0
 
 
 class Detach(Message):
@@ -251,8 +257,8 @@ class AskStatus(Message):
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One session, as ``expertd status --json`` prints it.
 
-    ``waited_s`` and ``read_wait_s`` may be left out, as by daemons of this version of the protocol that do not measure
-    them.
+    What has a default may be left out, as by daemons of this version of the protocol that do not measure it.  Tokens
+    are those that the session has reported: it does so with its Fetches, and now and then.
     """
 
     id: int
@@ -264,6 +270,8 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     held_bytes: int
     waited_s: float = 0.0
     read_wait_s: float = 0.0
+    decode_tokens: int = 0
+    prompt_tokens: int = 0
 
 
 class LayerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -412,7 +420,7 @@ class BudgetSet(Message):
 
 
 class Unload(Message):
-    """Give back the memory of a model that nobody uses: ``model`` is its key, the path of its folder, or its name."""
+    """Give back the memory of a model that nobody uses: its key, its hub id, or the path or the name of its folder."""
 
     model: Name
 
@@ -455,6 +463,26 @@ class Pinned(Message):
 
     path: Name
     blocks: Count
+
+
+class Subscribe(Message):
+    """Be told what happens, for half a minute; to be renewed in time."""
+
+
+class Subscribed(Message):
+    """Answer to Subscribe, each time."""
+
+
+class Happened(Message):
+    """Something happened that the daemon's log tells too.
+
+    ``at`` is in seconds since 1970; ``facts`` are texts, numbers or truth values.
+    """
+
+    at: float
+    level: Name
+    event: Text
+    facts: dict[str, Any]
 
 
 class StartTrace(Message):
@@ -632,6 +660,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Attach, Attached, Fetch, Resident, Ahead, Ack, AckRequest, Complete, Moved, Released, RoutingLog, Ping, Pong,
     Pressure, Record, Recorded, Detach, Detached,
     AskStatus, Status, SetBudget, BudgetSet, Unload, Unloaded, Warm, Warming, Pin, Pinned,
+    Subscribe, Subscribed, Happened,
     StartTrace, TraceStarted, StopTrace, TraceStopped, Stop, Stopping,
     WorkerReady, WorkerFailed, Generate, Cancel, Delta, Finished, Refused, Shutdown,
 )  # fmt: skip
@@ -643,6 +672,7 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     | Ping | Pong
     | Pressure | Record | Recorded | Detach | Detached
     | AskStatus | Status | SetBudget | BudgetSet | Unload | Unloaded | Warm | Warming | Pin | Pinned
+    | Subscribe | Subscribed | Happened
     | StartTrace | TraceStarted | StopTrace | TraceStopped | Stop | Stopping
     | WorkerReady | WorkerFailed | Generate | Cancel | Delta | Finished | Refused | Shutdown
 )  # fmt: skip

@@ -38,12 +38,12 @@ class Home:
 
     @property
     def log(self) -> Path:
-        """Folder of what daemons and workers say."""
+        """Folder of what daemons, gateways and workers write down (``protocol.logs``)."""
         return self.root / "log"
 
     @property
     def config(self) -> Path:
-        """The user's settings for daemons (``protocol.config``); it need not exist."""
+        """The user's settings (``protocol.config``); it need not exist."""
         return self.root / "config.toml"
 
     @property
@@ -73,12 +73,40 @@ class Home:
         """Folder of packed stores, or of links to them; ``expertd pack`` creates it."""
         return self.root / "packed"
 
+    @property
+    def service_gateway_log(self) -> Path:
+        """The last words of a gateway that a service manager keeps."""
+        return self.log / "service-gateway.log"
+
+    @property
+    def service(self) -> Path:
+        """What the home knows of its service (``protocol.service``); there only while one is installed."""
+        return self.root / "service.json"
+
+    def service_starts(self, name: str) -> Path:
+        """Count of the bad ends of the service's ``daemon`` or ``gateway`` (``protocol.quick_deaths``)."""
+        return self.run / f"starts-{name}.json"
+
+    @property
+    def pace(self) -> Path:
+        """Folder of what workers measure of models' speed (``protocol.pace``); they create it."""
+        return self.root / "pace"
+
+    @property
+    def traces(self) -> Path:
+        """Folder in which ``expertd plan`` looks for routing traces; whoever records one there creates it."""
+        return self.root / "traces"
+
     def gateway_socket(self, pid: int) -> Path:
         """Where the workers of the gateway with that process id connect."""
         return self.run / f"gateway-{pid}.sock"
 
+    def gateway_log(self, pid: int) -> Path:
+        """Log of the gateway with that process id."""
+        return self.log / f"gateway-{pid}.log"
+
     def worker_log(self, pid: int) -> Path:
-        """Log of the worker that the gateway with that process id started."""
+        """Log of the worker with that process id."""
         return self.log / f"worker-{pid}.log"
 
     def check(self) -> None:

@@ -1,22 +1,20 @@
 """Find a home's daemon, or start one on demand as tmux and adb do.
 
-What a daemon does once it runs is ``expertd.daemon``; handing it to launchd or systemd is ``expertd.launchd``.
+Where a service manager keeps the daemon, that is asked to start it (``protocol.service``).  What a daemon does once it
+runs is ``expertd.daemon``; handing it to launchd or systemd is ``expertd.launchd``.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import psutil
+from typing import TYPE_CHECKING
 
 from expertd.protocol import PROTOCOL
-from expertd.protocol.config import read_config
 from expertd.protocol.connection import Connection, ask_any_version
 from expertd.protocol.errors import (
     DaemonAlreadyRunning,
@@ -28,6 +26,13 @@ from expertd.protocol.errors import (
 )
 from expertd.protocol.messages import Stop, Stopping
 from expertd.protocol.paths import Home
+from expertd.protocol.quick_deaths import why_refused
+from expertd.protocol.service import Service, ask_to_start, read_service
+
+if TYPE_CHECKING:
+    import subprocess
+
+    import psutil
 
 IDLE_EXIT_S = 900
 """An on-demand daemon ends by itself after so many seconds without a session, if its user has set nothing else."""
@@ -62,6 +67,7 @@ def connect_or_start(
 
     Of all processes that call this at once, one starts a daemon and the others connect to that.  A daemon of another
     version is replaced if nobody uses it.  Whoever started one and then cannot use it owes the user a ``stop_if_idle``.
+    One that the service manager has started at our wish is not ours.
 
     Args:
         budget: size for a daemon that has to be started; one that runs keeps its own.
@@ -72,7 +78,8 @@ def connect_or_start(
         ConfigInvalid: a daemon has to be started, and its settings cannot be used.
         ProtocolMismatch: a daemon of another version has sessions, or does not understand that it should end; or
             expertd was upgraded under this process, so that what it starts is of another version.
-        DaemonStartFailed: the daemon ended or did not answer in time; the message quotes its last words.
+        DaemonStartFailed: the daemon ended or did not answer in time; the message quotes its last words.  Or it is the
+            service's, and has died so often that it is not started any more.
     """
     home.prepare()
     try:
@@ -84,10 +91,14 @@ def connect_or_start(
 def _start(
     home: Home, role: str, budget: str | None, announce: Callable[[str], None] | None, start_s: float
 ) -> tuple[Connection, bool]:
+    from expertd.protocol.config import read_config  # late, as below: who asks a daemon that runs needs none of it
+
     idle_exit_s = read_config(home, default_idle_exit_s=IDLE_EXIT_S).idle_exit.value
     process: subprocess.Popen[bytes] | None = None
     refusal: ProtocolMismatch | None = None
     replacing = False
+    service = _service(home)
+    asked: str | None = None  # the service manager; its name
     said_before = home.daemon_log.stat().st_size if home.daemon_log.exists() else 0
     deadline = time.monotonic() + start_s
     with _turns(home) as is_our_turn:
@@ -102,6 +113,10 @@ def _start(
                         f"expertd was changed while this process ran: the daemon (process {process.pid}) that it "
                         f"started does not speak protocol {PROTOCOL}; start this program again"
                     ) from error
+                if asked is not None:
+                    raise ProtocolMismatch(
+                        f"{error.message}; it is the service's: upgrade that with 'expertd service install'"
+                    ) from error
                 refusal = error
                 if ours and not replacing:
                     if not isinstance(ask_any_version(home.daemon_socket, Stop(if_idle=True)), Stopping):
@@ -113,15 +128,26 @@ def _start(
                     break
                 # While an old daemon is on its way out, a new one could only fail.
                 if ours and (process is None or process.returncode is not None) and lock_holder(home) is None:
-                    process = _spawn(home, budget, idle_exit_s)
+                    if service is None:
+                        process = _spawn(home, budget, idle_exit_s)
+                    elif asked is None:
+                        asked = service.manager
+                        if why_not := ask_to_start(service):
+                            _say(announce, f"{asked} did not start the service's daemon ({why_not})")
+                            service = asked = None
+                    elif why := why_refused(home, "daemon", home.daemon_log):
+                        raise DaemonStartFailed(why) from None
             else:
                 started = process is not None and connection.daemon.pid == process.pid
-                if announce is not None and started:
-                    instead = " in place of one of another version" if replacing else ""
-                    announce(
+                instead = " in place of one of another version" if replacing else ""
+                if started:
+                    _say(
+                        announce,
                         f"started a daemon (process {connection.daemon.pid}){instead}; it ends "
-                        f"{_after(idle_exit_s)}with: expertd daemon stop"
+                        f"{_after(idle_exit_s)}with: expertd daemon stop",
                     )
+                elif asked is not None:
+                    _say(announce, f"{asked} started the service's daemon (process {connection.daemon.pid}){instead}")
                 return connection, started
             time.sleep(_POLL_S)
     if refusal is not None:
@@ -132,12 +158,37 @@ def _start(
         last = _last_words(home, said_before)
         raise DaemonStartFailed(f"the daemon did not come up ({last}); its log is {home.daemon_log}")
     holder = lock_holder(home)
+    if holder is None and asked is not None:
+        last = _last_words(home, said_before)
+        raise DaemonStartFailed(
+            f"the service's daemon did not come up ({last}); its log is {home.daemon_log}, and its state is told by: "
+            "expertd service status"
+        )
     if holder is None:
         raise DaemonStartFailed(f"another process started no daemon in {home.root} within {start_s:.0f} s; try again")
     raise DaemonStartFailed(
         f"the daemon in {home.root} (process {holder or 'unknown'}) neither answers nor ends; "
         "end it with: expertd daemon stop"
     )
+
+
+def _service(home: Home) -> Service | None:
+    """The service that is to start the home's daemon, if there is one and its user has not stopped it.
+
+    Raises:
+        DaemonStartFailed: it rests, because its daemon has died too often.
+    """
+    service = read_service(home)
+    if service is None or service.stopped:
+        return None
+    if why := why_refused(home, "daemon", home.daemon_log):
+        raise DaemonStartFailed(why)
+    return service
+
+
+def _say(announce: Callable[[str], None] | None, line: str) -> None:
+    if announce is not None:
+        announce(line)
 
 
 @contextmanager
@@ -170,6 +221,8 @@ def _after(idle_exit_s: float | None) -> str:
 
 
 def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subprocess.Popen[bytes]:
+    import subprocess
+
     command = [sys.executable, "-m", "expertd.daemon"]  # it reads the other settings itself
     if idle_exit_s is not None:
         command += ["--idle-exit", str(idle_exit_s)]
@@ -192,9 +245,12 @@ def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subproc
 
 
 def _last_words(home: Home, since: int) -> str:
-    with home.daemon_log.open("rb") as log:
-        log.seek(since)
-        words = log.read().decode(errors="replace").strip().splitlines()
+    try:
+        with home.daemon_log.open("rb") as log:
+            log.seek(since if since <= home.daemon_log.stat().st_size else 0)  # a new file may have begun meanwhile
+            words = log.read().decode(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        words = []
     return words[-1] if words else "it said nothing"
 
 
@@ -218,9 +274,7 @@ def stop_daemon(home: Home, role: str, *, if_idle: bool = False, timeout_s: floa
         if owner is None:
             raise
         pid = owner.pid
-        try:
-            owner.terminate()
-        except psutil.NoSuchProcess:
+        if not _terminate(owner):
             return pid
     deadline = time.monotonic() + timeout_s
     while _runs(pid):
@@ -262,6 +316,8 @@ def _owner(home: Home) -> psutil.Process | None:
     pid = lock_holder(home)
     if not pid:
         return None
+    import psutil
+
     lock = str(home.daemon_lock.resolve())
     try:
         owner = psutil.Process(pid)
@@ -270,8 +326,21 @@ def _owner(home: Home) -> psutil.Process | None:
         return None
 
 
+def _terminate(owner: psutil.Process) -> bool:
+    """Send SIGTERM; whether there was a process to send it to."""
+    import psutil
+
+    try:
+        owner.terminate()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
 def _runs(pid: int) -> bool:
     """Whether the process runs; one that has ended and was not waited for by its parent does not."""
+    import psutil
+
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

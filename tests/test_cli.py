@@ -1,4 +1,7 @@
-"""The command line on good input, as installed.  Bad input: ``test_bad_input``."""
+"""The command line on good input, as installed.
+
+Bad input: ``test_bad_input``; what fills a terminal: ``test_status``, ``test_top`` and ``test_chat_command``.
+"""
 
 from __future__ import annotations
 
@@ -88,14 +91,13 @@ def test_status_names_the_sessions_and_their_mode(model_path: Path, start_daemon
         holder.stdout.readline()
         (session,) = json.loads(expertd("status", "--json").stdout)["models"][0]["sessions"]
         assert (session["pid"], session["mode"], session["waiting"]) == (holder.pid, "copy", False)
-        said = expertd("status").stdout
-        assert f"process {holder.pid}, mode copy" in said
+        assert f"process {holder.pid}, mode copy" in expertd("status", "--verbose").stdout
         holder.communicate(timeout=DEADLINE_S)
 
 
 def test_status_of_an_empty_daemon_reads_well(home: Home, start_daemon: StartDaemon) -> None:
     daemon = start_daemon("64MB")
-    lines = expertd("status").stdout.splitlines()
+    lines = expertd("status", "--verbose").stdout.splitlines()
     assert lines[0].startswith(f"daemon    process {daemon.pid}, up 0 min ")
     assert lines[1:] == ["budget    64.0 MB, in use 0 B, pressure normal", "models    none yet"]
 
@@ -106,7 +108,7 @@ def test_status_shows_each_layer_if_it_is_asked_to(model_path: Path, start_daemo
     head, *rows = expertd("status", "--layers").stdout.splitlines()[-4:]
     assert head.startswith("  layer  pool  pool slots  resident ")
     assert [row.split()[:3] for row in rows] == [["0", "0", "12"], ["1", "0", "12"], ["2", "0", "12"]]
-    assert "pool slots" not in expertd("status").stdout
+    assert "pool slots" not in expertd("status", "--verbose").stdout
 
 
 def status_of(sessions: list[SessionStatus], layers: list[LayerStatus], bytes_read: int = 1) -> Status:
@@ -259,7 +261,8 @@ def test_daemon_run_serves_until_it_is_stopped(home: Home) -> None:
 
 def test_every_command_explains_itself() -> None:
     listed = expertd("--help").stdout
-    for command in ("serve", "generate", "status", "budget", "config", "pack", "daemon", "verify", "worker"):
+    commands = "serve", "generate", "chat", "status", "top", "budget", "config", "pack", "daemon", "verify", "worker"
+    for command in commands:
         assert f"\n  {command} " in listed
         done = expertd(command, "--help")
         assert done.returncode == 0
@@ -270,7 +273,7 @@ def test_the_journal_tells_what_pressure_changed_and_why(home: Home, start_daemo
     script = tmp_path / "script"
     script.write_text("0 critical played by a test\n")
     start_daemon("64MB", "--simulate-pressure", str(script))
-    wait_for(lambda: "limit     0 B because of memory pressure" in expertd("status").stdout)
+    wait_for(lambda: "limit     0 B because of memory pressure" in expertd("status", "--verbose").stdout)
     lines = expertd("status", "--journal").stdout.splitlines()
     assert lines[1] == "budget    64.0 MB, in use 0 B, pressure critical"
     assert lines[3] == "journal   changes of the limit, the newest last"
@@ -293,13 +296,6 @@ def test_unload_says_what_it_gave_back_or_what_there_is(model_path: Path, start_
     assert expertd("generate", str(model_path), "hello", "--max-tokens", "2").returncode == 0
     assert expertd("unload", model_path.name).stdout.startswith(f"unloaded {model_path}: ")
     assert json.loads(expertd("status", "--json").stdout)["models"] == []
-
-
-def test_doctor_explains_the_default_budget_and_the_pressure(home: Home) -> None:
-    said = expertd("doctor").stdout.splitlines()
-    assert said[0] == "default budget"
-    assert [line.split(":")[0] for line in said if line.startswith("  budget: ")] == ["  budget"]
-    assert any(line.startswith("memory pressure: ") for line in said)
 
 
 def test_a_script_of_pressure_that_cannot_be_read_keeps_the_daemon_from_starting(home: Home, tmp_path: Path) -> None:

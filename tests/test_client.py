@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,19 @@ import pytest
 
 import expertd
 from expertd.clients import Client
+from expertd.clients import client as expertd_client
 from expertd.protocol.errors import (
     BlocksInvalid,
     BudgetTooSmall,
+    DaemonLost,
     DaemonNotRunning,
     ModelInUse,
     ModelNotLoaded,
     SizeInvalid,
 )
+from expertd.protocol.messages import Happened
 from expertd.protocol.paths import Home
-from tests.conftest import StartDaemon, wait_for
+from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 
@@ -150,3 +155,37 @@ def test_warm_wants_a_prompt(client: Client) -> None:
     done = command("warm", str(DEMO))
     assert done.returncode == 2
     assert "expertd load" in done.stderr
+
+
+def test_events_tell_what_happens(client: Client) -> None:
+    events = client.events()
+    found: list[tuple[str, dict[str, Any]]] = []
+    with ThreadPoolExecutor(1) as beside:
+        heard = beside.submit(lambda: [found.append((happened.event, happened.facts)) for happened in take(events, 3)])
+        wait_for(lambda: said_at_least(client, found))
+        heard.result(DEADLINE_S)
+    assert found[0][0].startswith("budget changed")
+
+
+def take(events: Iterator[Happened], count: int) -> Iterator[Happened]:
+    for _ in range(count):
+        yield next(events)
+
+
+def said_at_least(client: Client, found: list[Any]) -> bool:
+    """Have something happen again and again until it was heard of often enough: the subscription takes a moment."""
+    client.budget(3_000_000 + int(time.monotonic() * 1000) % 1_000_000)
+    return len(found) >= 3
+
+
+def test_events_end_with_the_daemon(home: Home, start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expertd_client, "RENEW_S", 0.2)
+    daemon = start_daemon("3MB")
+    with Client() as client:
+        events = client.events()
+        with ThreadPoolExecutor(1) as beside:
+            heard = beside.submit(lambda: list(events))
+            time.sleep(0.5)
+            daemon.kill()
+            with pytest.raises(DaemonLost):
+                heard.result(DEADLINE_S)

@@ -1,10 +1,12 @@
-"""Settings of daemons: which source wins, what is refused and how, and that daemons are started with them."""
+"""Settings: which source wins, what is refused and how, and that daemons and commands go by them."""
 
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import tomllib
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -85,12 +87,40 @@ FLAG, ENVIRONMENT, FILE, DEFAULT = Source
         ("read_ahead", None, "False", True, (False, ENVIRONMENT)),
         ("read_ahead", None, None, False, (False, FILE)),
         ("read_ahead", None, None, None, (True, DEFAULT)),
+        ("model_folders", None, None, None, ((Path.home() / "models",), DEFAULT)),
+        ("model_folders", None, None, [], ((), FILE)),
+        ("model_folders", None, None, ["/a", "/b", "/a"], ((Path("/a"), Path("/b")), FILE)),
+        ("model_folders", None, "/c:/d", ["/a"], ((Path("/c"), Path("/d")), ENVIRONMENT)),
+        ("model_folders", ("/e",), "/c", ["/a"], ((Path("/e"),), FLAG)),
+        ("model_folders", None, None, ["~/m"], ((Path.home() / "m",), FILE)),
     ],
 )
 def test_a_flag_wins_over_a_variable_and_that_over_the_file(
     key: str, flag: object, variable_is: str | None, file: object, expected: tuple[object, Source]
 ) -> None:
     assert merged(key, flag, variable_is, file) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "variable_is", "file", "expected"),
+    [
+        ("serve_port", 1, "2", {"serve": {"port": 3}}, (1, FLAG)),
+        ("serve_port", None, "2", {"serve": {"port": 3}}, (2, ENVIRONMENT)),
+        ("serve_port", None, None, {"serve": {"port": 3}}, (3, FILE)),
+        ("serve_port", None, None, {"serve": {}}, (8080, DEFAULT)),
+        ("serve_host", None, None, {"serve": {"host": "::1"}}, ("::1", FILE)),
+        ("generate_max_tokens", None, "9", {}, (9, ENVIRONMENT)),
+        ("generate_temperature", None, "0.5", {"generate": {"temperature": 1}}, (0.5, ENVIRONMENT)),
+        ("log_level", None, "DEBUG", {"log": {"level": "error"}}, ("debug", ENVIRONMENT)),
+        ("log_size", None, None, {"log": {"size": "1MiB"}}, (1 << 20, FILE)),
+        ("log_count", None, "5", {}, (5, ENVIRONMENT)),
+    ],
+)
+def test_a_section_s_settings_are_chosen_in_the_same_way(
+    name: str, flag: object, variable_is: str | None, file: dict[str, object], expected: tuple[object, Source]
+) -> None:
+    environment = {} if variable_is is None else {variable(name): variable_is}
+    assert astuple(getattr(merge({name: flag}, environment, file, PATH), name)) == expected
 
 
 @pytest.mark.parametrize(
@@ -139,6 +169,23 @@ IN_FILE = f" in {PATH}: "
         ({"background_rate": True}, f"background_rate{IN_FILE}True is not a rate"),
         ({"background_rate": float("nan")}, f"background_rate{IN_FILE}nan is not a rate"),
         ({"read_ahead": 1}, f"read_ahead{IN_FILE}1 is neither true nor false"),
+        ({"port": 1}, f"'port' in {PATH} belongs below a line [serve]"),
+        ({"serv": {"port": 1}}, f"'serv' in {PATH} is not a setting; did you mean '[serve]'? There are: budget, "),
+        ({"serve": 8080}, f"serve in {PATH} is a section; write its keys below a line [serve]"),
+        ({"serve": {"prot": 1}}, f"'prot' in [serve] of {PATH} is not a setting; did you mean 'port'? There are: host"),
+        ({"serve": {"port": 65536}}, f"port in [serve] of {PATH}: 65536 is not a port; write a whole number from 1"),
+        ({"serve": {"port": True}}, "True is not a port"),
+        ({"serve": {"port": "8080"}}, "'8080' is not a port"),
+        ({"serve": {"host": ""}}, "'' is not an address to listen on"),
+        ({"generate": {"max_tokens": 0}}, "0 is not a number of tokens"),
+        ({"generate": {"temperature": -0.1}}, "-0.1 is not a temperature"),
+        ({"generate": {"temperature": float("nan")}}, "nan is not a temperature"),
+        ({"log": {"level": "loud"}}, "'loud' is not a level; there are: debug, info, warning, error"),
+        ({"log": {"format": "jsn"}}, "'jsn' is not a format; did you mean 'json'?"),
+        ({"log": {"size": "1kB"}}, f"size in [log] of {PATH}: '1kB' is too small for a log; write at least 64KiB"),
+        ({"log": {"count": 1}}, "1 is not a number of log files; write a whole number from 2 to 100"),
+        ({"model_folders": "/a"}, f"model_folders{IN_FILE}'/a' is not a list of folders; write for example"),
+        ({"model_folders": ["a"]}, f"model_folders{IN_FILE}'a' is relative, but to what?"),
         ({"policy": 3}, f"policy{IN_FILE}3 is not a policy; there are: forecast, "),
     ],
 )
@@ -302,57 +349,138 @@ def test_a_daemon_that_runs_is_used_whatever_the_file_says(own_home: Home) -> No
     assert not started
 
 
-@pytest.mark.parametrize("command", ["daemon run", "config show", "config show --json", "generate", "serve"])
+MISTAKE = "'long' is not a number of seconds; write 0 or more, or inf for no limit"
+
+
+@pytest.mark.parametrize("command", ["daemon run", "config show", "config check", "generate", "serve"])
 def test_a_command_tells_a_mistake_in_one_sentence(command: str, home: Home, checkpoints: dict[str, Path]) -> None:
     home.config.write_text("keep_alive = 'long'\n")
     more = {"generate": [str(checkpoints["stacked"]), "hello"], "serve": [str(checkpoints["stacked"]), "--port", "0"]}
     done = expertd(*command.split(), *more.get(command, []))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        f"expertd: keep_alive in {home.config}: 'long' is not a number of seconds; "
-        "write 0 or more, or inf for no limit [config_invalid]\n"
-    )
+    assert done.stderr == f"expertd: keep_alive in {home.config}: {MISTAKE} [config_invalid]\n"
 
 
-# -- expertd config show -----------------------------------------------------------------------------------------------
+def test_a_mistake_is_an_object_where_json_is_asked_for(home: Home) -> None:
+    home.config.write_text("keep_alive = 'long'\n")
+    done = expertd("config", "show", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert json.loads(done.stderr)["error"] == {
+        "code": "config_invalid", "message": f"keep_alive in {home.config}: {MISTAKE}", "exit_status": 2
+    }  # fmt: skip
 
 
-def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    home.config.write_text('budget = "2GiB"\nidle_exit = 60\nbackground_rate = "200MB/s"\n')
-    monkeypatch.setenv("EXPERTD_IDLE_EXIT", "120")
-    assert expertd("config", "show").stdout.splitlines() == [
-        f"file             {home.config}",
-        f"budget           2.1 GB  ({home.config})",
-        "keep_alive       until memory is needed  (default)",
-        "idle_exit        120 s  (EXPERTD_IDLE_EXIT)",
-        "policy           forecast  (default)",
-        f"background_rate  200 MB/s  ({home.config})",
-        "read_ahead       where it pays  (default)",
-    ]
-    assert json.loads(expertd("config", "show", "--json").stdout) == {
-        "file": str(home.config),
-        "settings": {
-            "budget": {"value": 2 << 30, "source": "file"},
-            "keep_alive": {"value": None, "source": "default"},
-            "idle_exit": {"value": 120, "source": "environment"},
-            "policy": {"value": "forecast", "source": "default"},
-            "background_rate": {"value": 200_000_000, "source": "file"},
-            "read_ahead": {"value": True, "source": "default"},
-        },
+# -- what commands take from it ----------------------------------------------------------------------------------------
+
+
+def test_each_setting_has_a_section_a_flag_and_a_variable_of_its_own() -> None:
+    assert len({key.variable for key in KEYS.values()}) == len(KEYS)
+    assert len({(key.section, key.word) for key in KEYS.values()}) == len(KEYS)
+    assert {key.dotted: (key.flag, key.variable) for key in KEYS.values() if key.section} == {
+        "serve.host": ("--host", "EXPERTD_SERVE_HOST"),
+        "serve.port": ("--port", "EXPERTD_SERVE_PORT"),
+        "generate.max_tokens": ("--max-tokens", "EXPERTD_GENERATE_MAX_TOKENS"),
+        "generate.temperature": ("--temperature", "EXPERTD_GENERATE_TEMPERATURE"),
+        "log.level": ("--log-level", "EXPERTD_LOG"),
+        "log.format": ("--log-format", "EXPERTD_LOG_FORMAT"),
+        "log.size": ("--log-size", "EXPERTD_LOG_SIZE"),
+        "log.count": ("--log-count", "EXPERTD_LOG_COUNT"),
     }
 
 
-def test_config_show_says_that_there_is_no_file_and_creates_nothing(home: Home) -> None:
+@pytest.mark.parametrize("name", KEYS)
+def test_the_example_of_a_setting_can_be_written_into_the_file(name: str) -> None:
+    key = KEYS[name]
+    head = f"[{key.section}]\n" if key.section else ""
+    file = tomllib.loads(f"{head}{key.word} = {key.example}\n")
+    assert getattr(merge({}, {}, file, PATH), name).source is Source.FILE
+    assert key.default is None or key.check(key.default) is not None
+
+
+def test_generate_answers_as_long_and_as_freely_as_the_file_says(own_home: Home, checkpoints: dict[str, Path]) -> None:
+    own_home.config.write_text("[generate]\nmax_tokens = 3\n")
+    model = str(checkpoints["stacked"])
+    short = expertd("generate", model, "hello", "--budget", "64MiB").stdout
+    longer = expertd("generate", model, "hello", "--max-tokens", "6").stdout
+    assert longer.startswith(short.rstrip("\n")) and len(longer) > len(short)
+    refused = expertd("generate", model, "hello", "--temperature", "-1")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "expertd: --temperature: -1.0 is not a temperature; write 0 or more (0 is greedy) " + (
+        "[config_invalid]\n"
+    )
+
+
+def test_serve_listens_where_the_file_says(home: Home, checkpoints: dict[str, Path]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        home.config.write_text(f"[serve]\nport = {port}\n")
+        done = expertd("serve", str(checkpoints["stacked"]))
+        assert done.returncode == 5
+        assert done.stderr.startswith(f"expertd: 127.0.0.1:{port} is taken")
+
+
+# -- expertd config ----------------------------------------------------------------------------------------------------
+
+
+def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.config.write_text(
+        'budget = "2GiB"\nidle_exit = 60\nbackground_rate = "200MB/s"\nmodel_folders = ["/a", "/b"]\n'
+        '[serve]\nport = 0\n[log]\nlevel = "debug"\n'
+    )
+    monkeypatch.setenv("EXPERTD_IDLE_EXIT", "120")
+    monkeypatch.setenv("EXPERTD_LOG", "warning")
     assert expertd("config", "show").stdout.splitlines() == [
-        f"file             {home.config}, which is not there",
-        "budget           auto: what the machine can spare  (default)",
-        "keep_alive       until memory is needed  (default)",
-        "idle_exit        never; a daemon that is started on demand: 900 s  (default)",
-        "policy           forecast  (default)",
-        "background_rate  no limit  (default)",
-        "read_ahead       where it pays  (default)",
+        f"file                  {home.config}",
+        "budget                2.1 GB  (config.toml)",
+        "keep_alive            when memory is needed  (default)",
+        "idle_exit             120 s  (EXPERTD_IDLE_EXIT)",
+        "policy                forecast  (default)",
+        "background_rate       200 MB/s  (config.toml)",
+        "read_ahead            where it pays  (default)",
+        "model_folders         /a, /b  (config.toml)",
+        "serve.host            127.0.0.1  (default)",
+        "serve.port            0  (config.toml)",
+        "generate.max_tokens   256  (default)",
+        "generate.temperature  0  (default)",
+        "log.level             warning  (EXPERTD_LOG)",
+        "log.format            text  (default)",
+        "log.size              10.0 MB  (default)",
+        "log.count             3  (default)",
     ]
+    found = json.loads(expertd("config", "show", "--json").stdout)
+    assert found["file"] == str(home.config)
+    assert list(found["settings"]) == [key.dotted for key in KEYS.values()]
+    assert found["settings"]["budget"] == {"value": 2 << 30, "source": "file"}
+    assert found["settings"]["keep_alive"] == {"value": None, "source": "default"}
+    assert found["settings"]["idle_exit"] == {"value": 120, "source": "environment"}
+    assert found["settings"]["read_ahead"] == {"value": True, "source": "default"}
+    assert found["settings"]["model_folders"] == {"value": ["/a", "/b"], "source": "file"}
+    assert found["settings"]["serve.port"] == {"value": 0, "source": "file"}
+
+
+def test_config_show_says_that_there_is_no_file_and_creates_nothing(home: Home) -> None:
+    lines = expertd("config", "show").stdout.splitlines()
+    assert lines[0] == f"file                  {home.config}, which is not there"
+    assert lines[1] == "budget                auto: what the machine can spare  (default)"
+    assert lines[3] == "idle_exit             never; a daemon that is started on demand: 900 s  (default)"
+    assert all(line.endswith("  (default)") for line in lines[1:])
     assert not home.config.exists()
+
+
+def test_config_path_names_the_file(home: Home) -> None:
+    assert expertd("config", "path").stdout == f"{home.config}\n"
+
+
+def test_config_check_says_whether_all_can_be_used(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert expertd("config", "check").stdout == f"{home.config} is not there, and need not be: all else can be used\n"
+    home.config.write_text('budget = "1GB"\n[log]\ncount = 4\n')
+    monkeypatch.setenv("EXPERTD_BUGDET", "1GB")
+    monkeypatch.setenv("EXPERTD_OF_SOMEBODY_ELSE", "1")
+    done = expertd("config", "check")
+    assert (done.returncode, done.stdout) == (0, f"{home.config} can be used (2 settings)\n")
+    assert done.stderr == "expertd: the variable EXPERTD_BUGDET is not a setting; did you mean EXPERTD_BUDGET?\n"
 
 
 def test_a_live_change_of_the_budget_is_not_written_down(own_home: Home) -> None:

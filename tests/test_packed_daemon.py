@@ -220,7 +220,7 @@ def test_status_and_log_name_the_store(model: Path, home: Home, start_daemon: St
     cached, _ = expertd.load(model)
     store = output / store_name(load_lazily(model).manifest.key)
     assert the_model(home).packed == str(store)
-    shown = CliRunner().invoke(main, ["status"]).stdout
+    shown = CliRunner().invoke(main, ["status", "--verbose"]).stdout
     assert f"\n  packed    {store}\n" in shown
     assert f"{model} is read from the packed store {store}" in home.daemon_log.read_text()
     expertd.unload(cached)
@@ -232,7 +232,7 @@ def test_a_store_that_is_written_while_the_model_is_warm_is_used_from_the_next_s
     start_daemon(quarter(load_lazily(model).manifest))
     first, _ = expertd.load(model)
     assert the_model(home).packed == ""
-    assert "packed" not in CliRunner().invoke(main, ["status"]).stdout
+    assert "packed" not in CliRunner().invoke(main, ["status", "--verbose"]).stdout
     pack(model)
     second, _ = expertd.load(model)
     assert the_model(home).packed.endswith(SUFFIX)

@@ -304,9 +304,9 @@ def test_record_and_show(model_path: Path, prompts: Path, tmp_path: Path, start_
     raw, chat = tmp_path / "raw.npz", tmp_path / "chat.npz"
     options: list[str | Path] = ["--prompts", prompts, "--max-tokens", "16"]
     done = expertd("trace", "record", model_path, "-o", raw, "--raw", *options)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "prompts\n"), "how far it is, where that is no terminal"
     done_too = expertd("trace", "record", model_path, "-o", chat, "--parallel", "2", "--no-scores", *options)
-    assert (done_too.returncode, done_too.stderr) == (0, "")
+    assert (done_too.returncode, done_too.stderr) == (0, "prompts\n")
     _, tokenizer = mlx_lm.load(str(model_path))[:2]
     texts = prompts.read_text().splitlines()
     as_chat = [[{"role": "user", "content": text}] for text in texts]

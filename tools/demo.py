@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from expertd.clients.cli.status import table
+from expertd.clients.cli.status import screen
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.sizes import show_size
 from tools.stage import ask_status, running_daemon, temporary_home
@@ -51,7 +51,7 @@ def main() -> None:
                 say(f"two chats at once, from two client processes, at {gateway.url}\n")
                 answers = chat_at_once(gateway.url, model.name, tokens)
                 say("expertd status\n")
-                print("\n".join(table(ask_status(home))), "\n", flush=True)
+                print("\n".join(screen(ask_status(home))), "\n", flush=True)
             say("the gateway and its worker have ended; now the same questions to plain mlx-lm")
             equal = [plain == answer for plain, answer in zip(plain_answers(model, tokens), answers, strict=True)]
         for question, same in zip(QUESTIONS, equal, strict=True):

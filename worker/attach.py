@@ -11,7 +11,6 @@ pools, are *offered* by the control thread, and adopted under the forward lock b
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -35,6 +34,7 @@ from expertd.protocol.errors import (
     SessionUnknown,
     from_code,
 )
+from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.routing import pack
@@ -42,7 +42,7 @@ from expertd.worker.doorbell import Doorbell
 from expertd.worker.link import Link, MappedPool, Mode
 from expertd.worker.pressure import Gauge
 
-log = logging.getLogger("expertd.worker")
+log = Log("expertd.worker")
 
 RESEND_S = 5.0
 """An unanswered Fetch is sent again after so long: it is idempotent, and a ROUTER may drop an answer."""
@@ -81,11 +81,13 @@ class Session:
         leases_only: until the next ``fetch`` nothing may be looked up, and nothing read but what the last one gave.
         routing: what routers chose, ``(layer, experts)``, and no message has told yet.  The owner appends events that
             were all hits; the others ride in their Fetch.
+        decode_tokens, prompt_tokens: what was computed and no message has told yet; the owner counts with ``computed``.
         news: grows when pools are offered or have become complete, or ``to_record`` changes.
         to_record: the number of the daemon's last wish to have this session's routing recorded, and the file; None for
             none.
         pools: those that have been adopted.
         pressure: how short of memory the machine is, as the daemon says.
+        fetches, waited_s: how many fetches were answered, and the seconds that they took in all.
         on_idle: called by the control thread under the forward lock, when no forward has run for a while.
         on_close: called under the forward lock when the session is closed, before anything is given up.
     """
@@ -113,6 +115,7 @@ class Session:
         self.leases_only = False
         self.asked = self.acked = 0
         self.routing: list[tuple[int, Sequence[int]]] = []
+        self.decode_tokens = self.prompt_tokens = 0
         self._forwards = 0
         self._missed_in = 0  # the number of the last forward in which something was fetched
         self._frames_before = 0
@@ -124,11 +127,13 @@ class Session:
         self._left: deque[Link] = deque()  # nothing is looked up there any more; the control thread hangs up
         self._needed = False
         self._attempts = 0
+        self._refusals = Sparsely(10.0)
         self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
         self.news = 0
         self.to_record: tuple[int, str | None] = (0, None)
         self._recorded = False
         self.pressure = Gauge()
+        self.fetches, self.waited_s = 0, 0.0
         self.on_idle: Callable[[], None] = lambda: None
         self.on_close: Callable[[], None] = lambda: None
         self._link = self._active = Link(home, manifest, mode)
@@ -143,6 +148,11 @@ class Session:
     def number(self) -> int:
         """The session's number in its present daemon."""
         return self._link.number
+
+    @property
+    def home(self) -> Home:
+        """Whose daemon it is attached to."""
+        return self._home
 
     @property
     def manifest(self) -> Manifest:
@@ -197,6 +207,18 @@ class Session:
             # The control thread may have noted a request after the ack and found the lock still taken.
             if self.asked == self.acked or not self._forward.acquire(blocking=False):
                 return
+
+    def computed(self, sequences: int, length: int) -> None:
+        """The forward that ends has computed ``length`` tokens of each of so many sequences."""
+        if length == 1:
+            self.decode_tokens += sequences
+        else:
+            self.prompt_tokens += sequences * length
+
+    def report(self) -> None:
+        """Tell the daemon what was routed and computed until now (between two forwards)."""
+        with self.between_forwards():
+            self._report(self._link.data)
 
     @contextlib.contextmanager
     def between_forwards(self) -> Iterator[None]:
@@ -253,6 +275,7 @@ class Session:
         self.acked = self.asked  # a Fetch acks everything that was told
         link.sequence += 1
         self._missed_in = self._forwards
+        decode_tokens, prompt_tokens = self._take_tokens()
         request = messages.Fetch(
             session=link.number,
             sequence=link.sequence,
@@ -262,10 +285,15 @@ class Session:
             routing=self._take_routing(),
             then=list(then),
             leases_only=leases_only,
+            decode_tokens=decode_tokens,
+            prompt_tokens=prompt_tokens,
         )
         self._unanswered, self.leases_only = request, leases_only
+        began = time.monotonic()
         link.data.send(request)
         answer = self._await_answer(link, request)
+        self.waited_s += time.monotonic() - began
+        self.fetches += 1
         if isinstance(answer, messages.Error):
             self.leases_only = False
             raise answer.exception()
@@ -398,19 +426,31 @@ class Session:
         taken, self.routing = self.routing, []
         return b"".join(pack(layer, experts) for layer, experts in taken)
 
+    def _take_tokens(self) -> tuple[int, int]:
+        taken, self.decode_tokens, self.prompt_tokens = (self.decode_tokens, self.prompt_tokens), 0, 0
+        return taken
+
     def _report(self, over: Connection) -> None:
         """Send the routing log; without a daemon it is lost, which costs only statistics."""
-        routing = self._take_routing()
+        routing, (decode, prompt) = self._take_routing(), self._take_tokens()
         if not self._link.lost:
-            over.send(messages.RoutingLog(session=self._link.number, routing=routing))
+            number = self._link.number
+            over.send(
+                messages.RoutingLog(session=number, routing=routing, decode_tokens=decode, prompt_tokens=prompt)
+            )
 
     def _send_ack(self, over: Connection) -> None:
         """Ack everything that was told over the present link; the caller holds the forward lock."""
         asked, link = self.asked, self._link
         version = max(link.told_by_request, link.told_by_answer)
-        routing = self._take_routing()
+        routing, (decode, prompt) = self._take_routing(), self._take_tokens()
         if not link.lost:
-            over.send(messages.Ack(session=link.number, version=version, sequence=link.sequence, routing=routing))
+            over.send(
+                messages.Ack(
+                    session=link.number, version=version, sequence=link.sequence, routing=routing,
+                    decode_tokens=decode, prompt_tokens=prompt,
+                )
+            )  # fmt: skip
         self.acked = asked
 
     def _give_up(self, link: Link) -> None:
@@ -488,10 +528,10 @@ class Session:
                 self._attempts += 1
                 self._trouble = error if isinstance(error, ExpertdError) else DaemonLost(str(error))
                 self._exchange.notify_all()
-            if not isinstance(error, DaemonNotRunning):
-                log.warning("the model could not be attached again: %s", error)
+            if not isinstance(error, DaemonNotRunning) and self._refusals.add():
+                log.warning("the model could not be attached again: %s", error, attempts=self._attempts)
             return min(max(2 * pause_s, _RETRY_S[0]), _RETRY_S[1])
-        log.info("session %d goes on as session %d", self._link.number, link.number)
+        log.info("attached again", session=link.number, before=self._link.number, attempts=self._attempts + 1)
         with self._exchange:
             self.to_record = self.to_record[0] + 1, None  # it was the last daemon's wish
             if self._active is not self._link:
@@ -578,7 +618,7 @@ class Session:
         """No forward ran for a while: report what was routed, and adopt news, so that old pools can be given back."""
         if self._forward.acquire(blocking=False):
             try:
-                if self.routing:
+                if self.routing or self.decode_tokens or self.prompt_tokens:
                     self._report(self._link.control)
                 if self._settled and self._closed is None:
                     self.on_idle()

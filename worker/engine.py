@@ -36,6 +36,7 @@ from expertd.worker.prompt_cache import PromptCache
 from expertd.worker.sampling import LogitsProcessor, Sampler, processors_of, sampler_of
 from expertd.worker.sequential import SequentialGenerator
 from expertd.worker.stops import StopText
+from expertd.worker.template import encode_chat
 from expertd.worker.wired import WiredLimit
 
 __all__ = ["Engine", "Event", "context_length"]
@@ -302,32 +303,11 @@ class Engine:
         elif message.text is not None:
             prompt, param = list(self._tokenizer.encode(message.text)), "prompt"
         else:
-            prompt, param = self._encode_chat(message), "messages"
+            prompt = encode_chat(self._tokenizer, message.messages or [], message.tools, message.template)
+            param = "messages"
         if not prompt:
             raise RequestInvalid("the prompt has no tokens", param=param)
         return prompt, param
-
-    def _encode_chat(self, message: Generate) -> list[int]:
-        if not self._tokenizer.has_chat_template:
-            raise RequestInvalid("the model's tokenizer has no chat template, so it takes no chat messages")
-        if message.tools and not self._tokenizer.has_tool_calling:
-            raise ParameterUnsupported("this model's chat template knows no tools; leave them out", param="tools")
-        template = str(getattr(self._tokenizer, "chat_template", "") or "")
-        for name in message.template:
-            if name not in template and not (name == "enable_thinking" and self._tokenizer.has_thinking):
-                raise ParameterUnsupported(f"this model's chat template knows no '{name}'; leave it out", param=name)
-        tools = {"tools": message.tools} if message.tools else {}
-        try:
-            return list(
-                self._tokenizer.apply_chat_template(
-                    message.messages, add_generation_prompt=True, **tools, **message.template
-                )
-            )
-        except Exception as error:
-            # A template is a program of the model's author: it may raise anything, about what the messages contain.
-            raise RequestInvalid(
-                f"the model's chat template refused the messages ({error})", param="messages"
-            ) from error
 
     @property
     def _vocabulary_size(self) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from mmap import mmap
@@ -27,10 +28,12 @@ from numpy.typing import NDArray
 
 from expertd.protocol.errors import ExpertdError, PoolMoved, SessionClosed
 from expertd.protocol.layout import ABSENT, PoolLayout
+from expertd.protocol.pace import Pace, write_pace
 from expertd.worker.alias import CopiedSlabs, Slabs
 from expertd.worker.attach import Session
 from expertd.worker.groups import plan_groups
 from expertd.worker.link import MappedPool
+from expertd.worker.pace import PaceMeter
 from expertd.worker.pressure import Buffers
 from expertd.worker.recording import Recorder
 from expertd.worker.routers import Foresight
@@ -60,6 +63,8 @@ class Events:
         self.of_layer: dict[int, _Parts] = {}
         self.unevaluated: Any = None  # or still being computed
         self.recorder: Recorder | None = None
+        self.pace = PaceMeter()
+        self.complete = False  # all layers compute without looking
         self.model: weakref.ref[Any] | None = None
         # The daemon's wish to have this model's traffic recorded that was seen to last, and the recorder that does it.
         self._wanted: tuple[int, str | None] = (0, None)
@@ -112,6 +117,7 @@ class Events:
                 self._adopt(offered)
             for parts in self.layers:
                 parts.become_complete()
+            self.complete = all(parts.complete for parts in self.layers)
             if self.session.to_record != self._wanted:
                 self._wanted = self.session.to_record
                 self._record(self._wanted[1])
@@ -124,6 +130,32 @@ class Events:
         self.take_news()
         if self._left:
             self._let_left_go(0)
+        self._keep_pace()
+
+    def closing(self) -> None:
+        """The session is about to be closed."""
+        self.stop_recording()
+        self._keep_pace()
+
+    def measure_call(self, single: bool) -> None:
+        """A call of the model begins, of a single token or of more."""
+        session = self.session
+        self.pace.begin(single, self.complete, time.monotonic(), session.waited_s, session.fetches)
+
+    def _keep_pace(self) -> None:
+        if self.pace.news():
+            manifest = self.session.manifest
+            partial_us, fetch_us = self.pace.partial_us()
+            write_pace(
+                self.session.home,
+                Pace(
+                    folder=manifest.folder,
+                    files=manifest.files,
+                    complete_us=round(self.pace.complete_us(), 1),
+                    partial_us=round(partial_us, 1),
+                    fetch_us=round(fetch_us, 1),
+                ),
+            )
 
     def _record(self, wanted: str | None) -> None:
         """Begin or end to record this model's traffic, as the daemon wants."""

@@ -17,6 +17,7 @@ from expertd.protocol.checkpoint import check_unchanged
 from expertd.protocol.errors import AliasFailed, CheckpointError, ExpertdError, ReadFailed, SessionClosed
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AskStatus, Status
+from expertd.protocol.model_names import find_model
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.protocol.sizes import parse_budget
@@ -51,9 +52,11 @@ def load(
     Works with ``mlx_lm.generate``, ``stream_generate`` and ``BatchGenerator`` unchanged; starts a daemon if none runs.
 
     Args:
-        path_or_hf_repo: the folder of a checkpoint.
+        path_or_hf_repo: the folder of a checkpoint, or the name of a model on this machine, as an id of the hub.
+            Nothing is downloaded: see ``expertd.protocol.model_names``.
         tokenizer_config, model_config, lazy, return_config, trust_remote_code: as in ``mlx_lm.load``.
-        adapter_path, revision: stand here for the order of the arguments; neither is supported yet.
+        adapter_path: stands here for the order of the arguments; it is not supported yet.
+        revision: the version, where the name is an id of the hub.
         home: whose daemon to use, by default that of EXPERTD_HOME.
         budget: for a daemon that has to be started, for example ``"8GiB"`` or ``"auto"``.
         alias: ``"shm"`` computes out of the shared pages, ``"copy"`` out of a copy, ``"auto"`` tries the first.
@@ -62,15 +65,14 @@ def load(
     Raises:
         ExpertdError: with a code for each reason (see ``expertd.protocol.errors``).
     """
-    if adapter_path is not None or revision is not None:
-        what = "adapters" if adapter_path is not None else "revisions of the hub"
-        raise CheckpointError(f"expertd.load does not support {what} yet; give a folder that has them merged in")
+    if adapter_path is not None:
+        raise CheckpointError("expertd.load does not support adapters yet; give a folder that has them merged in")
     if budget is not None:
         parse_budget(budget)  # now, not when the model has been looked through
     _sweep()
-    folder = Path(path_or_hf_repo).expanduser().resolve()
     home = home or Home.current()
     home.check()
+    folder = find_model(path_or_hf_repo if revision is None else _at(path_or_hf_repo, revision), home)
     loaded = load_lazily(folder, model_config=model_config or {}, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, tokenizer_config or {}, eos_token_ids=loaded.config.get("eos_token_id"))
     mode = _mode(alias)
@@ -91,6 +93,12 @@ def load(
             stop_if_idle(home, "worker")
         raise
     return (model, tokenizer, loaded.config) if return_config else (model, tokenizer)
+
+
+def _at(name: str | Path, revision: str) -> str:
+    if Path(name).expanduser().exists():
+        raise CheckpointError(f"{name} is a folder, which has no revisions; leave 'revision' out")
+    return f"{name}@{revision}"
 
 
 def unload(model: Any) -> None:
@@ -194,7 +202,7 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: 
     model.__class__ = _cached(type(model))
     model._expertd_events = events
     events.model = weakref.ref(model)
-    session.on_idle, session.on_close = _weakly(events.while_idle), _weakly(events.stop_recording)
+    session.on_idle, session.on_close = _weakly(events.while_idle), _weakly(events.closing)
     # At exit it is close_all that ends sessions, because it waits for forwards.
     forgotten = weakref.finalize(model, _forgotten, session, events.slabs)
     forgotten.atexit = False
@@ -254,9 +262,13 @@ def _cached(cls: type) -> type:
             try:
                 try:
                     events.begin_call()
+                    inputs = args[0] if args else kwargs.get("inputs")
+                    events.measure_call(single=getattr(inputs, "size", 0) == 1)
                     if events.recorder is not None:
-                        events.recorder.begin(args[0] if args else kwargs.get("inputs"), _cache_of(args, kwargs))
+                        events.recorder.begin(inputs, _cache_of(args, kwargs))
                     out = cls.__call__(self, *args, **kwargs)
+                    if inputs is not None and inputs.ndim == 2:
+                        events.session.computed(*inputs.shape)
                     if events.recorder is not None:
                         events.recorder.end()
                     return out

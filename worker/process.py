@@ -8,10 +8,8 @@ knows nothing of HTTP: see ``expertd.clients.gateway``.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,7 +18,10 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from expertd.protocol import logs
+from expertd.protocol.config import config_without_file, read_config
 from expertd.protocol.errors import ExpertdError, MessageInvalid
+from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.messages import (
     Cancel,
     Generate,
@@ -31,6 +32,8 @@ from expertd.protocol.messages import (
     decode,
     encode,
 )
+from expertd.protocol.model_names import find_model, shown_name
+from expertd.protocol.paths import Home
 from expertd.worker.doorbell import Doorbell
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 LOOK_ROUND_MS = 1000
 """How often an idle worker looks whether it was told to end."""
@@ -50,7 +53,6 @@ LINGER_MS = 2000
 """How long a worker that ends waits for its last words to leave."""
 FRAMES_AT_A_TIME = 256
 """Frames that wait in the socket, and are taken between two steps."""
-LOG_EVERY_S = 1.0
 LONGEST_REASON = 200
 
 
@@ -65,24 +67,36 @@ def run(
     """Work for the gateway at the ZeroMQ address ``gateway`` until told to end; return the exit status.
 
     Args:
+        model_path: the model's folder or name, as in ``expertd.load``.
         budget: for a daemon that has to be started, as ``2GiB``.
         alias: how shared pages become arrays, as in ``expertd.load``.
         parent: process whose end ends this one; by default the one that is the parent now.
     """
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.getLevelNamesMapping().get(os.environ.get("EXPERTD_LOG", "").upper(), logging.WARNING),
-        format="expertd worker %(process)d: %(message)s",
-    )
+    _set_up_log(Home.current())
     # The model is a folder on this machine: nothing that loads it may ask the network, or chat about the attempt.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Until the loop takes them over there is nothing to end in order: the daemon sees any end by the lifeline.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os._exit(0))
     threading.Thread(target=_end_with, args=[parent or os.getppid()], name="expertd-gateway-watch", daemon=True).start()
     worker = _Worker(gateway)
     try:
-        return worker.run(Path(model_path), budget, alias)
+        return worker.run(model_path, budget, alias)
     finally:
         worker.close()
+
+
+def _set_up_log(home: Home) -> None:
+    """As the settings say, which the gateway has judged.  One that has become wrong since ends no worker."""
+    problem: ExpertdError | None = None
+    try:
+        config = read_config(home)
+    except ExpertdError as error:
+        config, problem = config_without_file(), error
+    logs.set_up("worker", home.worker_log(os.getpid()), home, config)
+    if problem is not None:
+        log.warning("the settings cannot be used: %s", problem.message, code=problem.code)
 
 
 def _end_with(parent: int) -> None:
@@ -102,8 +116,7 @@ class _Worker:
 
     def __init__(self, gateway: str) -> None:
         self._told_to_end = False
-        self._bad_frames = 0
-        self._log_at = 0.0
+        self._drops = Sparsely()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
@@ -119,7 +132,8 @@ class _Worker:
         self._poller.register(self._bell.fileno(), zmq.POLLIN)
         self._passed_on = "normal"
 
-    def run(self, model_path: Path, budget: str | None, alias: Alias) -> int:
+    def run(self, model_path: str | Path, budget: str | None, alias: Alias) -> int:
+        began = time.monotonic()
         try:
             # Here, because importing mlx takes a second in which the gateway could not be told that it failed.
             import mlx.core as mx
@@ -129,11 +143,13 @@ class _Worker:
             from expertd.worker.load import events_of, load
             from expertd.worker.wired import WiredLimit
 
-            model, tokenizer = load(model_path, budget=budget, alias=alias)
+            folder = find_model(model_path)
+            model, tokenizer = load(folder, budget=budget, alias=alias)
             events = events_of(model)
             memory = CacheMemory.of(model)
             engine = Engine(model, tokenizer, buffers=events.buffers, wired=WiredLimit(mx), memory=memory)
         except ExpertdError as error:
+            log.info("the model was not loaded: %s", error.message, code=error.code)  # the gateway tells it, too
             self._send(WorkerFailed(pid=os.getpid(), code=error.code, message=error.message))
             return error.exit_status
         except Exception as error:
@@ -141,10 +157,11 @@ class _Worker:
             words = f"{model_path} could not be loaded ({type(error).__name__}: {error})"
             self._send(WorkerFailed(pid=os.getpid(), code=ExpertdError.code, message=words))
             return ExpertdError.exit_status
-        # Only now: until a model is loaded there is nothing to end in order.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._send(WorkerReady(pid=os.getpid(), model=model_path.resolve().name, context=engine.context))
+        name, seconds = shown_name(folder), round(time.monotonic() - began, 1)
+        log.info("the worker is ready", model=name, mode=events.session.mode, context=engine.context, seconds=seconds)
+        self._send(WorkerReady(pid=os.getpid(), model=name, context=engine.context))
         gauge = events.session.pressure
         gauge.on_change = self._bell.ring
         self._pass_on(gauge)  # what was said while the model was loaded
@@ -162,6 +179,7 @@ class _Worker:
                         self._send(event)
         finally:
             engine.close()
+        log.info("the worker has ended, as it was told to")
         return 0
 
     def close(self) -> None:
@@ -202,11 +220,8 @@ class _Worker:
                 raise MessageInvalid(f"a worker takes no {type(message).__name__}")
 
     def _drop(self, why: str) -> None:
-        self._bad_frames += 1
-        now = time.monotonic()
-        if now >= self._log_at:
-            self._log_at = now + LOG_EVERY_S
-            log.warning("%d frames dropped so far; the last: %s", self._bad_frames, why[:LONGEST_REASON])
+        if self._drops.add():
+            log.warning("%d frames dropped so far; the last: %s", self._drops.total, why[:LONGEST_REASON])
 
     def _send(self, message: Message) -> None:
         self._socket.send(encode(message))

@@ -22,6 +22,7 @@ import numpy as np
 
 from expertd.protocol.errors import TraceWriteFailed, from_code
 from expertd.protocol.manifest import Manifest
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.traces import TraceFile, TraceInfo, part_of
 from expertd.worker.packing import Forward, Packer
 from expertd.worker.routers import Witness, find_router
@@ -59,7 +60,7 @@ class Recorder:
         ((experts, top_k),) = shapes
         self._layers = len(manifest.layers)
         info = TraceInfo(
-            model=Path(manifest.folder).name,
+            model=shown_name(Path(manifest.folder)),
             layers=self._layers,
             experts=experts,
             top_k=top_k,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import logging
 import mmap
 import os
 import random
@@ -19,6 +18,8 @@ from pathlib import Path
 
 from expertd.daemon.files import SECTOR
 from expertd.daemon.server import Server
+from expertd.protocol import logs
+from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
 
@@ -54,9 +55,10 @@ def main() -> int:
     parser.add_argument("--budget", type=int, required=True)
     parser.add_argument("--faults", type=Path, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     reads = FaultyReads(arguments.faults)
+    home = Home.current()
     try:
+        logs.set_up("daemon", home.daemon_log, home, read_config(home))
         asyncio.run(_serve(arguments.budget, reads))
     except ExpertdError as error:
         print(f"expertd: {error.message} [{error.code}]", file=sys.stderr)

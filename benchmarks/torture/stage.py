@@ -156,11 +156,11 @@ class Supervisor(threading.Thread):
     def _died_by_itself(self, pid: int) -> None:
         """A daemon ended that nobody killed: a crash, unless a worker that had started it has told it to end."""
         log = self._stage.home.daemon_log.read_text(errors="replace")
-        last = f"expertd daemon (process {pid}) has ended"
+        last = f" daemon[{pid}] the daemon has ended"
         if last in log and "has an error in itself" not in log[-20000:]:
             self._journal.note(f"daemon {pid} has ended in order")
             return
-        if OUT_OF_DESCRIPTORS in log[-2000:]:
+        if OUT_OF_DESCRIPTORS in log[-20000:]:
             self.out_of_descriptors += 1
             self._journal.note(f"libzmq has aborted daemon {pid}, which had no descriptors left")
             return

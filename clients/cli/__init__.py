@@ -6,33 +6,48 @@ Commands import what they need when they run, so that ``expertd status`` does no
 from __future__ import annotations
 
 import importlib
-import sys
-from typing import Any
 
 import click
 
-from expertd.protocol.errors import ExpertdError
+from expertd.clients.cli.group import Program
 
 COMMANDS = {
     "serve": "Serve a model over an OpenAI API.",
     "generate": "Generate text from a prompt.",
+    "chat": "Chat with a model.",
     "status": "Show what the daemon holds and how well it does.",
+    "top": "Show live what the daemon does.",
     "budget": "Show or change the memory that experts may take.",
-    "config": "Show the settings that daemons start with.",
+    "config": "Show the settings and where they come from.",
+    "logs": "Show what daemon, gateways and workers have done.",
     "load": "Read a model's experts into free memory.",
     "warm": "Have the experts resident that given prompts use.",
     "unload": "Give a model's memory back.",
+    "models": "List the models on this machine, and what can be served.",
+    "pull": "Download a model from the hub.",
     "pack": "Write a model's experts so that each is one read.",
-    "doctor": "Explain the default budget and memory pressure.",
+    "plan": "Show what budgets would give for a model, and the best.",
+    "doctor": "Check what matters on this machine, and say what to do.",
     "trace": "Record which experts routers choose, and look at it.",
+    "service": "Have launchd or systemd keep the daemon.",
     "daemon": "Run or stop the cache daemon.",
+    "completion": "Print a script that completes commands in your shell.",
     "verify": "Compare a worker's logits and tokens with plain mlx-lm.",
     "worker": "Run one worker for a gateway (started by 'expertd serve').",
 }
 
 
-class _Commands(click.Group):
-    """Loads a command's module when it is called, and turns every ExpertdError into one sentence and an exit status."""
+TOPICS = {
+    "Use": ("serve", "chat", "generate", "load", "warm", "unload"),
+    "Look": ("status", "top", "models", "plan", "doctor", "logs", "trace"),
+    "Steer": ("budget", "daemon", "config"),
+    "Set up": ("service", "pull", "pack", "verify", "completion"),
+}
+"""How ``expertd --help`` groups the commands; what is in none of these is listed last."""
+
+
+class _Commands(Program):
+    """Loads a command's module when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -45,18 +60,21 @@ class _Commands(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ExpertdError as error:
-            click.echo(f"expertd: {error.message} [{error.code}]", err=True)
-            sys.exit(error.exit_status)
+        grouped = [name for names in TOPICS.values() for name in names]
+        others = {"Others": tuple(name for name in COMMANDS if name not in grouped)}
+        width = max(map(len, COMMANDS))
+        for topic, names in {**TOPICS, **others}.items():
+            rows = [(name.ljust(width), COMMANDS[name]) for name in names if name in COMMANDS]
+            if rows:
+                with formatter.section(topic):
+                    formatter.write_dl(rows)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="expertd", prog_name="expertd")
 def main() -> None:
-    """One warm cache of Mixture-of-Experts weights for every app on the machine."""
+    """One warm cache of Mixture-of-Experts weights for every app on the machine.
+
+    Whatever goes wrong is one line on stderr, 'expertd: SENTENCE [CODE]', or with --json an object; the exit statuses
+    are in docs/cli.md.
+    """

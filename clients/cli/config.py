@@ -1,45 +1,45 @@
-"""``expertd config show``: what a daemon would be started with, and where each setting comes from.
+"""``expertd config show | path | check``: the settings, and where each comes from.
 
-Flags are left out: they belong to the command that starts the daemon.  What a daemon does that runs is ``status``.
+Flags are left out: they belong to the command that they are given to.  What a daemon does that runs is ``status``.
+What settings there are is the table in ``expertd.protocol.config``.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from expertd.protocol.config import KEYS, Config, Setting, Source, read_config, variable
+from expertd.clients.cli.group import Group
+from expertd.clients.cli.parameters import json_option
+from expertd.protocol.config import KEYS, Config, Key, Setting, Source, near, read_config
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import IDLE_EXIT_S
-from expertd.protocol.sizes import AUTO, show_size
+
+OTHER_VARIABLES = ("EXPERTD_HOME",)
+"""Variables that are no settings."""
 
 
-@click.group()
+@click.group(cls=Group)
 def config() -> None:
-    """Show the settings that daemons start with.
+    """Show the settings, and where each comes from.
 
-    \b
-    They are the keys of config.toml in the home (EXPERTD_HOME):
-      budget      as --budget ("8GiB"), or a number of bytes
-      keep_alive  seconds until a model that nobody uses is given back
-      idle_exit   seconds without a session until the daemon ends
-      policy      how to choose the blocks that go
-      background_rate
-                  bytes a second that are read while nobody waits ("200MB/s")
-      read_ahead  false: read only what somebody waits for
-
-    The variable of a key (EXPERTD_BUDGET and so on) comes before the file, and a flag before both.
+    A flag of a command comes before a variable of the environment, that before the file, and that before the default.
+    The file is config.toml in the home (EXPERTD_HOME); 'expertd config show' names it.  docs/cli.md has a table of all
+    settings.
     """
 
 
 @config.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; null: auto, or no limit.")
+@json_option("Print one JSON object; null: auto, or no limit.")
 def show(as_json: bool) -> None:
-    """Show each setting, and where it comes from: environment, file or default.
+    """Show each setting and where it comes from.
 
-    A daemon that runs already keeps what it was started with.
+    That is the environment, the file or a default.  A daemon that runs already keeps what it was started with.  Exits
+    with 2 if a setting cannot be used.
     """
     home = Home.current()
     found = read_config(home)
@@ -50,44 +50,71 @@ def show(as_json: bool) -> None:
         click.echo(line)
 
 
+@config.command()
+def path() -> None:
+    """Print where config.toml is.
+
+    It need not be there: $EDITOR "$(expertd config path)" begins one.
+    """
+    home = Home.current()
+    home.check()
+    click.echo(home.config)
+
+
+@config.command()
+def check() -> None:
+    """Say whether all settings can be used.
+
+    So a mistake is found before something is started with it.  A variable that looks like a setting but is none is
+    noted on stderr.  Exits with 2 if one cannot be used, and says which, and what can be written there.
+    """
+    home = Home.current()
+    found = read_config(home)
+    for name, meant in misspelt(os.environ):
+        click.echo(f"expertd: the variable {name} is not a setting; did you mean {meant}?", err=True)
+    if not home.config.exists():
+        click.echo(f"{home.config} is not there, and need not be: all else can be used")
+        return
+    said = sum(setting.source is Source.FILE for _, setting in _settings(found))
+    click.echo(f"{home.config} can be used ({said} {'setting' if said == 1 else 'settings'})")
+
+
+def misspelt(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Variables that look like settings and are none, each with the one that may have been meant."""
+    known = [*(key.variable for key in KEYS.values()), *OTHER_VARIABLES]
+    lower = {name.lower(): name for name in known}
+    found = []
+    for name in environment:
+        if name.startswith("EXPERTD_") and name not in known and (meant := near(name, list(lower), 0.85)):
+            found.append((name, lower[meant]))
+    return found
+
+
 def as_object(home: Home, found: Config) -> dict[str, object]:
-    """The object that ``--json`` prints."""
-    settings = {key: {"value": setting.value, "source": setting.source} for key, setting in _settings(found)}
+    """The object that ``--json`` prints: settings by their names, those of a section as ``serve.port``."""
+    settings = {
+        key.dotted: {
+            "value": [str(item) for item in setting.value] if isinstance(setting.value, tuple) else setting.value,
+            "source": setting.source,
+        }
+        for key, setting in _settings(found)
+    }
     return {"file": str(home.config), "settings": settings}
 
 
 def table(home: Home, found: Config) -> list[str]:
     """The settings as lines for a person."""
     there = "" if home.config.exists() else ", which is not there"
-    width = max(map(len, KEYS))
+    width = max(len(key.dotted) for key in KEYS.values())
     lines = [f"{'file':{width}}  {home.config}{there}"]
     for key, setting in _settings(found):
-        origin = {Source.ENVIRONMENT: variable(key), Source.FILE: str(home.config)}.get(setting.source, setting.source)
-        lines.append(f"{key:{width}}  {_shown(key, setting)}  ({origin})")
+        origin = {Source.ENVIRONMENT: key.variable, Source.FILE: "config.toml"}.get(setting.source, setting.source)
+        shown = key.shown(setting.value)
+        if key.name == "idle_exit" and setting.source is Source.DEFAULT:
+            shown += f"; a daemon that is started on demand: {IDLE_EXIT_S} s"
+        lines.append(f"{key.dotted:{width}}  {shown}  ({origin})")
     return lines
 
 
-def _settings(found: Config) -> list[tuple[str, Setting[Any]]]:
-    return [(key, getattr(found, key)) for key in KEYS]
-
-
-def _shown(key: str, setting: Setting[Any]) -> str:
-    match key, setting.value:
-        case "budget", None:
-            return f"{AUTO}: what the machine can spare"
-        case "budget", size:
-            return show_size(size)
-        case "keep_alive", None:
-            return "until memory is needed"
-        case "background_rate", None:
-            return "no limit"
-        case "background_rate", rate:
-            return f"{show_size(rate)}/s"
-        case "idle_exit", None:
-            on_demand = f"; a daemon that is started on demand: {IDLE_EXIT_S} s"
-            return "never" + (on_demand if setting.source is Source.DEFAULT else "")
-        case "keep_alive" | "idle_exit", seconds:
-            return f"{seconds:.12g} s"
-        case "read_ahead", yes:
-            return "where it pays" if yes else "no"
-    return str(setting.value)
+def _settings(found: Config) -> list[tuple[Key, Setting[Any]]]:
+    return [(key, getattr(found, name)) for name, key in KEYS.items()]

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
-from expertd.protocol.config import POLICY_NAMES
+from expertd.clients.cli.group import Group
+from expertd.clients.cli.parameters import config_option, log_options
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
 
 
-@click.group()
+@click.group(cls=Group)
 def daemon() -> None:
     """Run or stop the cache daemon of this home (EXPERTD_HOME)."""
 
 
 @daemon.command()
-@budget_option
-@click.option(
-    "--idle-exit", type=float, metavar="SECONDS", help="End after so long without a session.  [default: never]"
-)
-@click.option(
-    "--policy",
-    type=click.Choice(POLICY_NAMES),
-    help=f"How to choose the blocks that go.  [default: {POLICY_NAMES[0]}]",
-)
-@click.option(
-    "--keep-alive",
-    type=float,
-    metavar="SECONDS",
-    help="Give a model's memory back when nobody has used it for so long.  [default: when memory is needed]",
-)
-@click.option(
-    "--background-rate",
-    metavar="RATE",
-    help="Read at most so much a second while nobody waits for it, for example 200MB/s.  [default: no limit]",
-)
-@click.option(
-    "--read-ahead/--no-read-ahead",
-    default=None,
-    help="Read what sessions will soon need before they ask for it, where that pays.  [default: read-ahead]",
-)
+@config_option("budget")
+@config_option("idle_exit")
+@config_option("policy")
+@config_option("keep_alive")
+@config_option("background_rate")
+@config_option("read_ahead")
+@log_options
 @click.option(
     "--simulate-pressure",
     type=click.Path(path_type=Path),
@@ -54,21 +37,14 @@ def daemon() -> None:
     metavar="RATE[,LATENCY]",
     help="Slow reads down to those of a slower SSD, for example 2GB,100us; 'expertd status' says so.",
 )
-def run(
-    budget: str | None, idle_exit: float | None, policy: str | None, keep_alive: float | None,
-    background_rate: str | None, read_ahead: bool | None, simulate_pressure: Path | None, simulate_ssd: str | None,
-) -> None:  # fmt: skip
+def run(simulate_pressure: Path | None, simulate_ssd: str | None, **flags: Any) -> None:
     """Run the daemon in the foreground until Ctrl-C, SIGTERM or 'expertd daemon stop'.
 
     Defaults may be changed by variables (EXPERTD_BUDGET and so on) and by config.toml: see 'expertd config show'.
     """
     from expertd.daemon.__main__ import run as run_daemon
 
-    run_daemon(
-        budget, idle_exit, policy,
-        keep_alive_s=keep_alive, background_rate=background_rate, read_ahead=read_ahead,
-        simulate_pressure=simulate_pressure, simulate_ssd=simulate_ssd,
-    )  # fmt: skip
+    run_daemon(simulate_pressure=simulate_pressure, simulate_ssd=simulate_ssd, **flags)
 
 
 @daemon.command()

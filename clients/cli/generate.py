@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
+from expertd.protocol.config import read_config
+from expertd.protocol.paths import Home
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", shell_complete=complete_model)
 @click.argument("prompt")
-@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@config_option("generate_max_tokens")
+@config_option("generate_temperature")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
 @budget_option
-def generate(model: Path, prompt: str, max_tokens: int, temperature: float, raw: bool, budget: str | None) -> None:
-    """Generate text from PROMPT with the checkpoint in the folder MODEL ('-' reads the prompt from standard input)."""
+def generate(model: str, prompt: str, raw: bool, budget: str | None, **flags: Any) -> None:
+    """Generate text from PROMPT ('-' reads it from standard input) with MODEL.
+
+    MODEL is a checkpoint's folder, or the name of one, as an id of the hub ('expertd models' lists what is here).
+    """
+    config = read_config(Home.current(), **flags)
+    max_tokens, temperature = config.generate_max_tokens.value, config.generate_temperature.value
+    folder = find_or_pull(model)  # before mlx is imported, which takes a second
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
     import expertd
     from expertd.worker.answers import encode_prompt
 
-    loaded, tokenizer = expertd.load(model, budget=budget)
+    loaded, tokenizer = expertd.load(folder, budget=budget)
     text = sys.stdin.read() if prompt == "-" else prompt
     tokens = encode_prompt(tokenizer, text, raw=raw)
     sampler = make_sampler(temp=temperature)

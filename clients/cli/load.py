@@ -13,25 +13,26 @@ from pathlib import Path
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.clients.cli.progress import Progress
 from expertd.clients.client import Client
 from expertd.protocol.errors import DaemonNotRunning, ModelNotLoaded
 from expertd.protocol.messages import ModelStatus
+from expertd.protocol.model_names import find_model, shown_name, shown_path
 
 _POLL_S = 0.1
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", shell_complete=complete_model)
 @budget_option
-def load(model: Path, budget: str | None) -> None:
-    """Read the experts of the checkpoint in the folder MODEL into free memory, those first that are used most.
+def load(model: str, budget: str | None) -> None:
+    """Read the experts of MODEL (a checkpoint's folder or name) into free memory, those first that are used most.
 
     Whoever loads it afterwards finds them resident.  Nothing is evicted for them, and what others wait for is read
     first.  Ctrl-C ends it; what was read stays.  'expertd warm' reads what given prompts use.
     """
-    folder = model.expanduser().resolve()
+    folder = find_model(model)
     with ExitStack() as stack:
         if not _in_use(folder):
             stack.enter_context(_kept_open(folder, budget))
@@ -55,7 +56,7 @@ def status_of(client: Client, folder: Path) -> ModelStatus:
 def show_resident(model: ModelStatus) -> str:
     """One sentence about what is resident."""
     share = 100 * model.resident_blocks // max(1, model.blocks)
-    return f"{model.path}: {model.resident_blocks} of {model.blocks} blocks ({share} %) are resident"
+    return f"{shown_path(model.path)}: {model.resident_blocks} of {model.blocks} blocks ({share} %) are resident"
 
 
 def _in_use(folder: Path) -> bool:
@@ -85,7 +86,7 @@ def _fill(client: Client, folder: Path) -> None:
     if not left:
         return
     size = status_of(client, folder).block_bytes
-    with Progress(folder.name, left * size) as progress:
+    with Progress(shown_name(folder), left * size) as progress:
         while left:
             time.sleep(_POLL_S)
             now = status_of(client, folder).warming

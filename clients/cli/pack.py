@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from expertd.clients.cli.group import INTERRUPTED
+from expertd.clients.cli.parameters import complete_model
 from expertd.clients.cli.progress import Progress
 from expertd.protocol.errors import PackFailed, StoreInvalid
 from expertd.protocol.manifest import Manifest
+from expertd.protocol.model_names import find_model
 from expertd.protocol.packed import StoreLayout, check_fits, header_of, layout_of, store_name
 from expertd.protocol.paths import Home
 from expertd.protocol.sizes import show_size
@@ -22,21 +25,19 @@ from expertd.protocol.sizes import show_size
 if TYPE_CHECKING:
     from expertd.worker.manifest import LazyModel
 
-INTERRUPTED = 130
-
 Fill = Callable[[int, int, Sequence[memoryview]], None]
 """As in ``expertd.worker.store``."""
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
     help="Folder for the store; a link in the home leads to it.  [default: the folder 'packed' in the home]",
 )  # fmt: skip
 @click.option("--verify", is_flag=True, help="Compare a store that exists with its checksums and the model.")
-def pack(model: Path, output: Path | None, verify: bool) -> None:
-    """Write a packed store of the checkpoint in the folder MODEL.
+def pack(model: str, output: Path | None, verify: bool) -> None:
+    """Write a packed store of MODEL, a checkpoint's folder or the name of one ('expertd models').
 
     A store holds all experts once more, each in one piece and with a checksum, and takes as much space as they do.  The
     daemon reads from it when the model is loaded the next time; 'expertd status' then names it.  When MODEL changes,
@@ -56,7 +57,7 @@ def pack(model: Path, output: Path | None, verify: bool) -> None:
     home.check()
     if output is not None and not output.is_dir():
         raise click.BadParameter(f"{output} is no folder; create it first", param_hint="--output")
-    loaded = load_lazily(model.expanduser().resolve())
+    loaded = load_lazily(find_model(model, home))
     manifest, fill = loaded.manifest, _filler(loaded)
     name = store_name(manifest.key)
     places = [home.packed / name, *([] if output is None else [output.resolve() / name])]

@@ -1,10 +1,55 @@
-"""Parameters that several commands take: one help text, one check."""
+"""Parameters that several commands take: one help text, one check, one completion; and the model that may have to be
+fetched first.
+
+What a setting is called and what it may be is the table in ``expertd.protocol.config``.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import click
 
-from expertd.protocol.sizes import parse_budget
+from expertd.protocol.config import KEYS
+from expertd.protocol.errors import ExpertdError, ModelIncomplete, ModelNotHere
+from expertd.protocol.model_names import find_model, hub_id
+from expertd.protocol.sizes import parse_budget, show_size
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def config_option(name: str, *, note: str = "", callback: Callable[..., Any] | None = None) -> Callable[[F], F]:
+    """The flag of a setting; what is not given is None, and ``read_config`` then looks elsewhere.
+
+    Args:
+        name: of ``KEYS``; the command's parameter has the same name.
+        note: a few words before the help's full stop.
+    """
+    key = KEYS[name]
+    help = key.help[0].upper() + key.help[1:].removesuffix(".") + f"{note}.  [default: {key.default_shown}]"
+    if key.default is True:
+        return click.option(f"{key.flag}/--no-{key.flag[2:]}", name, default=None, help=help)
+    kinds: dict[type, Any] = {int: int, float: float}
+    kind = click.Choice(key.choices) if key.choices else kinds.get(type(key.read("1")), str)
+    metavar = None if key.choices else key.form
+    several = isinstance(key.default, tuple)
+    if several:
+        kind = click.Path(file_okay=False, resolve_path=True)
+        callback = callback or (lambda ctx, param, value: value or None)
+    return click.option(key.flag, name, type=kind, metavar=metavar, multiple=several, callback=callback, help=help)
+
+
+def log_options(command: F) -> F:
+    """The flags of all settings of logs; the command passes them to ``read_config``."""
+    for name in reversed([name for name, key in KEYS.items() if key.section == "log"]):
+        command = config_option(name)(command)
+    return command
 
 
 def _checked(ctx: click.Context, param: click.Parameter, budget: str | None) -> str | None:
@@ -14,10 +59,78 @@ def _checked(ctx: click.Context, param: click.Parameter, budget: str | None) -> 
     return budget
 
 
-budget_option = click.option(
-    "--budget",
-    metavar="SIZE",
-    callback=_checked,
-    help="Memory for expert weights, if this starts a daemon: 512MB, 2GiB, bytes; auto: what the machine can spare.  "
-    "[default: as 'expertd config show' says]",
+budget_option = config_option(
+    "budget", note="; if this starts a daemon", callback=_checked
 )
+
+
+def find_or_pull(model: str) -> Path:
+    """The folder of MODEL; on a terminal the user may have a model of the hub that is not here downloaded first.
+
+    Raises:
+        ExpertdError: as ``find_model``; or the hub has no such model, or does not answer, or the download broke off.
+    """
+    try:
+        return find_model(model)
+    except (ModelNotHere, ModelIncomplete) as missing:
+        wanted = hub_id(model)
+        on_terminal = sys.stdin.isatty() and sys.stderr.isatty()
+        if wanted is None or "/" not in wanted[0] or Path(model).parent.is_dir() or not on_terminal:
+            raise
+        click.echo(f"expertd: {missing.message.partition(';')[0]}", err=True)
+        _offer(*wanted, missing)
+    return find_model(model)
+
+
+def _offer(id: str, revision: str | None, missing: ExpertdError) -> None:
+    """Download a model if the user says so; else raise ``missing``."""
+    # Late, because it imports what speaks HTTP.
+    from expertd.clients.cli.pull import fetch
+    from expertd.clients.hub.download import look_up
+
+    found = look_up(id, revision)
+    if not click.confirm(f"Download {show_size(found.missing_bytes)} now?", err=True):
+        raise missing
+    fetch(found)
+
+
+def json_option(help: str = "Print one JSON object.") -> Callable[[F], F]:
+    """``--json`` of a command that reads, as its parameter ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """For the shell: models in ``model_folders`` by their paths, and any folder.  Asks no network and no daemon."""
+    from click.shell_completion import CompletionItem
+
+    from expertd.protocol.config import read_config
+    from expertd.protocol.errors import ExpertdError
+    from expertd.protocol.paths import Home
+
+    try:
+        folders = read_config(Home.current()).model_folders.value
+    except ExpertdError:
+        folders = ()  # whoever runs the command is told
+    found = []
+    for config in (path for folder in folders for path in sorted(folder.glob("*/config.json"))):
+        model = config.parent
+        if str(model).startswith(incomplete) or (incomplete and model.name.startswith(incomplete)):
+            found.append(CompletionItem(str(model)))
+    return [*found, CompletionItem(incomplete, type="dir")]
+
+
+def complete_loaded(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the shell: the models that the daemon holds, if one runs."""
+    from pathlib import Path
+
+    from expertd.protocol.errors import ExpertdError
+    from expertd.protocol.messages import AskStatus, Status
+    from expertd.protocol.paths import Home
+    from expertd.protocol.rendezvous import connect
+
+    try:
+        with connect(Home.current(), "cli") as connection:
+            names = [Path(model.path).name for model in connection.ask(AskStatus(), Status, timeout_s=1.0).models]
+    except ExpertdError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]

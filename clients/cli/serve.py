@@ -7,38 +7,65 @@ Ctrl-C; 2 where MODEL is no checkpoint; 5 where the port is taken; otherwise tha
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
+import signal
 import sys
-from pathlib import Path
+from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull, log_options
 from expertd.protocol.checkpoint import weight_files
+from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
+from expertd.protocol.quick_deaths import counted, why_refused
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 
 
 @click.command()
-@click.argument("model")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any free port.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.argument("model", shell_complete=complete_model)
+@config_option("serve_port")
+@config_option("serve_host")
 @budget_option
-def serve(model: str, port: int, host: str, budget: str | None) -> None:
-    """Serve the checkpoint in the folder MODEL over an OpenAI API."""
-    from expertd.clients.gateway import lifetime
+@log_options
+@click.option("--service", is_flag=True, hidden=True, help="Run as a service manager's: it is not restarted for ever.")
+def serve(model: str, budget: str | None, service: bool, **flags: Any) -> None:
+    """Serve MODEL over an OpenAI API, until Ctrl-C or SIGTERM.
 
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.getLevelNamesMapping().get(os.environ.get("EXPERTD_LOG", "").upper(), logging.WARNING),
-        format="expertd: %(message)s",
-    )
-    path = Path(model).expanduser()
-    weight_files(path)
+    MODEL is a checkpoint's folder, or the name of one, as an id of the hub ('expertd models' lists what is here).
+    Clients call it by its id, or else by the folder's name.
+
+    Prints one line on stdout when it takes requests.  What it does is in its log ('expertd logs'); warnings are on
+    stderr, too.  Exits with 5 if the port is taken.
+    """
+    # Until the gateway takes them over: to be told to end is no failure, however early.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(0))
+    if not service:
+        return _serve(model, budget, flags)
     home = Home.current()
     home.prepare()
+    with counted(home, "gateway") as may_start:
+        if may_start:
+            return _serve(model, budget, flags)
+    click.echo(f"expertd: {why_refused(home, 'gateway', home.service_gateway_log)}", err=True)
+    return None
+
+
+def _serve(model: str, budget: str | None, flags: dict[str, Any]) -> None:
+    from expertd.clients.gateway import lifetime
+    from expertd.protocol import logs
+
+    path = find_or_pull(model)
+    weight_files(path)
+    home = Home.current()
+    config = read_config(home, **flags)
+    host, port = config.serve_host.value, config.serve_port.value
+    home.prepare()
+    logs.set_up("gateway", home.gateway_log(os.getpid()), home, config)
+    os.environ.update(logs.environment(config))  # its worker, and the daemon if there is none, log as it does
     # The port comes first: whoever cannot listen should not have started anything.
     with lifetime.listen(host, port) as listener:
         connection, started = connect_or_start(
@@ -47,7 +74,7 @@ def serve(model: str, port: int, host: str, budget: str | None) -> None:
         connection.close()
 
         def announce(url: str) -> None:
-            click.echo(f"expertd: serving {path.resolve().name} at {url}")
+            click.echo(f"expertd: serving {shown_name(path)} at {url}")
             sys.stdout.flush()
 
         try:

@@ -1,14 +1,21 @@
-"""``expertd status``: what the daemon holds and how well it does."""
+"""``expertd status``: what the daemon holds and how well it does.
+
+The screen that it shows by default is ``expertd.clients.terminal.glance``; what is here shows every figure.
+"""
 
 from __future__ import annotations
 
-import json
+import shutil
+import sys
 import time
+from pathlib import Path
 
 import click
-import msgspec
 
+from expertd.clients.terminal.glance import BLOCKS, PLAIN_BLOCKS, glance
+from expertd.clients.terminal.programs import programs
 from expertd.protocol.messages import AheadStatus, AskStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.model_names import shown_path
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
@@ -26,6 +33,8 @@ def ask_status(home: Home) -> Status:
 
 def as_object(status: Status) -> dict[str, object]:
     """The object that ``--json`` prints: the Status message without its type."""
+    import msgspec
+
     found = msgspec.to_builtins(status)
     assert isinstance(found, dict)
     del found["type"]
@@ -33,24 +42,44 @@ def as_object(status: Status) -> dict[str, object]:
 
 
 @click.command()
+@click.option("-v", "--verbose", is_flag=True, help="Show every figure of the daemon and of each model.")
 @click.option("--layers", is_flag=True, help="Show each MoE layer of the models too.")
 @click.option("--journal", is_flag=True, help="Show what memory pressure changed, and why.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with layers and journal.")
-def status(layers: bool, journal: bool, as_json: bool) -> None:
-    """Show what the daemon holds and how well it does.
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with all there is.")
+def status(verbose: bool, layers: bool, journal: bool, as_json: bool) -> None:
+    """Show what the daemon holds, how well it does, and who uses it.
 
     Exits with 3 if no daemon runs in this home.
     """
     found = ask_status(Home.current())
     if as_json:
+        import json
+
         click.echo(json.dumps(as_object(found), indent=2))
         return
-    for line in table(found, layers=layers, journal=journal):
+    figures = verbose or layers or journal
+    for line in table(found, layers=layers, journal=journal) if figures else screen(found):
         click.echo(line)
 
 
+def screen(found: Status) -> list[str]:
+    """The state at a glance, for this terminal."""
+    pids = [session.pid for model in found.models for session in model.sessions]
+    columns = shutil.get_terminal_size().columns
+    return glance(found, programs(pids), columns, blocks(), str(Path.home()))
+
+
+def blocks() -> str:
+    """The characters of bars that standard output can show."""
+    try:
+        BLOCKS.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN_BLOCKS
+    return BLOCKS
+
+
 def table(found: Status, *, layers: bool = False, journal: bool = False) -> list[str]:
-    """The status as lines for a person; on demand with one for each MoE layer, or with the journal."""
+    """Every figure, as lines; on demand with one for each MoE layer, or with the journal."""
     minutes, seconds = divmod(round(found.daemon.uptime_s), 60)
     lines = [
         f"daemon    process {found.daemon.pid}, up {minutes} min {seconds} s, home {found.home}",
@@ -64,6 +93,8 @@ def table(found: Status, *, layers: bool = False, journal: bool = False) -> list
     lines += _reads(found)
     if journal:
         lines += _journal(found)
+    if found.frames_dropped:
+        lines.append(f"dropped   {found.frames_dropped} messages that were not understood; the daemon's log names them")
     if found.tracing:
         lines.append(f"tracing   into {found.tracing}; end it with: expertd trace stop")
     for model in found.models:
@@ -105,7 +136,7 @@ def _model(model: ModelStatus) -> list[str]:
     rate = f"{100 * model.hits / looked:.1f} % hits" if looked else "no lookup yet"
     share = 100 * model.resident_blocks / model.blocks
     lines = [
-        f"model     {model.path} ({model.family})",
+        f"model     {shown_path(model.path)} ({model.family})",
         f"  experts   {model.moe_layers} layers x {model.experts}, {model.top_k} a token, "
         f"{show_size(model.block_bytes)} each",
         f"  resident  {model.resident_blocks} of {model.blocks} blocks ({share:.0f} %), room for {model.slots}, "
@@ -153,4 +184,6 @@ def _session(session: SessionStatus) -> str:
             f"continue it (kill -CONT {session.pid}) or end it"
         )
     waits = ", waits for a read" if session.waiting else ""
-    return f"process {session.pid}, mode {session.mode}, {session.fetches} fetches{waits}"
+    tokens = f", {session.decode_tokens} + {session.prompt_tokens} tokens (answers + prompts)"
+    counted = tokens if session.decode_tokens or session.prompt_tokens else ""
+    return f"process {session.pid}, mode {session.mode}, {session.fetches} fetches{counted}{waits}"

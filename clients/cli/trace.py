@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.group import Group
+from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, TraceStopped
+from expertd.protocol.model_names import find_model
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
@@ -25,27 +28,39 @@ STOP_S = 60.0
 _file = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(cls=Group)
 def trace() -> None:
     """Record which experts a model's routers choose, and look at it."""
 
 
 @trace.command()
-@click.argument("model", type=_file)
-@click.option("--prompts", required=True, type=_file, help="A prompt a line, or .jsonl with 'prompt' or 'messages'.")
+@click.argument("model", shell_complete=complete_model)
+@click.option(
+    "--prompts",
+    required=True,
+    type=_file,
+    metavar="FILE",
+    help="A prompt a line, or .jsonl with 'prompt' or 'messages'.",
+)
 @click.option("-o", "--output", required=True, type=_file, metavar="OUT.npz", help="Where the trace goes.")
-@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
-@click.option("--seed", default=0, show_default=True, help="Of the sampling, where it is not greedy.")
-@click.option("--parallel", default=1, show_default=True, type=click.IntRange(1, 32), help="Answers at a time.")
+@click.option(
+    "--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), metavar="TOKENS", help="Longest answer."
+)
+@click.option(
+    "--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), metavar="NUMBER", help="0 is greedy."
+)
+@click.option("--seed", default=0, show_default=True, metavar="NUMBER", help="Of the sampling, where it is not greedy.")
+@click.option(
+    "--parallel", default=1, show_default=True, type=click.IntRange(1, 32), metavar="NUMBER", help="Answers at a time."
+)
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without the model's chat template.")
 @click.option("--scores/--no-scores", default=True, show_default=True, help="Keep the router's scores, too.")
 @budget_option
 def record(
-    model: Path, prompts: Path, output: Path, max_tokens: int, temperature: float, seed: int, parallel: int, raw: bool,
+    model: str, prompts: Path, output: Path, max_tokens: int, temperature: float, seed: int, parallel: int, raw: bool,
     scores: bool, budget: str | None,
 ) -> None:  # fmt: skip
-    """Generate answers to prompts with the checkpoint in the folder MODEL, and record its routing.
+    """Generate answers to prompts with MODEL (a checkpoint's folder or name), and record its routing.
 
     Ctrl-C ends it early; what was recorded until then is kept.
     """
@@ -55,12 +70,13 @@ def record(
     from expertd.worker.recording import recording
 
     check_new(output)
+    folder = find_model(model)
     texts = read_prompts(prompts)
-    loaded, tokenizer = load(model, budget=budget)
+    loaded, tokenizer = load(folder, budget=budget)
     encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in texts]
     with (
         recording(loaded, output, scores=scores) as recorder,
-        click.progressbar(length=len(encoded), label="prompts", show_pos=True) as bar,
+        click.progressbar(length=len(encoded), label="prompts", show_pos=True, file=sys.stderr) as bar,
     ):
         for _ in answer_all(loaded, tokenizer, encoded, max_tokens, temperature, seed, parallel):
             bar.update(1)

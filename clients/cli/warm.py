@@ -7,23 +7,33 @@ from pathlib import Path
 import click
 
 from expertd.clients.cli.load import show_resident, status_of
-from expertd.clients.cli.parameters import budget_option
+from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.clients.client import Client
+from expertd.protocol.model_names import find_model
 
 _file = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("model", type=_file)
+@click.argument("model", shell_complete=complete_model)
 @click.argument("prompt", nargs=-1)
-@click.option("--prompts", type=_file, help="More of them: one a line, or .jsonl with 'prompt' or 'messages'.")
-@click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Longest answer to each.")
+@click.option(
+    "--prompts", type=_file, metavar="FILE", help="More of them: one a line, or .jsonl with 'prompt' or 'messages'."
+)
+@click.option(
+    "--max-tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Longest answer to each.",
+)
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without the model's chat template.")
 @budget_option
 def warm(
-    model: Path, prompt: tuple[str, ...], prompts: Path | None, max_tokens: int, raw: bool, budget: str | None
+    model: str, prompt: tuple[str, ...], prompts: Path | None, max_tokens: int, raw: bool, budget: str | None
 ) -> None:
-    """Answer PROMPTs with the checkpoint in the folder MODEL, so that the experts which they use are resident.
+    """Answer PROMPTs with MODEL (a checkpoint's folder or name), so that the experts which they use are resident.
 
     The answers are thrown away.  Other prompts of the kind, by whatever app, then find most of their experts there, and
     the daemon knows better which to keep.  Ctrl-C ends it; what was read stays.
@@ -33,13 +43,13 @@ def warm(
     texts: list[Prompt] = [*prompt, *(read_prompts(prompts) if prompts is not None else ())]
     if not texts:
         raise click.UsageError("give a PROMPT or --prompts FILE; without any, 'expertd load' fills free memory")
+    folder = find_model(model)
     from expertd.worker.answers import answer_all, encode_prompt
     from expertd.worker.load import load, unload
 
-    loaded, tokenizer = load(model, budget=budget)
+    loaded, tokenizer = load(folder, budget=budget)
     encoded = [encode_prompt(tokenizer, text, raw=raw) for text in texts]
     with Client() as client:
-        folder = model.expanduser().resolve()
         before = status_of(client, folder)
         with click.progressbar(length=len(encoded), label="prompts", show_pos=True) as bar:
             for _ in answer_all(loaded, tokenizer, encoded, max_tokens):

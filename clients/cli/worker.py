@@ -15,7 +15,7 @@ from expertd.clients.cli.parameters import budget_option
 @budget_option
 @click.option("--parent", type=int, hidden=True, help="Process whose end ends this one.")
 def worker(model: str, gateway: str, budget: str | None, parent: int | None) -> None:
-    """Run one worker for a gateway (started by 'expertd serve')."""
+    """Run one worker for a gateway (started by 'expertd serve'); MODEL is a checkpoint's folder or name."""
     from expertd.worker.process import run
 
     sys.exit(run(model, gateway, budget=budget, parent=parent))

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -39,11 +39,13 @@ from expertd.protocol.errors import (
     RouteNotFound,
     WorkerUnavailable,
 )
+from expertd.protocol.logs import Log
 from expertd.protocol.messages import Delta, Finished
+from expertd.protocol.model_names import shown_name
 
 __all__ = ["BODY_LIMIT", "STALL_S", "Gateway", "error_body"]
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 BODY_LIMIT = 64 << 20
 """Longest HTTP body, in bytes; aiohttp's own limit of 1 MiB is less than an agent's prompt."""
@@ -52,6 +54,9 @@ KEEPALIVE_S = 10.0
 STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
 RETRY_QUEUE_S, RETRY_S, RETRY_MEMORY_S = 1, 5, 10
+
+FACTS: ContextVar[dict[str, Any]] = ContextVar("facts")
+"""What the log will say of the request that is being answered; nothing, if it asks for no text."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -62,8 +67,11 @@ class Gateway:
     def __init__(
         self, worker: Worker, model: Path, host: str, *, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S
     ) -> None:
-        """Serve ``model`` by its folder's name; ``host`` is what the gateway listens on, and so a ``Host`` it takes."""
-        self.name = model.resolve().name
+        """Serve ``model`` by its hub id, or else its folder's name.
+
+        ``host`` is what the gateway listens on, and so a ``Host`` that it takes.
+        """
+        self.name = shown_name(model.resolve())
         self.app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
         self.app.add_routes(
             [
@@ -83,7 +91,7 @@ class Gateway:
             ]
         )
         self._worker = worker
-        self._names = {self.name, str(model), str(model.resolve())}
+        self._names = {self.name, self.name.rpartition("/")[2], str(model), str(model.resolve())}
         self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
         self._any_address = _is_wildcard(host)
         self._keepalive_s = keepalive_s
@@ -147,17 +155,24 @@ class Gateway:
         self, request: web.Request, wanted: Sequence[Wanted], rendering: Renderer
     ) -> web.StreamResponse:
         """Have ``wanted`` computed, and write it as ``rendering`` says."""
+        FACTS.get()["model"] = self.name
         self._check_model(wanted[0].model)
         with self._worker.open(*wanted) as answers:
-            if wanted[0].stream:
-                return await self._stream(request, answers, rendering)
             told = [Told() for _ in range(answers.count)]
-            while not answers.ended:
-                if (received := await answers.receive(self._keepalive_s)) is not None:
-                    told[received[0]].add(received[1])
-            return _json(rendering.whole(told))
+            if wanted[0].stream:
+                response = await self._stream(request, answers, rendering, told)
+            else:
+                while not answers.ended:
+                    if (received := await answers.receive(self._keepalive_s)) is not None:
+                        told[received[0]].add(received[1])
+                response = _json(rendering.whole(told))
+            if answers.ended:
+                FACTS.get().update(_counts(told))
+            return response
 
-    async def _stream(self, request: web.Request, answers: Answers, rendering: Renderer) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, answers: Answers, rendering: Renderer, told: Sequence[Told]
+    ) -> web.StreamResponse:
         # Until the worker has taken the request, or the client has waited long, an error can still be a status.
         first = await answers.receive(self._keepalive_s)
         response = web.StreamResponse(
@@ -169,21 +184,25 @@ class Gateway:
         )
         try:
             await response.prepare(request)
-            async for data in self._events(answers, first, rendering):
+            async for data in self._events(answers, first, rendering, told):
                 async with awake.timeout(self._stall_s):
                     await response.write(data)
         except ConnectionError:
-            log.info("a client left a stream")
+            FACTS.get()["ended"] = "the client left"
         except TimeoutError:
-            log.info("a client did not read its stream for %.0f s", self._stall_s)
+            FACTS.get()["ended"] = f"the client read nothing for {self._stall_s:.0f} s"
             if request.transport is not None:
                 request.transport.abort()
         return response
 
     async def _events(
-        self, answers: Answers, received: tuple[int, Delta | Finished] | None, rendering: Renderer
+        self,
+        answers: Answers,
+        received: tuple[int, Delta | Finished] | None,
+        rendering: Renderer,
+        told: Sequence[Told],
     ) -> AsyncIterator[bytes]:
-        """What a stream consists of; ``received`` is the first event, which is there already."""
+        """What a stream consists of; ``received`` is the first event, which is there already; ``told`` notes ends."""
         for data in rendering.begin():
             yield data
         loop = asyncio.get_running_loop()
@@ -191,6 +210,8 @@ class Gateway:
         try:
             while True:
                 pieces = [] if received is None else list(rendering.event(*received))
+                if received is not None and isinstance(received[1], Finished):
+                    told[received[0]].add(received[1])
                 for data in pieces:
                     yield data
                 if pieces:
@@ -202,6 +223,7 @@ class Gateway:
                     break
                 received = await answers.receive(max(0.0, written_at + self._keepalive_s - loop.time()))
         except ExpertdError as error:
+            FACTS.get()["error"] = error.code
             for data in rendering.failed(error):
                 yield data
             return
@@ -231,7 +253,26 @@ class Gateway:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Note who is busy, and write a line of each request that asks for text, however it ends."""
         self.busy.add(request.protocol)
+        began = time.monotonic()
+        status: int | None = None
+        facts: dict[str, Any] = {}
+        FACTS.set(facts)
+        try:
+            response = await self._answer(request, handler)
+            status = response.status
+            return response
+        except (ConnectionError, asyncio.CancelledError):
+            facts["ended"] = "the client left"
+            raise
+        finally:
+            self.busy.discard(request.protocol)
+            if "model" in facts:
+                log.info("request finished", status=status, seconds=round(time.monotonic() - began, 2), **facts)
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """What the route answers, or its error."""
         try:
             self._check_host(request.headers.get("Host", ""))
             return await handler(request)
@@ -252,13 +293,12 @@ class Gateway:
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("a request failed", method=request.method, path=request.path)
             return self._refuse(request, ExpertdError("the gateway failed; its log says where"))
-        finally:
-            self.busy.discard(request.protocol)
 
     def _refuse(self, request: web.Request, error: ExpertdError) -> web.Response:
         """``error`` as the API writes it that was called."""
+        FACTS.get()["error"] = error.code
         body = anthropic.error_body if request.path.startswith("/v1/messages") else error_body
         return _error_response(error, self._retry_after_s(error), body=body)
 
@@ -311,6 +351,17 @@ def _page(items: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
         "has_more": len(found) > len(page),
+    }
+
+
+def _counts(told: Sequence[Told]) -> dict[str, object]:
+    """What the log says of answers: never a word of them."""
+    ends = [one.end for one in told]
+    return {
+        "prompt_tokens": ends[0].prompt_tokens,
+        "cached_tokens": ends[0].cached_tokens or None,
+        "tokens": sum(end.completion_tokens for end in ends),
+        "reason": ends[0].reason,
     }
 
 

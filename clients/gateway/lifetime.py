@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -18,11 +17,12 @@ from expertd.clients.gateway.app import STALL_S, Gateway
 from expertd.clients.gateway.connections import connection_limit, take_connections
 from expertd.clients.gateway.workers import SILENCE_S, Worker
 from expertd.protocol.errors import ExpertdError, PortInUse
+from expertd.protocol.logs import Log
 from expertd.protocol.paths import Home
 
 __all__ = ["listen", "serve"]
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 BACKLOG = 128
 DRAIN_S = 10.0
@@ -104,6 +104,7 @@ async def serve(
                 await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
                 if loaded.done():
                     loaded.result()
+                    log.info("the gateway is ready", model=gateway.name, url=url)
                     ready(url)
                     await stopped
                 loaded.cancel()
@@ -113,6 +114,7 @@ async def serve(
         finally:
             await runner.cleanup()
             await worker.stop()
+            log.info("the gateway has ended")
 
 
 @contextlib.asynccontextmanager
@@ -131,14 +133,15 @@ def _stop_signals(worker: Worker) -> Iterator[asyncio.Event]:
     loop = asyncio.get_running_loop()
     told_to_stop = asyncio.Event()
 
-    def on_signal() -> None:
+    def on_signal(number: signal.Signals) -> None:
+        log.info("the gateway was told to end", signal=number.name)
         if told_to_stop.is_set():
             worker.kill()
         told_to_stop.set()
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     for number in numbers:
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal, number)
     try:
         yield told_to_stop
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from expertd.protocol.errors import MessageInvalid, QueueFull, WorkerUnavailable
+from expertd.protocol.logs import Sparsely
 from expertd.protocol.messages import FRAME_LIMIT, Message, decode
 
 __all__ = ["Link"]
@@ -29,7 +29,6 @@ SEND_FRAMES = 256
 """Frames that wait for a worker that reads none of them, while clients come and go."""
 FRAMES_AT_A_TIME = 32
 """Frames handled before others on the loop get a turn: as long as there are frames, receiving never waits."""
-LOG_EVERY_S = 1.0
 LONGEST_REASON = 200
 
 
@@ -41,8 +40,7 @@ class Link:
         self._path = path
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        self._dropped = 0
-        self._log_at = 0.0
+        self._drops = Sparsely()
 
     def bind(self) -> None:
         """Listen; a dead file of an earlier process is replaced."""
@@ -92,8 +90,5 @@ class Link:
         self._path.unlink(missing_ok=True)
 
     def _drop(self, why: str) -> None:
-        self._dropped += 1
-        now = time.monotonic()
-        if now >= self._log_at:
-            self._log_at = now + LOG_EVERY_S
-            log.warning("%d frames dropped so far; the last: %s", self._dropped, why[:LONGEST_REASON])
+        if self._drops.add():
+            log.warning("%d frames dropped so far; the last: %s", self._drops.total, why[:LONGEST_REASON])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from expertd.protocol.errors import (
     WorkerUnavailable,
     from_code,
 )
+from expertd.protocol.logs import Log
 from expertd.protocol.messages import (
     FRAME_LIMIT,
     Cancel,
@@ -42,11 +42,12 @@ from expertd.protocol.messages import (
     WorkerReady,
     encode,
 )
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
 
 __all__ = ["SILENCE_S", "Answers", "Worker"]
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 QUEUE_LIMIT = 64
 SILENCE_S = 300.0
@@ -155,7 +156,7 @@ class Worker:
         self._pressure = NORMAL
         self._silent_pieces = 0
         self._late_cancels: list[int] = []
-        self._why_not = f"the worker is loading {model.name}; try again in a moment"
+        self._why_not = f"the worker is loading {shown_name(model)}; try again in a moment"
         self._ending = asyncio.Event()
         self._first: asyncio.Future[WorkerReady] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
@@ -367,7 +368,9 @@ class Worker:
         else:
             if self._ending.is_set():
                 self._ask_to_end()
+            log.info("worker started", model=self._model.name, worker=process.pid)
             status = await process.wait()
+            log.info("worker ended", model=self._model.name, worker=process.pid, status=status)
             if status >= 0 and not self._spoken.is_set():
                 # Its last words may still be on their way.
                 with contextlib.suppress(TimeoutError):
@@ -393,7 +396,7 @@ class Worker:
 
     def _how_it_ended(self, status: int) -> str:
         how = f"ended with status {status}" if status >= 0 else f"was killed by signal {-status}"
-        when = "" if self._peer is not None else f" while it was loading {self._model.name}"
+        when = "" if self._peer is not None else f" while it was loading {shown_name(self._model)}"
         return f"the worker {how}{when}"
 
     def _on_ready(self, peer: bytes, message: WorkerReady) -> None:
@@ -403,6 +406,8 @@ class Worker:
             self._first.set_result(message)
         elif not self._ending.is_set():
             log.warning("the worker is ready again (process %d)", message.pid)
+            return
+        log.info("worker ready", model=self._model.name, worker=message.pid)
 
     def _lose(self, why: str) -> None:
         """There is no worker any more to send to or to hear from."""

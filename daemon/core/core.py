@@ -437,7 +437,7 @@ class Core(Holdings):
         old.next, old.superseded = None, True
         ahead.forget_pool(model, old)
         new.quota = old.quota if old.outdated else None
-        wished = () if new.fresh else [b for b in (*sorted(old.background), *old.wish) if b not in old.carried]
+        wished = () if new.fresh else [block for block in old.wish if block not in old.carried]
         slots.forget_wishes(model, old)
         stay = slots.hand_over(model, old, new)
         new.carried.update(stay)
@@ -447,7 +447,7 @@ class Core(Holdings):
             new.wish.extend(block for block in new.blocks if block not in new.carried)
         new.source = old
         for session in model.sessions.values():
-            if not session.silent:
+            if not session.silent or session.waiting is not None:  # whoever is refused has to know where to go
                 self._offer(model, session)
         moved = PoolMoved(f"the pool of segment {old.segment} is in segment {new.segment} now")
         for waiting in fetches.ungranted(old):

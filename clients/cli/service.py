@@ -1,0 +1,436 @@
+"""``expertd service``: have launchd or systemd keep the daemon, and a gateway if it is wished.
+
+What is done is decided in ``expertd.launchd``.  Exit status: 0; 1 where a step failed; 2 where there is no service
+manager; 3 where no service is installed, and of ``status`` also where something that is installed does not run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from expertd.clients.cli.parameters import find_or_pull
+from expertd.protocol.checkpoint import weight_files
+from expertd.protocol.config import KEYS, read_config, variable
+from expertd.protocol.connection import Connection, package_version
+from expertd.protocol.errors import DaemonNotRunning, ProtocolMismatch, ServiceFailed, ServiceNotInstalled
+from expertd.protocol.paths import Home
+from expertd.protocol.quick_deaths import why_refused
+from expertd.protocol.service import FORMAT, Gateway, Service, read_service
+
+if TYPE_CHECKING:
+    from expertd.launchd.agent import Agent
+    from expertd.launchd.installer import Installer
+    from expertd.launchd.manager import Manager
+    from expertd.launchd.plans import Situation
+    from expertd.launchd.steps import Step
+
+HOST, PORT = "127.0.0.1", 8080
+ANSWER_S = 20.0
+"""So long a daemon has to answer that the manager has started."""
+TAIL_BYTES = 1 << 20
+LOOK_S = 0.25
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
+
+
+@click.group()
+def service() -> None:
+    """Have launchd (or systemd) keep the daemon: it is there from login on, and comes back if it fails.
+
+    Without a service, a daemon starts when the first program needs it, and ends when it has been idle for a while.
+    """
+
+
+@service.command()
+@click.option("--gateway/--no-gateway", default=None, help="Keep 'expertd serve MODEL' too, or do not any more.")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help=f"The gateway's.  [default: {PORT}]")
+@click.option("--host", metavar="ADDRESS", help=f"Address that the gateway listens on.  [default: {HOST}]")
+@dry_run_option
+def install(gateway: bool | None, models: tuple[str, ...], port: int | None, host: str | None, dry_run: bool) -> None:
+    """Install the service, or bring one that is installed up to date.
+
+    \b
+    expertd service install                     the daemon
+    expertd service install --gateway MODEL     an OpenAI API over MODEL too
+
+    What is not named stays as it is.  EXPERTD_HOME and HF_HOME are taken over as they are set now; what else the daemon
+    should be started with belongs into config.toml: see 'expertd config show'.
+    """
+    home = Home.current()
+    if not dry_run:
+        home.prepare()
+    read_config(home)  # a mistake is better told now than by a log
+    before = read_service(home)
+    wished = _gateway(before.gateway if before else None, gateway, models, port, host)
+    site = _Site.current(home, wished)
+    record = Service(FORMAT, site.manager.name, package_version(), site.start_command, gateway=wished)
+
+    def plan(situation: Situation) -> list[Step]:
+        from expertd.launchd.plans import install
+
+        return install(site.manager, home, site.wanted, site.unwanted, situation, record)
+
+    _note_variables()
+    _carry_out(site, plan, dry_run)
+    if not dry_run:
+        _tell_result(site, "installed")
+        if site.manager.name == "systemd":
+            click.echo("to keep it without a login too: loginctl enable-linger")
+
+
+@service.command()
+@dry_run_option
+def uninstall(dry_run: bool) -> None:
+    """End the service and remove all that belongs to it.
+
+    Models, packed stores, config.toml and the daemon's log stay.
+    """
+
+    def plan(situation: Situation) -> list[Step]:
+        from expertd.launchd.plans import uninstall
+
+        return uninstall(site.manager, home, site.all, situation)
+
+    home = Home.current()
+    home.check()
+    site = _Site.current(home, None)
+    _carry_out(site, plan, dry_run, nothing="nothing to do: no service is installed")
+
+
+@service.command()
+@dry_run_option
+def start(dry_run: bool) -> None:
+    """Start what is installed.
+
+    A daemon that was given up because it died too often gets a new chance.
+    """
+    from expertd.launchd import plans
+
+    _change(plans.start, dry_run)
+
+
+@service.command()
+@dry_run_option
+def stop(dry_run: bool) -> None:
+    """End what is installed, until started again.
+
+    That is by 'expertd service start' or the next login; until then daemons start on demand.
+    """
+    from expertd.launchd import plans
+
+    _change(plans.stop, dry_run, starts=False)
+
+
+@service.command()
+@dry_run_option
+def restart(dry_run: bool) -> None:
+    """End what is installed in order, and start it again."""
+    from expertd.launchd import plans
+
+    _change(plans.restart, dry_run)
+
+
+@service.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(as_json: bool) -> None:
+    """Tell whether the service is installed and runs.  Exits with 3 if it is not or does not."""
+    home = Home.current()
+    home.check()
+    record = read_service(home)
+    site = _Site.current(home, record.gateway if record else None)
+    found = as_object(site, site.installer.look(site.all))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        for line in table(found):
+            click.echo(line)
+    if not found["installed"] or not all(agent["pid"] for agent in found["agents"]):
+        sys.exit(ServiceNotInstalled.exit_status)
+
+
+@service.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option(
+    "-n", "--lines", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="How many lines to show."
+)
+@click.option("--gateway", is_flag=True, help="The gateway's log, not the daemon's.")
+def logs(follow: bool, lines: int, gateway: bool) -> None:
+    """Show the end of the daemon's log."""
+    home = Home.current()
+    home.check()
+    path = home.service_gateway_log if gateway else home.daemon_log
+    if not path.exists() and not follow:
+        name = "gateway" if gateway else "daemon"
+        raise ServiceNotInstalled(f"there is no log of a {name} yet ({path}); it begins when one is started")
+    try:
+        for text in tail(path, lines, follow):
+            click.echo(text, nl=False)
+    except KeyboardInterrupt:
+        return
+
+
+# -- one home's service ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A home, its service manager, and the agents that it has or may have had."""
+
+    home: Home
+    manager: Manager
+    installer: Installer
+    wanted: tuple[Agent, ...]
+    unwanted: tuple[Agent, ...]
+
+    @classmethod
+    def current(cls, home: Home, gateway: Gateway | None) -> _Site:
+        """The home with a daemon and ``gateway``.
+
+        Raises:
+            ServiceManagerMissing: there is no manager, or it does not answer.
+        """
+        from expertd.launchd import manager as managers
+        from expertd.launchd.agent import daemon_agent, gateway_agent, lasting
+        from expertd.launchd.installer import Installer
+
+        manager = managers.system_manager()
+        installer = Installer(home, manager)
+        installer.check()
+        python = lasting(sys.executable)
+        python = python if Path(python).exists() else sys.executable
+        daemon = daemon_agent(home, python, os.environ)
+        served = gateway_agent(home, python, os.environ, gateway or Gateway((), HOST, PORT))
+        wanted = (daemon, served) if gateway is not None else (daemon,)
+        return cls(home, manager, installer, wanted, () if gateway is not None else (served,))
+
+    @property
+    def all(self) -> tuple[Agent, ...]:
+        return self.wanted + self.unwanted
+
+    @property
+    def start_command(self) -> tuple[str, ...]:
+        return self.manager.start_command(self.wanted[0])
+
+
+def _change(plan: Callable[..., list[Step]], dry_run: bool, *, starts: bool = True) -> None:
+    home = Home.current()
+    home.check()
+    record = read_service(home)
+    site = _Site.current(home, record.gateway if record else None)
+    situation = site.installer.look(site.all)
+    if not any(situation.installed(agent) for agent in site.all):
+        raise ServiceNotInstalled("no service is installed; install it with: expertd service install")
+    _carry_out(site, lambda now: plan(site.manager, home, site.all, now), dry_run)
+    if not dry_run and starts:
+        _tell_result(site, "started")
+    elif not dry_run:
+        click.echo("stopped; until 'expertd service start' or the next login daemons start on demand")
+
+
+def _carry_out(
+    site: _Site, plan: Callable[[Situation], list[Step]], dry_run: bool, nothing: str = "nothing to do"
+) -> None:
+    steps = plan(site.installer.look(site.all))
+    if not steps:
+        click.echo(nothing)
+    if dry_run:
+        for step in steps:
+            click.echo(str(step))
+        return
+    site.installer.carry_out(steps, click.echo)
+
+
+def _tell_result(site: _Site, done: str) -> None:
+    """Say that the daemon answers.
+
+    Raises:
+        ServiceFailed: it does not.
+    """
+    pid = _await_daemon(site)
+    ours = site.installer.find(site.wanted[0]).pid
+    place = f"process {pid}" if pid == ours else f"process {ours or 'none yet'}, which waits for process {pid} to end"
+    click.echo(f"{done}: {site.manager.name} keeps the daemon ({place})")
+    record = read_service(site.home)
+    if record is not None and record.gateway is not None and len(site.wanted) > 1:
+        names = ", ".join(Path(model).name for model in record.gateway.models)
+        click.echo(f"the gateway answers at {_url(record.gateway)} as soon as it has loaded {names}")
+
+
+def _await_daemon(site: _Site) -> int:
+    """Process id of the daemon that answers in the home."""
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            with Connection(site.home.daemon_socket, "cli", handshake_s=1.0) as connection:
+                return connection.daemon.pid
+        except ProtocolMismatch as error:
+            raise ServiceFailed(f"another daemon stays in the service's place: {error.message}") from error
+        except DaemonNotRunning:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(LOOK_S)
+    last = list(tail(site.home.daemon_log, 1, False))
+    said = f" (its last words: {last[-1].strip()})" if last else ""
+    raise ServiceFailed(
+        f"the service is installed, but its daemon does not answer{said}; put that right, then: expertd service start"
+    )
+
+
+def _gateway(
+    before: Gateway | None, wished: bool | None, models: tuple[str, ...], port: int | None, host: str | None
+) -> Gateway | None:
+    """The gateway that is wished, where ``before`` is the one that there is."""
+    from expertd.clients.cli.serve import serve
+
+    if models and not wished:
+        raise click.UsageError("name the models of a gateway after --gateway")
+    if wished and not models and before is None:
+        raise click.UsageError("--gateway needs the model that it should serve: --gateway MODEL")
+    most = serve.params[0].nargs
+    if 0 < most < len(models):
+        raise click.UsageError(f"a gateway serves {most} model; name one after --gateway")
+    if wished is False or (before is None and not wished):
+        if port is not None or host is not None:
+            raise click.UsageError("--port and --host are a gateway's: use them with --gateway MODEL")
+        return None
+    named = tuple(_lasting_name(model) for model in models)
+    had = before or Gateway((), HOST, PORT)
+    return Gateway(named or had.models, host or had.host, port or had.port)
+
+
+def _lasting_name(model: str) -> str:
+    """What a service should call ``model``: an id of the hub as it is, to find the newest; a folder in full."""
+    weight_files(find_or_pull(model))
+    path = Path(model).expanduser()
+    return str(path.absolute()) if path.exists() else model
+
+
+def _note_variables() -> None:
+    """Say which settings of this shell the service does not get."""
+    lost = [variable(key) for key in KEYS if os.environ.get(variable(key))]
+    if lost:
+        click.echo(
+            f"expertd: {', '.join(lost)}: set in this shell, not for the service; write it into config.toml", err=True
+        )
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def as_object(site: _Site, situation: Situation) -> dict[str, Any]:
+    """The object that ``status --json`` prints.
+
+    ``current``: whether the agent is installed as this version of expertd, called as it is now, would do it.
+    ``last_status``: how its last process ended (a negative number: by that signal), null if that is not known.
+    """
+    agents = []
+    for agent in site.all:
+        if agent not in site.wanted and not situation.installed(agent):
+            continue
+        found = situation.of(agent)
+        agents.append(
+            {
+                "name": agent.name,
+                "label": site.manager.label(agent),
+                "file": str(site.manager.file(agent)),
+                "installed": found.definition is not None,
+                "current": found.definition == site.manager.render(agent),
+                "loaded": found.loaded,
+                "pid": found.pid,
+                "last_status": found.last_status,
+                "given_up": why_refused(site.home, agent.name, agent.log) or None,
+                "log": str(agent.log),
+            }
+        )
+    record = situation.record
+    gateway = record.gateway if record else None
+    return {
+        "manager": site.manager.name,
+        "installed": any(agent["installed"] for agent in agents),
+        "version": record.version if record else None,
+        "stopped": bool(record and record.stopped),
+        "other_daemon": situation.stranger,
+        "gateway": None if gateway is None else {"models": list(gateway.models), "url": _url(gateway)},
+        "agents": agents,
+    }
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The same as lines for a person."""
+    if not found["installed"]:
+        lines = ["no service is installed; daemons start on demand", "install it with: expertd service install"]
+        if found["other_daemon"]:
+            lines.insert(1, f"one runs (process {found['other_daemon']})")
+        return lines
+    lines = [f"service   {found['manager']}, installed by expertd {found['version'] or '(unknown)'}"]
+    for agent in found["agents"]:
+        lines.append(f"{agent['name']:8}  {_state(agent, found)}")
+        if agent["given_up"]:
+            lines.append(f"          {agent['given_up']}")
+        if agent["name"] == "gateway" and found["gateway"]:
+            lines += [f"  url     {found['gateway']['url']}"]
+            lines += [f"  model   {model}" for model in found["gateway"]["models"]]
+        lines += [f"  file    {agent['file']}", f"  log     {agent['log']}"]
+    if found["other_daemon"]:
+        lines.append(
+            f"note      the daemon that answers (process {found['other_daemon']}) is not the service's; when it ends, "
+            "the service's takes over"
+        )
+    if not all(agent["current"] for agent in found["agents"]) or found["version"] != package_version():
+        lines.append("note      installed by another version or from another place; renew it: expertd service install")
+    return lines
+
+
+def _state(agent: dict[str, Any], found: dict[str, Any]) -> str:
+    if agent["pid"]:
+        return f"runs (process {agent['pid']})"
+    if not agent["installed"]:
+        return "is not installed completely: expertd service install"
+    last = agent["last_status"]
+    how = "" if not last else f"; it ended by signal {-last}" if last < 0 else f"; it ended with status {last}"
+    if found["stopped"]:
+        return f"stopped{how}; start it with: expertd service start"
+    return f"does not run{how}"
+
+
+def _url(gateway: Gateway) -> str:
+    host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
+    return f"http://{host}:{gateway.port}/v1"
+
+
+def tail(path: Path, lines: int, follow: bool) -> Iterator[str]:
+    """The last lines of a log, and with ``follow`` what comes after them, in a file that takes its place too."""
+    position, inode = 0, -1
+    while True:
+        try:
+            with path.open("rb") as file:
+                state = os.fstat(file.fileno())
+                if inode == -1:
+                    file.seek(max(0, state.st_size - TAIL_BYTES))
+                    text = b"".join(_last_lines(file.read(), lines))
+                else:
+                    file.seek(position if state.st_ino == inode and state.st_size >= position else 0)
+                    text = file.read()
+                position, inode = file.tell(), state.st_ino
+        except FileNotFoundError:
+            text = b""
+            inode = 0 if inode == -1 else inode  # all of what comes is new
+        if text:
+            yield text.decode(errors="replace")
+        if not follow:
+            return
+        time.sleep(LOOK_S)
+
+
+def _last_lines(content: bytes, lines: int) -> Sequence[bytes]:
+    return content.splitlines(keepends=True)[-lines:] if lines else []

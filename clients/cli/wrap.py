@@ -1,0 +1,20 @@
+"""Sentences in the width of the terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+
+NARROWEST, WIDEST = 40, 160
+
+
+def wrapped(head: str, text: str) -> list[str]:
+    """``text`` behind ``head``, in as many lines as it takes, all of which begin below its beginning.
+
+    Words stay whole, so that paths and commands can be copied.
+    """
+    width = min(WIDEST, shutil.get_terminal_size().columns)
+    return textwrap.wrap(
+        text, max(NARROWEST, width), initial_indent=head, subsequent_indent=" " * len(head),
+        break_long_words=False, break_on_hyphens=False,
+    ) or [head.rstrip()]  # fmt: skip

@@ -1,0 +1,246 @@
+"""``expertd status`` at a glance: what it says, how it fits a terminal, and what it does not import to say it.
+
+All figures (``--verbose``, ``--layers``, ``--journal``, ``--json``) are in ``test_cli``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from expertd.clients.terminal.glance import PLAIN_BLOCKS, bar, duration, glance, percent
+from expertd.clients.terminal.programs import program, programs
+from expertd.protocol import PROTOCOL
+from expertd.protocol.messages import DaemonStatus, ModelStatus, SessionStatus, Status
+from tests.conftest import StartDaemon
+from tests.programs import Program
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "models" / "demo"
+NOT_IMPORTED = (
+    "mlx", "mlx_lm", "numpy", "aiohttp", "asyncio", "rich", "psutil", "subprocess", "importlib.metadata", "hashlib",
+    "expertd.worker", "expertd.daemon", "expertd.clients.gateway", "expertd.protocol.config",
+)  # fmt: skip
+
+
+def session(pid: int = 41, **changes: object) -> SessionStatus:
+    given = {"waiting": False, "fetches": 7, "left_behind": False, "held_bytes": 0, "decode_tokens": 1204} | changes
+    return SessionStatus(id=pid, pid=pid, mode="shm", **given)  # type: ignore[arg-type]
+
+
+def model(path: str = "/models/Qwen3-30B-A3B-4bit", **changes: object) -> ModelStatus:
+    given: dict[str, object] = {
+        "id": path, "path": path, "family": "qwen3_moe", "moe_layers": 48, "experts": 128, "top_k": 8,
+        "block_bytes": 2_650_000, "blocks": 6144, "slots": 2500, "resident_blocks": 2458, "hits": 9620, "misses": 380,
+        "bytes_read": 7_500_000_000, "evictions": 1, "pool_bytes": 6_500_000_000, "sessions": [session()],
+    }  # fmt: skip
+    return ModelStatus(**given | changes)  # type: ignore[arg-type]
+
+
+def status(*models: ModelStatus, **changes: object) -> Status:
+    given: dict[str, object] = {
+        "protocol": PROTOCOL, "home": "/h", "daemon": DaemonStatus(pid=1, version="1", uptime_s=8000.0, rss_bytes=1),
+        "budget_bytes": 12_000_000_000, "used_bytes": 6_500_000_000, "limit_bytes": 12_000_000_000,
+        "pressure": "normal", "pressure_figure": "", "journal": [], "tracing": "", "frames_dropped": 0,
+        "models": list(models),
+    }  # fmt: skip
+    return Status(**given | changes)  # type: ignore[arg-type]
+
+
+NAMES = {41: "expertd serve", 42: "notes.py"}
+
+
+def test_a_healthy_daemon_in_80_columns() -> None:
+    found = status(model(sessions=[session(41), session(42, decode_tokens=3, prompt_tokens=30)]))
+    assert glance(found, NAMES, 80) == [
+        "expertd has been running for 2 h 13 min; all is well.",
+        "",
+        "memory     █████████░░░░░░░  6.5 GB of 12.0 GB that it may take",
+        "",
+        "Qwen3-30B-A3B-4bit  /models/",
+        "  held     ██████░░░░░░░░░░  40.0 % of its experts are in memory, 6.5 GB",
+        "  found    ███████████████░  96.2 % were there when they were needed",
+        "  disk     7.5 GB read so far",
+        "  used by  expertd serve (process 41), 1,204 tokens",
+        "           notes.py (process 42), 33 tokens",
+        "",
+        "More: expertd status --verbose    Live: expertd top",
+    ]
+
+
+def test_without_a_model_it_says_what_to_try() -> None:
+    assert glance(status(used_bytes=0), {}, 80, PLAIN_BLOCKS) == [
+        "expertd has been running for 2 h 13 min; all is well.",
+        "",
+        "memory     ................  0 B of 12.0 GB that it may take",
+        "",
+        "No model has been used yet.  Try: expertd chat MODEL",
+        "",
+        "More: expertd status --verbose    Live: expertd top",
+    ]
+
+
+def test_a_model_that_nobody_uses_says_so() -> None:
+    lines = glance(status(model(sessions=[], hits=0, misses=0)), {}, 80)
+    assert lines[6:9:2] == [
+        "  found    ░░░░░░░░░░░░░░░░  not used yet",
+        "  used by  no program now; it stays in memory until that is needed",
+    ]
+
+
+def test_what_is_wrong_comes_first_and_says_what_to_do() -> None:
+    gone = session(42, left_behind=True, held_bytes=1_200_000_000)
+    found = status(
+        model(sessions=[session(), gone]), pressure="critical", pressure_figure="12 % of memory free",
+        limit_bytes=3_000_000_000,
+    )  # fmt: skip
+    lines = glance(found, NAMES, 80)
+    assert lines[:8] == [
+        "expertd has been running for 2 h 13 min; it needs a look:",
+        "! The machine is very short of memory, so expertd takes 3.0 GB at most for now",
+        "  (12 % of memory free).  Answers are slower; closing other programs helps.",
+        "! notes.py (process 42) does not answer and holds 1.2 GB: continue it (kill",
+        "  -CONT 42) or end it.",
+        "",
+        "memory     █████████░░░░░░░  6.5 GB of 12.0 GB that it may take",
+        "",
+    ]
+    assert "           notes.py (process 42), does not answer" in lines
+
+
+def test_what_somebody_has_set_up_is_a_note() -> None:
+    found = status(tracing="/traces", simulated_ssd="50.0 MB/s, 200 us", limit_bytes=3_000_000_000)
+    assert glance(found, {}, 80)[3:7] == [
+        "           3.0 GB for now: the machine was short of memory; expertd takes more",
+        "           again step by step",
+        "           the disk is slowed down to 50.0 MB/s, 200 us (--simulate-ssd)",
+        "           routing is recorded into /traces; end that with: expertd trace stop",
+    ]
+
+
+@dataclass
+class Extreme:
+    name: str
+    found: Status
+    names: dict[int, str] = field(default_factory=lambda: dict(NAMES))
+
+
+EXTREMES = [
+    Extreme("plain", status(model(), model("/m/gpt-oss-20b"))),
+    Extreme("many users", status(*(model(f"/m/{n}", sessions=[session(p) for p in range(41, 61)]) for n in range(2)))),
+    Extreme("long names", status(model("/" + "long/" * 60 + "name"), model()), {41: "program" * 40}),
+    Extreme("trouble", status(model(), model("/b"), pressure="warning", pressure_figure="some " * 9)),
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=lambda extreme: extreme.name)
+@pytest.mark.parametrize("width", [80, 200])
+def test_two_models_fill_one_screen(extreme: Extreme, width: int) -> None:
+    lines = glance(extreme.found, extreme.names, width)
+    assert len(lines) <= 22
+    assert [line for line in lines if len(line) > width] == []
+
+
+def test_a_wide_terminal_gets_longer_bars() -> None:
+    narrow, wide = (glance(status(model()), NAMES, width)[2] for width in (80, 200))
+    assert (narrow.count("█") + narrow.count("░"), wide.count("█") + wide.count("░")) == (16, 64)
+
+
+def test_bars_numbers_and_times() -> None:
+    assert [bar(p, 4, "#.") for p in (0, 0.1, 50, 99.9, 100)] == ["....", "#...", "##..", "####", "####"]
+    assert [percent(a, b) for a, b in ((0, 9), (1, 9999), (1, 2), (9998, 9999), (9, 9), (0, 0))] == [
+        "0 %", "less than 0.1 %", "50.0 %", "more than 99.9 %", "100 %", "0 %",
+    ]  # fmt: skip
+    assert [duration(s) for s in (0.4, 61, 3600, 8000, 90061)] == ["0 s", "1 min 1 s", "1 h", "2 h 13 min", "1 d 1 h"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["/usr/bin/python3.11", "-m", "expertd.clients.cli", "worker", "/m", "--gateway", "x"], "expertd serve"),
+        (["/venv/bin/python", "/venv/bin/expertd", "chat", "/m"], "expertd chat"),
+        (["/opt/Python", "-X", "dev", "-u", "/home/me/notes.py", "--fast"], "notes.py"),
+        (["python3", "-m", "tools.hold", "/m"], "tools.hold"),
+        (["python3", "-c", "import expertd"], "python3 -c"),
+        (["python3"], "python3"),
+        (["/Applications/Chat"], "Chat"),
+        ([], ""),
+    ],
+)
+def test_a_program_is_called_as_people_know_it(arguments: list[str], name: str) -> None:
+    assert program(arguments) == name
+
+
+def test_the_programs_of_processes_are_found() -> None:
+    command = [sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        found = programs([child.pid, 2**22 + 1])
+        child.communicate(b"\n")
+    assert list(found) == [child.pid]
+    assert found[child.pid].endswith(" -c")
+
+
+def test_the_programs_of_processes_are_found_as_on_macos(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in for ps, which tells what it was asked and answers as it does on macOS."""
+    ps = tmp_path / "ps"
+    ps.write_text('#!/bin/sh\necho "$@" > "$0.asked"\necho "   41 /opt/bin/python3 -m expertd.clients.cli chat /m"\n')
+    ps.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert programs([42, 41]) == {41: "expertd chat"}
+    assert (tmp_path / "ps.asked").read_text() == "-ww -o pid=,command= -p 41,42\n"
+    ps.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert programs([41]) == {}
+
+
+def test_status_imports_nothing_that_it_can_do_without(start_daemon: StartDaemon) -> None:
+    start_daemon("64MB")
+    code = (
+        "import sys\nfrom expertd.clients.cli import main\n"
+        "main(['status'], standalone_mode=False)\n"
+        "print('imported:', *sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    imported = done.stdout.splitlines()[-1].split()
+    assert imported[0] == "imported:" and "expertd.clients.cli.status" in imported
+    assert sorted(set(NOT_IMPORTED) & set(imported)) == []
+
+
+def test_status_names_who_uses_the_model(start_daemon: StartDaemon) -> None:
+    start_daemon("64MB")
+    with Program(DEMO) as user:
+        user.run(12)
+        done = subprocess.run(
+            [sys.executable, "-m", "expertd.clients.cli", "status"], capture_output=True, text=True, timeout=60,
+            env={**os.environ, "COLUMNS": "80"},
+        )  # fmt: skip
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("; all is well.")
+    assert lines[4].startswith("demo  /")
+    assert lines[8].startswith(f"  used by  tests.programs (process {user.pid})")
+
+
+def test_an_output_that_has_no_blocks_gets_plain_bars(start_daemon: StartDaemon) -> None:
+    start_daemon("64MB")
+    done = subprocess.run(
+        [sys.executable, "-m", "expertd.clients.cli", "status"], capture_output=True, timeout=60, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert b"memory     ................  0 B of 64.0 MB" in done.stdout
+
+
+def test_the_shape_of_json_is_the_message_s() -> None:
+    found = status(model())
+    from expertd.clients.cli.status import as_object
+
+    assert as_object(found) == {k: v for k, v in msgspec.to_builtins(found).items() if k != "type"}

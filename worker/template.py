@@ -1,0 +1,45 @@
+"""Chat messages as the tokens of a prompt, by the model's own template.
+
+Raw text is the business of whoever has it; what an answer consists of is ``expertd.worker.channels``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from expertd.protocol.errors import ParameterUnsupported, RequestInvalid
+
+
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The prompt of a conversation, at least one token.
+
+    Args:
+        tools: what may be called, as OpenAI describes tools.
+        variables: further variables of the template.
+    Raises:
+        RequestInvalid: the model has no template, or it refuses the messages.
+        ParameterUnsupported: the template knows no tools, or not one of the variables; names it.
+    """
+    if not tokenizer.has_chat_template:
+        raise RequestInvalid("the model's tokenizer has no chat template, so it takes no chat messages")
+    if tools and not tokenizer.has_tool_calling:
+        raise ParameterUnsupported("this model's chat template knows no tools; leave them out", param="tools")
+    template = str(getattr(tokenizer, "chat_template", "") or "")
+    for name in variables or ():
+        if name not in template and not (name == "enable_thinking" and tokenizer.has_thinking):
+            raise ParameterUnsupported(f"this model's chat template knows no '{name}'; leave it out", param=name)
+    more = {**({"tools": list(tools)} if tools else {}), **(variables or {})}
+    try:
+        prompt = list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **more))
+    except Exception as error:
+        # A template is a program of the model's author: it may raise anything, about what the messages contain.
+        raise RequestInvalid(f"the model's chat template refused the messages ({error})", param="messages") from error
+    if not prompt:
+        raise RequestInvalid("the model's chat template made no tokens of the messages", param="messages")
+    return prompt
