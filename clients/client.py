@@ -127,8 +127,8 @@ class Client:
     def events(self) -> Iterator[Happened]:
         """What happens in the daemon from now on: models and sessions that come and go, pressure, failed reads.
 
-        It is what ``expertd logs --daemon`` shows: ``event`` in words, ``facts`` by name.  It comes over a connection of
-        its own, so that all else may be asked meanwhile, and goes on until the caller stops asking.
+        It is what ``expertd logs --daemon`` shows: ``event`` in words, ``facts`` by name.  It comes over a connection
+        of its own, so that all else may be asked meanwhile, and goes on until the caller stops asking.
 
         Raises:
             DaemonLost: the daemon has ended, or hangs.
