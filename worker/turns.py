@@ -13,7 +13,8 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.sample_utils import make_sampler
 
 from expertd.protocol.errors import PromptTooLong
-from expertd.worker.engine import COLDEST, context_length
+from expertd.worker.engine import context_length
+from expertd.worker.sampling import COLDEST
 
 __all__ = ["Reuse", "Turns", "reuse"]
 

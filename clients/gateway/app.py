@@ -105,17 +105,17 @@ class Gateway:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         wanted = chat.parse(_decode(await request.read()))
-        return await self._answer(request, [wanted], chat.Rendering(wanted, self.name, int(time.time())))
+        return await self._compute(request, [wanted], chat.Rendering(wanted, self.name, int(time.time())))
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         wanted = completions.parse(_decode(await request.read()))
-        return await self._answer(request, wanted, completions.Rendering(wanted, self.name, int(time.time())))
+        return await self._compute(request, wanted, completions.Rendering(wanted, self.name, int(time.time())))
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
         wanted = responses.parse(_decode(await request.read()))
         earlier = self._stored.items(wanted.previous)
         rendering = responses.Rendering(wanted, self.name, int(time.time()))
-        answer = await self._answer(request, [wanted.with_messages(earlier)], rendering)
+        answer = await self._compute(request, [wanted.with_messages(earlier)], rendering)
         if wanted.store and rendering.ended:
             self._stored.keep(rendering.response(), wanted.given, earlier)
         return answer
@@ -139,7 +139,7 @@ class Gateway:
 
     async def _message(self, request: web.Request) -> web.StreamResponse:
         wanted = anthropic.parse(_decode(await request.read()))
-        return await self._answer(request, [wanted], anthropic.Rendering(self.name))
+        return await self._compute(request, [wanted], anthropic.Rendering(self.name))
 
     async def _count(self, request: web.Request) -> web.Response:
         wanted = replace(anthropic.parse_count(_decode(await request.read())), count=True, stream=False)
@@ -151,7 +151,7 @@ class Gateway:
                 continue
         return _json({"input_tokens": received[1].prompt_tokens})
 
-    async def _answer(
+    async def _compute(
         self, request: web.Request, wanted: Sequence[Wanted], rendering: Renderer
     ) -> web.StreamResponse:
         """Have ``wanted`` computed, and write it as ``rendering`` says."""

@@ -204,7 +204,7 @@ def _format(value: object) -> str | None:
 def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal["auto", "required"]]:
     if value is not None and not isinstance(value, list):
         invalid("tools", "a list of tools")
-    tools = []
+    tools: list[dict[str, Any]] = []
     for place, tool in enumerate(value or []):
         if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
             invalid(f"tools[{place}]", "an object with a type")

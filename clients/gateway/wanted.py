@@ -210,9 +210,8 @@ def _seed(value: object) -> int | None:
 def _logit_bias(value: object) -> dict[int, float]:
     if value is None:
         return {}
-    found: dict[int, float] = {}
-    for token, bias in value.items() if isinstance(value, dict) else [("", None)]:
+    biases: dict[Any, Any] = value if isinstance(value, dict) else {None: None}
+    for token, bias in biases.items():
         if not (isinstance(token, str) and token.isdecimal() and is_number(bias) and -100 <= bias <= 100):
             invalid("logit_bias", "an object of token numbers, each with a number from -100 to 100")
-        found[int(token)] = float(bias)
-    return found
+    return {int(token): float(bias) for token, bias in biases.items()}
