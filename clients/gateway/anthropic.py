@@ -304,7 +304,8 @@ class Rendering:
     def begin(self) -> Iterator[bytes]:
         """What a stream begins with.  How long the prompt is comes at the end, when it is known."""
         usage = {"input_tokens": 0, "output_tokens": 0}
-        message: dict[str, Any] = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+        end = {"stop_reason": None, "stop_sequence": None}
+        message: dict[str, Any] = {**self._head, "content": [], **end, "usage": usage}
         yield _event("message_start", message=message)
 
     def event(self, place: int, event: Delta | Finished) -> Iterator[bytes]:

@@ -104,15 +104,15 @@ class Gateway:
     # -- routes --------------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        wanted = chat.parse(_decode(await request.read()))
+        wanted = chat.parse(await self._body(request))
         return await self._compute(request, [wanted], chat.Rendering(wanted, self.name, int(time.time())))
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        wanted = completions.parse(_decode(await request.read()))
+        wanted = completions.parse(await self._body(request))
         return await self._compute(request, wanted, completions.Rendering(wanted, self.name, int(time.time())))
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
-        wanted = responses.parse(_decode(await request.read()))
+        wanted = responses.parse(await self._body(request))
         earlier = self._stored.items(wanted.previous)
         rendering = responses.Rendering(wanted, self.name, int(time.time()))
         answer = await self._compute(request, [wanted.with_messages(earlier)], rendering)
@@ -138,11 +138,11 @@ class Gateway:
         return _json(_page(self._stored.given(request.match_info["id"]), request.query))
 
     async def _message(self, request: web.Request) -> web.StreamResponse:
-        wanted = anthropic.parse(_decode(await request.read()))
+        wanted = anthropic.parse(await self._body(request))
         return await self._compute(request, [wanted], anthropic.Rendering(self.name))
 
     async def _count(self, request: web.Request) -> web.Response:
-        wanted = replace(anthropic.parse_count(_decode(await request.read())), count=True, stream=False)
+        wanted = replace(anthropic.parse_count(await self._body(request)), count=True, stream=False)
         self._check_model(wanted.model)
         with self._worker.open(wanted) as answers:
             while (received := await answers.receive(self._keepalive_s)) is None or not isinstance(
@@ -151,11 +151,15 @@ class Gateway:
                 continue
         return _json({"input_tokens": received[1].prompt_tokens})
 
+    async def _body(self, request: web.Request) -> Any:
+        """The decoded body of a request for text, which the log has a line of."""
+        FACTS.get()["model"] = self.name
+        return _decode(await request.read())
+
     async def _compute(
         self, request: web.Request, wanted: Sequence[Wanted], rendering: Renderer
     ) -> web.StreamResponse:
         """Have ``wanted`` computed, and write it as ``rendering`` says."""
-        FACTS.get()["model"] = self.name
         self._check_model(wanted[0].model)
         with self._worker.open(*wanted) as answers:
             told = [Told() for _ in range(answers.count)]
