@@ -54,6 +54,8 @@ MOVE_S = 5.0
 """A session that was told that its pool moved and hears nothing of the new one for so long attaches anew."""
 FLUSH_FORWARDS = 100
 """The routing log is sent after so many forwards, or with the next Fetch or ack, or when idle."""
+LAST_REPORT_S = 0.3
+"""How long a session that is closed waits until its last report is taken."""
 IDLE_S = 1.0
 """Without a forward for so long it is idle."""
 _POLL_S = 0.25
@@ -439,6 +441,18 @@ class Session:
                 messages.RoutingLog(session=number, routing=routing, decode_tokens=decode, prompt_tokens=prompt)
             )
 
+    def _report_at_last(self) -> None:
+        """Send the routing log, and see it taken: what waits in a socket that is closed is lost."""
+        if self._link.lost or not (self.routing or self.decode_tokens or self.prompt_tokens):
+            return
+        over, number = self._link.data, self._link.number
+        with contextlib.suppress(ExpertdError, zmq.ZMQError):
+            self._report(over)
+            over.send(messages.Ping(session=number))
+            until = time.monotonic() + LAST_REPORT_S
+            while (said := over.receive(until - time.monotonic())) is not None and not isinstance(said, messages.Pong):
+                continue
+
     def _send_ack(self, over: Connection) -> None:
         """Ack everything that was told over the present link; the caller holds the forward lock."""
         asked, link = self.asked, self._link
@@ -652,6 +666,7 @@ class Session:
             return
         with self._forward:
             if self._closed is None:
+                self._report_at_last()
                 try:
                     self.on_close()
                 finally:

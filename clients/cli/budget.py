@@ -10,10 +10,14 @@ import json
 import click
 
 from expertd.clients.cli.parameters import json_option
+from expertd.protocol.errors import SizeInvalid
 from expertd.protocol.messages import AskStatus, BudgetSet, SetBudget, Status
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import parse_budget, show_size
+
+LEAST = 10_000
+"""Bytes; whoever asks for less has forgotten the unit."""
 
 
 @click.command()
@@ -27,6 +31,9 @@ def budget(size: str | None, as_json: bool) -> None:
     Exits with 3 if no daemon runs in this home, with 4 if the models in use need more.
     """
     wanted = None if size is None else parse_budget(size)
+    if size is not None and wanted is not None and wanted < LEAST:
+        meant = f"; did you mean {size}GB?" if size.isdecimal() else ""
+        raise SizeInvalid(f"{show_size(wanted)} is less than any model's experts can do with{meant}")
     with connect(Home.current(), "cli") as connection:
         if size is None:
             status = connection.ask(AskStatus(), Status)

@@ -6,8 +6,11 @@ class.  With ``--json`` that line is an object: ``{"error": {"code", "message", 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -64,6 +67,11 @@ class Program(Group):
             if not as_json:
                 raise
             _tell(error.format_message(), USAGE, error.exit_code, as_json)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EIO):
+                raise
+            sys.stdout = Path(os.devnull).open("w")  # what waits there could not be written either
+            _tell(f"what was asked for could not be written ({error.strerror})", "internal", 1, as_json)
         except KeyboardInterrupt:
             click.echo(err=True)  # the terminal has written ^C
             sys.exit(INTERRUPTED)

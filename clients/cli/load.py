@@ -85,14 +85,15 @@ def _kept_open(folder: Path, budget: str | None) -> Iterator[None]:
 
 def _filling(client: Client, folder: Path) -> Iterator[ModelStatus]:
     """What the daemon holds of the model, again and again until it has brought in what there is room for."""
-    left = client.warm(folder)
-    if not left:
+    before = status_of(client, folder)
+    if not client.warm(folder) or before.resident_blocks >= before.slots:
         return
-    size = status_of(client, folder).block_bytes
-    with Progress(shown_name(folder), left * size) as progress:
-        while left:
+    size, there = before.block_bytes, before.resident_blocks
+    with Progress(shown_name(folder), (before.slots - there) * size) as progress:
+        warming = True
+        while warming:
             time.sleep(_POLL_S)
             found = status_of(client, folder)
-            progress.moved(max(0, left - found.warming) * size)
-            left = found.warming
+            progress.moved(max(0, found.resident_blocks - there) * size)
+            there, warming = max(there, found.resident_blocks), found.warming > 0
             yield found

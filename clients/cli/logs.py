@@ -10,7 +10,6 @@ import heapq
 import json
 import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import click
 
 from expertd.clients.cli.parameters import json_option
+from expertd.protocol.errors import ExpertdError
 from expertd.protocol.paths import Home
 
 FOLLOW_S = 0.25
@@ -55,8 +55,7 @@ def logs(follow: bool, count: int, daemon: bool, gateway: bool, worker: int | No
         shown = last(tails.history(), count)
         _show(shown, as_json)
         if not shown and not follow and count:
-            click.echo(f"expertd: nothing is written in {home.log} of {', '.join(chosen)}", err=True)
-            sys.exit(1)
+            raise ExpertdError(f"nothing is written in {home.log} of {', '.join(chosen)}")
         while follow:
             time.sleep(FOLLOW_S)
             _show(tails.news(), as_json)

@@ -392,7 +392,7 @@ def table(found: Reckoned) -> list[str]:
         ("  system", f"{show_size(memory.system)}, and {show_size(memory.page_cache)} for the page cache"),
         ("  base", f"{show_size(memory.base)}, in each process that has the model loaded"),
         ("  KV cache", kv),
-        ("  left", f"{show_size(memory.room)} for experts; the default budget is {show_size(found.auto)}"),
+        ("  left", f"{show_size(memory.room)} for experts; {show_size(found.auto)} of them by default"),
         ("hits", found.hits_source),
         ("computing", f"{computed}: {computing.source}"),
         ("disk", f"one block in {_time(disk.seconds(1))}{several}: {disk.source}"),

@@ -66,6 +66,8 @@ def _serve(model: str, budget: str | None, flags: dict[str, Any]) -> None:
     home.prepare()
     logs.set_up("gateway", home.gateway_log(os.getpid()), home, config)
     os.environ.update(logs.environment(config))  # its worker, and the daemon if there is none, log as it does
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        click.echo(f"expertd: there is no key: whoever can reach {host} can use the model, and your machine", err=True)
     # The port comes first: whoever cannot listen should not have started anything.
     with lifetime.listen(host, port) as listener:
         connection, started = connect_or_start(

@@ -107,7 +107,9 @@ def start(output: Path | None) -> None:
         raise click.BadParameter(f"{folder} is no folder; create it first", param_hint="--output")
     with connect(Home.current(), "cli") as connection:
         answer = connection.ask(StartTrace(folder=str(folder)), TraceStarted)
-    click.echo(f"recording into {folder}: {answer.sessions} sessions now, and those that come; end it with: trace stop")
+    click.echo(
+        f"recording into {folder} of {answer.sessions} sessions, and those that come; end it with: expertd trace stop"
+    )
 
 
 @trace.command()

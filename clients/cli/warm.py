@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -51,11 +52,11 @@ def warm(
     encoded = [encode_prompt(tokenizer, text, raw=raw) for text in texts]
     with Client() as client:
         before = status_of(client, folder)
-        with click.progressbar(length=len(encoded), label="prompts", show_pos=True) as bar:
+        with click.progressbar(length=len(encoded), label="prompts", show_pos=True, file=sys.stderr) as bar:
             for _ in answer_all(loaded, tokenizer, encoded, max_tokens):
                 bar.update(1)
+        unload(loaded)  # so that all is told of which experts were used
         after = status_of(client, folder)
-    unload(loaded)
     hits, misses = after.hits - before.hits, after.misses - before.misses
     click.echo(show_resident(after))
     click.echo(f"{hits / max(1, hits + misses):.1%} of what these prompts used was there already")

@@ -319,7 +319,9 @@ class Gateway:
         host = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
         if host.lower() in self._hosts or (self._any_address and _is_address(host)):
             return
-        raise RequestInvalid(f"the Host '{header}' is not this gateway's; use the address that it printed at its start")
+        raise RequestInvalid(
+            f"the Host '{header}' is not this gateway's; use localhost, or this machine's address in numbers"
+        )
 
     def _check_origin(self, header: str) -> None:
         """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed."""
