@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -171,8 +172,11 @@ def source_of(suite: Suite) -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", suite.package]
         _call([*pip, "--dest", str(CACHE), pinned])
         (archive,) = CACHE.glob(f"{suite.package}-{suite.version}.tar.gz")
+        unpacking = CACHE / "unpacking"  # so that what was broken off is not taken for the whole
+        shutil.rmtree(unpacking, ignore_errors=True)
         with tarfile.open(archive) as tar:
-            tar.extractall(CACHE, filter="data")
+            tar.extractall(unpacking, filter="data")
+        (unpacking / folder.name).rename(folder)
         archive.unlink()
     return folder
 

@@ -27,7 +27,7 @@ from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 def _names(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
     """Refuse what cannot be a name in a URL or on a line."""
     for name in names:
-        if not name or not name.isprintable() or any(letter in " ?#%" for letter in name):
+        if not name or not name.isprintable() or any(letter in " ?#%=" for letter in name):
             raise click.BadParameter(f"{name!r} is no name of a model; use letters, digits and '-', '_', '.', ':', '/'")
     return names
 
