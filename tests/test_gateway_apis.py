@@ -221,6 +221,15 @@ def test_what_a_response_cannot_be_asked_for_is_named(client: openai.OpenAI) -> 
         assert str(caught.value.param).startswith(name)
 
 
+def test_a_response_that_has_ended_is_neither_streamed_again_nor_cancelled(client: openai.OpenAI) -> None:
+    made = client.responses.create(model="demo", input=QUESTION, max_output_tokens=2)
+    with pytest.raises(openai.BadRequestError, match="cannot be streamed again") as caught:
+        client.responses.retrieve(made.id, stream=True)
+    assert caught.value.param == "stream"
+    with pytest.raises(openai.BadRequestError, match="only a response in the background can be cancelled"):
+        client.responses.cancel(made.id)
+
+
 def test_a_response_that_was_never_made_is_not_there_whatever_is_asked_of_it(client: openai.OpenAI) -> None:
     asks: list[Any] = [
         lambda: client.responses.retrieve("resp_1"),

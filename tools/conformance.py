@@ -177,6 +177,7 @@ def source_of(suite: Suite) -> Path:
         with tarfile.open(archive) as tar:
             tar.extractall(unpacking, filter="data")
         (unpacking / folder.name).rename(folder)
+        unpacking.rmdir()
         archive.unlink()
     return folder
 
