@@ -136,12 +136,14 @@ class Client:
         with connect(self._home, "client") as connection:
             renewed_at, answered = -inf, True
             while True:
-                if (now := time.monotonic()) >= renewed_at + RENEW_S:
-                    if not answered:
-                        raise DaemonLost(f"the daemon of {self._home.root} is gone, or hangs")
+                now = time.monotonic()
+                if answered and now >= renewed_at + RENEW_S:
                     connection.send(Subscribe())
                     renewed_at, answered = now, False
+                # Who asks slowly finds the answer behind what has happened meanwhile; only silence proves anything.
                 message = connection.receive(renewed_at + RENEW_S - now)
+                if message is None and not answered:
+                    raise DaemonLost(f"the daemon of {self._home.root} is gone, or hangs")
                 if isinstance(message, Happened):
                     yield message
                 elif message is not None:

@@ -561,6 +561,7 @@ class Generate(Message):
     Exactly one of the three is given: ``messages``, chat messages as the tokenizer's template takes them (with
     ``tools``, and ``template`` for its further variables); ``text``, a prompt as it is; ``tokens``, one in tokens.
     ``tool_choice`` required: one of the tools has to be called; without ``parallel_calls`` a call ends the answer.
+    ``goes_on``: the answer is the rest of the last message, which the assistant has begun.
 
     ``max_tokens`` None: as many as fit into the context behind the prompt.  ``schema``: a JSON schema, itself JSON,
     that the answer has to fit; None: no such.  ``top_logprobs``: so many of the likeliest tokens are told with each
@@ -576,6 +577,7 @@ class Generate(Message):
     tool_choice: Literal["auto", "required"] = "auto"
     parallel_calls: bool = True
     template: dict[str, Any] = {}
+    goes_on: bool = False
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     stop: list[Name] = []
     sampling: Sampling = Sampling()

@@ -26,13 +26,13 @@ from expertd.protocol.errors import (
 )
 from expertd.protocol.messages import Stop, Stopping
 from expertd.protocol.paths import Home
-from expertd.protocol.quick_deaths import why_refused
-from expertd.protocol.service import Service, ask_to_start, read_service
 
 if TYPE_CHECKING:
     import subprocess
 
     import psutil
+
+    from expertd.protocol.service import Service
 
 IDLE_EXIT_S = 900
 """An on-demand daemon ends by itself after so many seconds without a session, if its user has set nothing else."""
@@ -91,7 +91,10 @@ def connect_or_start(
 def _start(
     home: Home, role: str, budget: str | None, announce: Callable[[str], None] | None, start_s: float
 ) -> tuple[Connection, bool]:
-    from expertd.protocol.config import read_config  # late, as below: who asks a daemon that runs needs none of it
+    # Late, as below: who asks a daemon that runs needs none of it.
+    from expertd.protocol.config import read_config
+    from expertd.protocol.quick_deaths import why_refused
+    from expertd.protocol.service import ask_to_start
 
     idle_exit_s = read_config(home, default_idle_exit_s=IDLE_EXIT_S).idle_exit.value
     process: subprocess.Popen[bytes] | None = None
@@ -178,6 +181,9 @@ def _service(home: Home) -> Service | None:
     Raises:
         DaemonStartFailed: it rests, because its daemon has died too often.
     """
+    from expertd.protocol.quick_deaths import why_refused
+    from expertd.protocol.service import read_service
+
     service = read_service(home)
     if service is None or service.stopped:
         return None

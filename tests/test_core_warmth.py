@@ -175,3 +175,27 @@ def test_half_of_a_pool_may_be_pinned() -> None:
 def test_all_may_be_pinned_where_there_is_room_for_all() -> None:
     _, model = wide(32)
     assert warmth.too_many_pins(model, [(layer, expert) for layer in (0, 1) for expert in range(16)]) is None
+
+
+def test_what_is_pinned_takes_the_place_of_what_is_not() -> None:
+    daemon, model = wide(8)
+    daemon.get(1, 1, 0, *range(4))
+    daemon.get(1, 2, 1, *range(4))
+    assert len(resident(model)) == 8
+    daemon.feed(Pin(model.key, ((0, 10), (0, 11), (1, 12)), True))
+    for sequence in range(3, 12):
+        daemon.finish()
+        daemon.ack(1, model.version, sequence - 1)
+        daemon.get(1, sequence, 0, 10)
+    daemon.finish()
+    assert {(0, 10), (0, 11), (1, 12)} <= resident(model)
+    assert warmth.wished(model) == 0
+
+
+def test_other_wishes_take_nobody_s_place_beside_pins() -> None:
+    daemon, model = wide(4)
+    daemon.get(1, 1, 0, 10, 11, 12, 13)
+    daemon.feed(Warm(model.key, ((0, 1), (0, 2))))
+    daemon.finish()
+    assert resident(model) >= {(0, 10), (0, 11), (0, 12)}
+    assert warmth.wished(model) == 0

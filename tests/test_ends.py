@@ -124,7 +124,7 @@ def test_a_daemon_under_load_ends_and_the_streams_go_on_with_the_next(
         assert len({stream.text for stream in streams}) == 1, "and say the same as each other"
         wait_for(lambda: lock_holder(own_home) not in (None, 0, tight.pid))
     log = own_home.daemon_log.read_text()
-    assert f"expertd daemon (process {tight.pid}) has ended" in log
+    assert f"daemon[{tight.pid}] the daemon has ended: why=SIGTERM" in log
     assert "Traceback" not in log
     assert names_in_shared_memory(own_home) == []
 

@@ -335,3 +335,46 @@ def test_errors_are_written_as_anthropic_writes_them(claude: anthropic.Anthropic
             max_tokens=1,
             messages=[{"role": "user", "content": [{"type": "image", "source": source}]}],  # type: ignore[list-item]
         )
+
+
+def test_an_answer_that_was_begun_goes_on(claude: anthropic.Anthropic, said: str) -> None:
+    begun, rest = said[: said.index(" module")], said[said.index(" module") :]
+    messages: list[Any] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": begun}]
+    answer = claude.messages.create(model="demo", max_tokens=100, messages=messages, extra_body=GREEDY)
+    assert answer.content[0].to_dict()["text"].strip() == rest.strip()
+
+
+# -- what nobody should send -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": [[5], [1 << 70]]}),
+        ("completions", {"prompt": "a", "max_tokens": 1 << 70}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "logit_bias": {"9" * 5000: 1}}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_k": 1 << 70}),
+        ("responses", {"input": [{"type": "reasoning", "content": 5}]}),
+        ("responses", {"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": 5}]}]}),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_a_400(served: Served, path: str, body: dict[str, Any]) -> None:
+    status, _, answer = served.request("POST", f"/v1/{path}", json.dumps({"model": "demo"} | body).encode())
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert answer["error"]["param"] is not None
+
+
+def test_pages_of_other_sites_are_refused(served: Served) -> None:
+    body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}).encode()
+    for origin, expected in (("http://evil.example", 400), (f"http://localhost:{served.port}", 200), ("null", 200)):
+        status, _, _ = served.request("POST", "/v1/chat/completions", body, {"Origin": origin})
+        assert status == expected, origin
+
+
+def test_a_model_that_cannot_think_takes_it_that_it_should_not(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    assert client.chat.completions.create(model="demo", messages=messages, max_tokens=1, reasoning_effort="none")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="demo", messages=messages, max_tokens=1, reasoning_effort="low")
+    assert caught.value.param == "reasoning_effort"

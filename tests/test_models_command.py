@@ -7,12 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
-from expertd.clients.cli.models import Row, expected, listing
+from expertd.clients.cli.models import Row, listing
 from expertd.clients.hub.survey import Facts, mlx_families, packed_stores, survey
 from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
@@ -149,11 +148,7 @@ def test_two_hundred_columns_show_a_table() -> None:
     assert "expected hits" not in lines[0]
 
 
-def test_what_is_expected_is_shown_once_somebody_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    planning = types.ModuleType("expertd.clients.planning")
-    planning.expect = lambda folder, budget: types.SimpleNamespace(hits=budget / 4, tokens_per_s=12.34)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "expertd.clients.planning", planning)
-    assert expected(Path("/x"), 3) == (0.75, 12.34)
+def test_what_is_expected_is_shown_where_it_was_reckoned() -> None:
     row = Row(ROWS[0].facts, "hub cache", 0.77, 0.931, 12.34)
     table = listing([row, *ROWS[1:]], 250)
     assert "expected hits  tokens/s" in table[0]
@@ -180,7 +175,11 @@ def test_the_demo_model_is_listed_as_it_is(home: Home, tmp_path: Path) -> None:
     (model,) = json.loads(expertd("models", str(DEMO.parent), "--json", EXPERTD_BUDGET="5MB").stdout)["models"]
     assert (model["name"], model["servable"], model["moe_layers"], model["experts"]) == ("demo", True, 6, 32)
     assert model["fits"] == pytest.approx(5_000_000 / model["expert_bytes"])
-    assert model["expected_hits"] is None or 0 <= model["expected_hits"] <= 1
+    assert model["expected_hits"] is model["tokens_per_s"] is None
+    done = expertd("models", str(DEMO.parent), "--json", "--expect", EXPERTD_BUDGET="5MB")
+    (reckoned,) = json.loads(done.stdout)["models"]
+    assert 0.3 < reckoned["expected_hits"] < 1
+    assert reckoned["tokens_per_s"] > 0
 
 
 def test_each_model_is_listed_once_whatever_ways_lead_to_it(home: Home, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_no_room_is_exit_status_4(home: Home) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["nowhere"], 2, "does not exist"),
+        (["nowhere"], 2, "neither a folder nor a model"),
         ([str(DEMO), "--ram", "much"], 2, "'much' is not a size"),
         ([str(DEMO), "--budget", "-1"], 2, "'-1' is not a size"),
     ],

@@ -153,6 +153,29 @@ def test_no_log_probabilities_unless_asked_for(engine: Engine) -> None:
     assert [told.top for told in second.logprobs] == [[], [], []]
 
 
+def test_models_in_bfloat16_tell_log_probabilities_too(demo: tuple[Any, Any]) -> None:
+    class Narrow:
+        """The model, with the logits of one whose weights have 16 bits."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(demo[0], name)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return demo[0](*args, **kwargs).astype(mx.bfloat16)
+
+    (answer,) = run(Engine(Narrow(), demo[1]), ask(1, max_tokens=2, top_logprobs=1))
+    assert isinstance(answer.end, Finished)
+    assert [len(told.top) for told in answer.logprobs] == [1, 1]
+
+
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_taken_to_pieces(engine: Engine) -> None:
+    refused, answered = run(engine, Generate(request=1, text="x" * 8_000_000, max_tokens=1), ask(2, max_tokens=1))
+    assert isinstance(refused.end, Refused)
+    assert (refused.end.code, refused.end.param) == ("prompt_too_long", "prompt")
+    assert "at least" in refused.end.message
+    assert isinstance(answered.end, Finished)
+
+
 # -- grammars ----------------------------------------------------------------------------------------------------------
 
 PERSON = {
@@ -220,6 +243,17 @@ def test_calls_fit_their_tool(demo: tuple[Any, Any]) -> None:
     assert call["arguments"].keys() == {"name", "age"}
 
 
+def test_a_tool_s_schema_may_refer_to_parts_of_itself(demo: tuple[Any, Any]) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"who": {"$ref": "#/$defs/Person"}},
+        "required": ["who"],
+        "$defs": {"Person": PERSON},
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("a", "b")]
+    assert Vocabulary(demo[1]).calls(tools, ("<a>", "</a>"), several=True, prompt_tokens=0)
+
+
 def test_a_tool_whose_schema_cannot_be_enforced_is_named_so(demo: tuple[Any, Any]) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]
     with pytest.raises(RequestInvalid, match="cannot be enforced"):
@@ -276,7 +310,9 @@ def test_what_a_cancelled_request_has_computed_stays(engine: Engine) -> None:
 
 
 class Layer:
-    """What mlx-lm's prompt cache needs to know of a cache."""
+    """What the prompt cache needs to know of a cache whose end cannot be taken off."""
+
+    state: tuple[()] = ()
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -297,6 +333,25 @@ def test_the_prompt_cache_is_bounded_in_bytes() -> None:
     assert cache.take([0, 1, 2, 3]) == (None, [0, 1, 2, 3])
     cache.give_back()
     assert cache.size == 0
+
+
+def test_a_kept_cache_does_not_hold_on_to_those_that_ran_beside_it(demo: tuple[Any, Any]) -> None:
+    engine = Engine(*demo, prompt_cache=1 << 30)
+    prompts = [Generate(request=n, tokens=[5 + n] * 700, max_tokens=1) for n in range(6)]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    run(engine, *prompts)
+    mx.clear_cache()
+    assert engine._kept.size > 0
+    assert mx.get_active_memory() - before < 1.5 * engine._kept.size
+
+
+def test_a_long_prompt_is_looked_up_by_its_beginning_only() -> None:
+    cache = PromptCache(1000)
+    tokens = list(range(100_000))
+    cache.keep(tokens, [Layer(10)])
+    assert cache.take([*tokens, 7])[1] == [7]
+    assert cache.take([*tokens[:50_000], -1])[0] is None, "its end cannot be taken off"
 
 
 def test_nothing_is_kept_where_nothing_may_be() -> None:

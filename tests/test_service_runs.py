@@ -76,7 +76,7 @@ def test_what_is_written_down_runs_and_ends_in_order(home: Home, start: Start) -
         assert len(read_starts(home, "daemon").times) == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE_S) == 0
-    assert "is ready: budget 67.1 MB" in home.daemon_log.read_text()
+        assert 'the daemon is ready: version=0.1.0 budget="67.1 MB"' in home.daemon_log.read_text()
     assert not list(home.run.glob("*.sock"))
     assert read_starts(home, "daemon").times == ()
 

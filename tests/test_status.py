@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo"
 NOT_IMPORTED = (
     "mlx", "mlx_lm", "numpy", "aiohttp", "asyncio", "rich", "psutil", "subprocess", "importlib.metadata", "hashlib",
-    "expertd.worker", "expertd.daemon", "expertd.clients.gateway", "expertd.protocol.config",
+    "logging", "expertd.worker", "expertd.daemon", "expertd.clients.gateway", "expertd.protocol.config",
 )  # fmt: skip
 
 

@@ -37,17 +37,31 @@ class Piece:
 class Channels:
     """One answer's text, taken apart as it comes."""
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], tools: list[dict[str, Any]]) -> None:
-        """Begin an answer to ``prompt`` (tokens); calls are only looked for where there are ``tools``."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        tools: list[dict[str, Any]],
+        *,
+        raw: bool = False,
+        enforced: bool = False,
+    ) -> None:
+        """Begin an answer to ``prompt`` (tokens).
+
+        Args:
+            tools: calls are only looked for where there are some.
+            raw: all is text, whatever it looks like.
+            enforced: what follows the reasoning is kept to a grammar, in which markers mean nothing.
+        """
         self._parse = tokenizer.tool_parser if tools and tokenizer.has_tool_calling else None
         self._tools = tools
         self._tool_text = ""
         self.called = False
         """Whether a tool was called."""
-        self.thinking = tokenizer.has_thinking and _opens(tokenizer, prompt)
+        self.thinking = not raw and bool(tokenizer.has_thinking) and _opens(tokenizer, prompt)
         """Whether the answer begins with reasoning."""
         begin = "reasoning" if self.thinking else "normal"
-        self._state = make_text_state_machine(tokenizer).make_state(begin)
+        self._state = _machine(tokenizer, raw, enforced, self._parse is not None).make_state(begin)
 
     def feed(self, text: str) -> Piece:
         """Take the next text."""
@@ -102,3 +116,16 @@ def _opens(tokenizer: Any, prompt: Sequence[int]) -> bool:
     opened = tokenizer.rfind_think_start(list(prompt), start=begin)
     closed = tokenizer.rfind_think_end(list(prompt), start=begin)
     return bool(opened >= 0 and opened > closed)
+
+
+def _machine(tokenizer: Any, raw: bool, enforced: bool, with_tools: bool) -> TextStateMachine:
+    if raw:
+        return TextStateMachine({"normal": []})
+    if with_tools:
+        return make_text_state_machine(tokenizer)
+    transitions: dict[str, list[tuple[str, str]]] = {"normal": []}
+    if tokenizer.has_thinking:
+        if not enforced:
+            transitions["normal"].append((tokenizer.think_start, "reasoning"))
+        transitions["reasoning"] = [(tokenizer.think_end, "normal")]
+    return TextStateMachine(transitions)

@@ -12,9 +12,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
@@ -30,7 +33,7 @@ from expertd.protocol.errors import (
 from expertd.protocol.messages import Delta, Finished, Generate, Refused, TokenLogprob, TopToken
 from expertd.worker.channels import Channels, Piece
 from expertd.worker.grammar import Vocabulary
-from expertd.worker.kv_memory import CacheMemory, Growth
+from expertd.worker.kv_memory import CacheMemory, Growth, available_bytes
 from expertd.worker.pressure import Buffers, Gauge
 from expertd.worker.prompt_cache import PromptCache
 from expertd.worker.sampling import LogitsProcessor, Sampler, processors_of, sampler_of
@@ -51,8 +54,9 @@ PREFILL_TOKENS = 512
 PREFILL_REQUESTS = 4
 """Prompts that are computed side by side: they share each expert that a step fetches."""
 DECODE_REQUESTS = 32
-PROMPT_CACHE = 1 << 30
-"""Bytes of caches that are kept for requests whose prompts begin alike."""
+PROMPT_CACHE_SHARE = 4
+"""One in so many bytes that there are at the start may hold caches for requests whose prompts begin alike.  They are
+given back when memory is short, or a request needs it."""
 JSON_CALLS = "mlx_lm.tool_parsers.json_tools"
 """The parser of those models that write a call as JSON with a name and arguments."""
 LEAST_LOGPROB = -9999.0
@@ -132,7 +136,7 @@ class Engine:
         buffers: Buffers | None = None,
         wired: WiredLimit | None = None,
         memory: CacheMemory | None = None,
-        prompt_cache: int = PROMPT_CACHE,
+        prompt_cache: int | None = None,
     ) -> None:
         """Take a model and its tokenizer as ``mlx_lm.load`` returns them.
 
@@ -141,7 +145,7 @@ class Engine:
             buffers: the model's, if it has any to share with its layers.
             wired: the wired limit to hold until ``close``.
             memory: what its requests' caches need; None: no request is refused for it.
-            prompt_cache: bytes of caches to keep for requests to come.
+            prompt_cache: bytes of caches to keep for requests to come; None: a share of what there is.
         """
         self.context = context or context_length(model)
         self._model = model
@@ -150,7 +154,7 @@ class Engine:
         self._wired = wired
         self._memory = memory or CacheMemory([])
         self._vocabulary = Vocabulary(tokenizer)
-        self._kept = PromptCache(prompt_cache)
+        self._kept = PromptCache(available_bytes() // PROMPT_CACHE_SHARE if prompt_cache is None else prompt_cache)
         self._hold_limit()  # once before the first generator, which sets its own: what is former is not that
         self._generator = self._new_generator()
         self._waiting: deque[_Request] = deque()
@@ -178,7 +182,10 @@ class Engine:
                 )
             else:
                 self._waiting.append(self._prepare(message))
-        except ExpertdError as error:
+        except Exception as error:
+            # What makes tokens of text, and grammars of schemas, is of others, and what clients send may be anything.
+            if not isinstance(error, ExpertdError):
+                log.error("request %d could not be prepared", message.request, exc_info=error)
             self._outbox.append(_refused(message.request, error))
 
     def cancel(self, request: int) -> None:
@@ -257,7 +264,9 @@ class Engine:
                 "shorten the prompt",
                 param=param,
             )
-        channels = Channels(self._tokenizer, prompt, message.tools)
+        channels = Channels(
+            self._tokenizer, prompt, message.tools, raw=message.messages is None, enforced=message.schema is not None
+        )
         return _Request(
             id=message.request,
             prompt=prompt,
@@ -301,13 +310,34 @@ class Engine:
                 raise RequestInvalid(f"the model has no token {unknown[0]}", param="prompt")
             prompt, param = list(message.tokens), "prompt"
         elif message.text is not None:
+            self._check_length([message.text], "prompt")
             prompt, param = list(self._tokenizer.encode(message.text)), "prompt"
         else:
-            prompt = encode_chat(self._tokenizer, message.messages or [], message.tools, message.template)
+            said = [one.get("content") for one in message.messages or [] if isinstance(one, dict)]
+            self._check_length(said, "messages")
+            prompt = encode_chat(
+                self._tokenizer, message.messages or [], message.tools, message.template, message.goes_on
+            )
             param = "messages"
         if not prompt:
             raise RequestInvalid("the prompt has no tokens", param=param)
         return prompt, param
+
+    def _check_length(self, texts: Iterable[object], param: str) -> None:
+        """Refuse what is far too long before tokens are made of it, because everybody waits for that."""
+        length = sum(len(text) for text in texts if isinstance(text, str))
+        least = length // self._longest_token
+        if least > self.context:
+            raise PromptTooLong(
+                f"the prompt has {length} characters, at least {least} tokens, which is more than the model's context "
+                f"of {self.context}; shorten the prompt",
+                param=param,
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     @property
     def _vocabulary_size(self) -> int:
@@ -425,7 +455,7 @@ class Engine:
         """What the request wants to know of a token; nothing of the one that ends an answer, which is no part of it."""
         if request.top_logprobs is None or answer.finish_reason == "stop":
             return []
-        found = np.array(answer.logprobs, np.float32)
+        found = np.array(answer.logprobs.astype(mx.float32))
         most = min(request.top_logprobs, len(found))
         best = np.argpartition(-found, most - 1)[:most] if most else np.array([], np.intp)
         top = [self._top(int(token), found) for token in best[np.argsort(-found[best], kind="stable")]]

@@ -70,7 +70,7 @@ class Vocabulary:
         For models that write a call as JSON with a name and arguments.  Arguments and errors as in ``json``.
         """
         calls = {
-            "anyOf": [_call_of(tool["function"]) for tool in tools],
+            "anyOf": [_call_of(tool["function"], place) for place, tool in enumerate(tools)],
             "x-guidance": {"whitespace_pattern": SPACE},
         }
         begin, end = map(self._literal, markers)
@@ -99,11 +99,12 @@ class Vocabulary:
         return _Enforced(LLMatcher(self._known, grammar), self._known, prompt_tokens, after)
 
 
-def _call_of(function: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a call of ``function``."""
+def _call_of(function: dict[str, Any], place: int) -> dict[str, Any]:
+    """The schema of a call of ``function``; what it refers to ("#/$defs/...") is looked for in its own parameters."""
+    parameters = {"$id": f"urn:tool:{place}", **function["parameters"]}
     return {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": function["parameters"]},
+        "properties": {"name": {"const": function["name"]}, "arguments": parameters},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }

@@ -16,12 +16,14 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     variables: Mapping[str, Any] | None = None,
+    goes_on: bool = False,
 ) -> list[int]:
     """The prompt of a conversation, at least one token.
 
     Args:
         tools: what may be called, as OpenAI describes tools.
-        variables: further variables of the template.
+        variables: further variables of the template; that nothing should be thought is taken from any model.
+        goes_on: the answer is the rest of the last message.
     Raises:
         RequestInvalid: the model has no template, or it refuses the messages.
         ParameterUnsupported: the template knows no tools, or not one of the variables; names it.
@@ -31,12 +33,16 @@ def encode_chat(
     if tools and not tokenizer.has_tool_calling:
         raise ParameterUnsupported("this model's chat template knows no tools; leave them out", param="tools")
     template = str(getattr(tokenizer, "chat_template", "") or "")
-    for name in variables or ():
-        if name not in template and not (name == "enable_thinking" and tokenizer.has_thinking):
+    more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    for name, value in (variables or {}).items():
+        known = name in template or (name == "enable_thinking" and tokenizer.has_thinking)
+        if not known and not (name == "enable_thinking" and value is False):
             raise ParameterUnsupported(f"this model's chat template knows no '{name}'; leave it out", param=name)
-    more = {**({"tools": list(tools)} if tools else {}), **(variables or {})}
+        if known:
+            more[name] = value
+    more |= {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
     try:
-        prompt = list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **more))
+        prompt = list(tokenizer.apply_chat_template(list(messages), **more))
     except Exception as error:
         # A template is a program of the model's author: it may raise anything, about what the messages contain.
         raise RequestInvalid(f"the model's chat template refused the messages ({error})", param="messages") from error

@@ -37,7 +37,9 @@ def load(model: str, budget: str | None) -> None:
         if not _in_use(folder):
             stack.enter_context(_kept_open(folder, budget))
         client = stack.enter_context(Client())
-        _fill(client, folder)
+        for found in _filling(client, folder):
+            if not found.sessions:  # whoever used it has ended, and without anybody nothing is read
+                stack.enter_context(_kept_open(folder, budget))
         click.echo(show_resident(status_of(client, folder)))
 
 
@@ -81,7 +83,8 @@ def _kept_open(folder: Path, budget: str | None) -> Iterator[None]:
         unload(loaded)
 
 
-def _fill(client: Client, folder: Path) -> None:
+def _filling(client: Client, folder: Path) -> Iterator[ModelStatus]:
+    """What the daemon holds of the model, again and again until it has brought in what there is room for."""
     left = client.warm(folder)
     if not left:
         return
@@ -89,6 +92,7 @@ def _fill(client: Client, folder: Path) -> None:
     with Progress(shown_name(folder), left * size) as progress:
         while left:
             time.sleep(_POLL_S)
-            now = status_of(client, folder).warming
-            progress.moved(max(0, left - now) * size)
-            left = now
+            found = status_of(client, folder)
+            progress.moved(max(0, left - found.warming) * size)
+            left = found.warming
+            yield found

@@ -6,7 +6,6 @@ Output: a table where the terminal is wide enough, else a few lines a model.  Wh
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from expertd.protocol.config import read_config
-from expertd.protocol.errors import NotACheckpoint
+from expertd.protocol.errors import ExpertdError, NotACheckpoint
 from expertd.protocol.model_names import HUB_CACHE, LM_STUDIO, KnownModel, known_models, models_in
 from expertd.protocol.paths import Home
 from expertd.protocol.sizes import show_size
@@ -41,8 +40,11 @@ class Row:
 
 @click.command()
 @click.argument("folders", nargs=-1, type=_file, metavar="[FOLDER]...")
+@click.option(
+    "--expect", is_flag=True, help="Reckon hits and tokens a second too, as 'expertd plan' does (seconds a model)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def models(folders: Sequence[Path], as_json: bool) -> None:
+def models(folders: Sequence[Path], expect: bool, as_json: bool) -> None:
     """List the models on this machine: what is in them, and whether expertd can serve them.
 
     Looks into the hub's cache, LM Studio's folders and the folders of the setting 'model_folders', or only into the
@@ -55,7 +57,8 @@ def models(folders: Sequence[Path], as_json: bool) -> None:
     budget = _budget(home)
     stores = packed_stores(home)
     rows = [
-        _row(survey(model.folder, model.name, stores), model.place, budget) for model in _listed(home, folders)
+        _row(home, survey(model.folder, model.name, stores), model.place, budget, expect)
+        for model in _listed(home, folders)
     ]
     if as_json:
         click.echo(json.dumps({"budget_bytes": budget, "models": [as_object(row) for row in rows]}, indent=2))
@@ -206,8 +209,9 @@ def _budget(home: Home) -> int:
     return read_config(home).budget.value or default_budget(this_machine()).size
 
 
-def _row(facts: Facts, place: str, budget: int) -> Row:
-    hits, speed = expected(facts.folder, budget) if facts.servable and facts.expert_bytes else (None, None)
+def _row(home: Home, facts: Facts, place: str, budget: int, expect: bool) -> Row:
+    known = expect and facts.servable and facts.expert_bytes
+    hits, speed = expected(home, facts.folder, budget) if known else (None, None)
     told = place if place in (HUB_CACHE, LM_STUDIO) else _short(place)
     return Row(facts, told, facts.share(budget), hits, speed)
 
@@ -217,15 +221,12 @@ def _short(place: str) -> str:
     return "~" + place[len(home) :] if place == home or place.startswith(home + "/") else place
 
 
-def expected(folder: Path, budget: int) -> tuple[float | None, float | None]:
-    """The hits (a part of 1) and tokens a second to expect of a model with ``budget`` bytes; None where unknown.
+def expected(home: Home, folder: Path, budget: int) -> tuple[float | None, float | None]:
+    """The hits (a part of 1) and tokens a second to expect of a model with ``budget`` bytes; None where unknown."""
+    from expertd.clients.cli.plan import reckon
 
-    ``expertd.clients.planning.expect(folder, budget)`` says it, as an object with ``hits`` and ``tokens_per_s``, or
-    None; nothing is expected as long as there is no such module.
-    """
     try:
-        planning = importlib.import_module("expertd.clients.planning")
-    except ModuleNotFoundError:
+        row = reckon(home, folder, sizes=[budget]).plan.rows[0]
+    except ExpertdError:
         return None, None
-    found = planning.expect(folder, budget) if hasattr(planning, "expect") else None
-    return (None, None) if found is None else (found.hits, found.tokens_per_s)
+    return row.hits, row.tokens_s

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from expertd.clients.cli.parameters import complete_model
 from expertd.protocol.errors import (
     DaemonNotRunning,
     ExpertdError,
@@ -27,6 +28,7 @@ from expertd.protocol.errors import (
     TraceInvalid,
 )
 from expertd.protocol.messages import ModelStatus, Status
+from expertd.protocol.model_names import find_model
 from expertd.protocol.pace import Pace, read_pace
 from expertd.protocol.paths import Home
 from expertd.protocol.sizes import parse_size, show_size
@@ -71,7 +73,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> 
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", shell_complete=complete_model)
 @click.option("--ram", metavar="SIZE", callback=_size, help="Plan for a machine as this one with so much memory.")
 @click.option(
     "--budget", "sizes", metavar="SIZE", multiple=True, callback=_sizes,
@@ -88,17 +90,18 @@ def _sizes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> 
 @click.option("--measure", is_flag=True, help="Let the model generate a little first, to see how fast it computes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
-    model: Path, ram: int | None, sizes: tuple[int, ...], context: int, trace: Path | None, measure: bool,
+    model: str, ram: int | None, sizes: tuple[int, ...], context: int, trace: Path | None, measure: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Show what budgets would give for the checkpoint in the folder MODEL, and which is the best.
+    """Show what budgets would give for MODEL (a folder, or a name that 'expertd models' lists), and which is the best.
 
     The model is not loaded (unless --measure is given): its headers are read, and some of its experts, to see how fast
     the disk is.  Hits and tokens a second are those of single answers; each figure's origin is told.
 
     Exits with 4 if not even the smallest budget fits.
     """
-    found = reckon(Home.current(), model, ram=ram, sizes=sizes, context=context, trace=trace, measure=measure)
+    folder = find_model(model)
+    found = reckon(Home.current(), folder, ram=ram, sizes=sizes, context=context, trace=trace, measure=measure)
     if as_json:
         click.echo(json.dumps(as_object(found), indent=2))
     else:

@@ -63,8 +63,8 @@ def install(gateway: bool | None, models: tuple[str, ...], port: int | None, hos
     expertd service install                     the daemon
     expertd service install --gateway MODEL     an OpenAI API over MODEL too
 
-    What is not named stays as it is.  EXPERTD_HOME and HF_HOME are taken over as they are set now; what else the daemon
-    should be started with belongs into config.toml: see 'expertd config show'.
+    What is not named stays as it is.  EXPERTD_HOME, HF_HOME and [serve] of config.toml are taken over as they are now;
+    what the daemon should be started with is read from config.toml at each start: see 'expertd config show'.
     """
     home = Home.current()
     if not dry_run:
@@ -304,7 +304,8 @@ def _gateway(
             raise click.UsageError("--port and --host are a gateway's: use them with --gateway MODEL")
         return None
     named = tuple(_lasting_name(model) for model in models)
-    had = before or Gateway((), HOST, PORT)
+    config = read_config(Home.current())
+    had = before or Gateway((), config.serve_host.value, config.serve_port.value or PORT)
     return Gateway(named or had.models, host or had.host, port or had.port)
 
 

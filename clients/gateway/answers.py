@@ -25,10 +25,11 @@ _NOT_ENDED = Finished(request=0, reason="length", prompt_tokens=0, completion_to
 
 @dataclass
 class Told:
-    """One whole answer."""
+    """One whole answer; ``thoughts`` are the tokens of its reasoning."""
 
     text: str = ""
     reasoning: str = ""
+    thoughts: int = 0
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     end: Finished = _NOT_ENDED
@@ -40,6 +41,7 @@ class Told:
             return
         self.text += event.text
         self.reasoning += event.reasoning
+        self.thoughts += event.tokens if event.reasoning else 0
         self.calls += event.calls
         self.logprobs += event.logprobs
 

@@ -89,9 +89,11 @@ def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
     if top_p == 0.0:
         temperature, top_p = 0.0, 1.0
     tools, choice, several = _tools(body.get("tools"), body.get("tool_choice"))
+    messages = [*_system(body.get("system")), *_messages(body.get("messages"))]
     return Wanted(
         model=model_name(body),
-        messages=[*_system(body.get("system")), *_messages(body.get("messages"))],
+        messages=messages,
+        goes_on=messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"),
         tools=tools,
         tool_choice=choice,
         parallel_calls=several,

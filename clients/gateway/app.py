@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
@@ -295,6 +296,7 @@ class Gateway:
         """What the route answers, or its error."""
         try:
             self._check_host(request.headers.get("Host", ""))
+            self._check_origin(request.headers.get("Origin", ""))
             return await handler(request)
         except ExpertdError as error:
             return self._refuse(request, error)
@@ -335,6 +337,14 @@ class Gateway:
             return
         raise RequestInvalid(f"the Host '{header}' is not this gateway's; use the address that it printed at its start")
 
+    def _check_origin(self, header: str) -> None:
+        """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed."""
+        if not header or header == "null":
+            return
+        host = urlsplit(header).hostname or ""
+        if host not in self._hosts and not (self._any_address and _is_address(host)):
+            raise RequestInvalid(f"pages of '{header}' may not use this gateway; no page of another site may")
+
     def _check_model(self, name: str) -> None:
         if name not in self._names and name != ANY_MODEL:
             raise ModelNotFound(f"the model '{name}' is not served here; '{self.name}' is", param="model")
@@ -361,7 +371,7 @@ def _page(items: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str
     """A page of a list, as OpenAI has such: the newest first unless ``order`` is asc."""
     found = list(items) if query.get("order") == "asc" else list(reversed(items))
     limit = query.get("limit", "20")
-    if not limit.isdecimal() or not 1 <= int(limit) <= 100:
+    if not limit.isdecimal() or len(limit) > 3 or not 1 <= int(limit) <= 100:
         raise RequestInvalid("'limit' has to be a whole number from 1 to 100", param="limit")
     ids = [item["id"] for item in found]
     if (after := query.get("after")) in ids:

@@ -81,7 +81,7 @@ def _is_tokens(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value)
+        and all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 1 << 32 for token in value)
     )
 
 

@@ -295,8 +295,7 @@ def _messages(items: Items) -> list[dict[str, Any]]:
                 text = output if isinstance(output, str) else _content(output, f"{param}.output")
                 found.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": text})
             case "reasoning":
-                parts = item.get("content") or []
-                text = "".join(part.get("text", "") for part in parts if isinstance(part, dict))
+                text = _content(item.get("content") or "", f"{param}.content")
                 if text:
                     message = turn()
                     message["reasoning_content"] = message.get("reasoning_content", "") + text
@@ -313,7 +312,7 @@ def _content(value: object, param: str) -> str:
     texts = []
     for place, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "text", "refusal"):
+        if kind not in ("input_text", "output_text", "text", "refusal", "reasoning_text"):
             raise ParameterUnsupported(
                 f"'{param}[{place}]' is not supported; only parts of text are", param=f"{param}[{place}]"
             )
@@ -361,6 +360,7 @@ class Rendering:
     def whole(self, answers: Sequence[Told]) -> dict[str, Any]:
         """The response object of an answer that is not streamed."""
         (told,) = answers
+        self._thoughts = told.thoughts
         for _ in self.event(0, Delta(request=0, text=told.text, tokens=0, reasoning=told.reasoning, calls=told.calls,
                                      logprobs=told.logprobs)):  # fmt: skip
             pass

@@ -24,6 +24,7 @@ MOST_ANSWERS = 16
 SEED_LIMIT = 1 << 63
 ANY_MODEL = ""
 """The model of a request that names none, where the API lets it: whatever is served."""
+WHOLE_LIMIT = (1 << 63) - 1
 GREEDY = Sampling()
 
 
@@ -37,6 +38,7 @@ class Wanted:
         tools: what may be called, as OpenAI describes tools; empty: nothing.
         tool_choice: "auto", or "required": one has to be; ``parallel_calls``: several may be, one after the other.
         template: further variables of the chat template.
+        goes_on: whether the answer is the rest of the last message, which the assistant has begun.
         max_tokens: None: as many as fit into the context.
         schema: a JSON schema, itself JSON, that the answer has to fit.
         top_logprobs: how many of the likeliest tokens to tell with each; None: no log-probabilities.
@@ -53,6 +55,7 @@ class Wanted:
     tool_choice: Literal["auto", "required"] = "auto"
     parallel_calls: bool = True
     template: dict[str, Any] = field(default_factory=dict)
+    goes_on: bool = False
     max_tokens: int | None = None
     stop: list[str] = field(default_factory=list)
     sampling: Sampling = GREEDY
@@ -77,6 +80,7 @@ class Wanted:
             tool_choice=self.tool_choice,
             parallel_calls=self.parallel_calls,
             template=self.template,
+            goes_on=self.goes_on,
             max_tokens=self.max_tokens,
             stop=self.stop,
             sampling=sampling,
@@ -143,7 +147,8 @@ def whole(body: Mapping[str, Any], name: str, low: int, high: int | None = None)
     if value is None:
         return None
     good = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    if not good or (high is not None and value > high):
+    most = WHOLE_LIMIT if high is None else high
+    if not good or value > most:
         invalid(name, f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}")
     return int(value)
 
@@ -214,6 +219,7 @@ def _logit_bias(value: object) -> dict[int, float]:
         return {}
     biases: dict[Any, Any] = value if isinstance(value, dict) else {None: None}
     for token, bias in biases.items():
-        if not (isinstance(token, str) and token.isdecimal() and is_number(bias) and -100 <= bias <= 100):
+        known = isinstance(token, str) and token.isdecimal() and len(token) < 10
+        if not (known and is_number(bias) and -100 <= bias <= 100):
             invalid("logit_bias", "an object of token numbers, each with a number from -100 to 100")
     return {int(token): float(bias) for token, bias in biases.items()}

@@ -24,6 +24,7 @@ from expertd.protocol.errors import (
     MemoryPressure,
     MessageInvalid,
     QueueFull,
+    RequestInvalid,
     RequestTooLarge,
     WorkerUnavailable,
     from_code,
@@ -219,7 +220,7 @@ class Worker:
             for one in wanted:
                 for number in range(one.answers):
                     answers.append(self._open(one, number, len(answers), events))
-        except ExpertdError:
+        except BaseException:
             for answer in answers:
                 self.release(answer)
             raise
@@ -227,7 +228,10 @@ class Worker:
 
     def _open(self, wanted: Wanted, number: int, place: int, events: Events) -> Answer:
         self._requests += 1
-        frame = encode(wanted.generate(self._requests, number))
+        try:
+            frame = encode(wanted.generate(self._requests, number))
+        except (OverflowError, TypeError, ValueError) as error:
+            raise RequestInvalid(f"the request holds what cannot be passed on ({error})") from error
         if len(frame) > FRAME_LIMIT:
             raise RequestTooLarge(f"the messages take {len(frame)} bytes, more than the {FRAME_LIMIT} that are allowed")
         self._send(frame)
