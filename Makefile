@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Temporary files, MLX's compiled kernels among them, stay in the repository (homes with sockets are short-lived in /tmp).
 export TMPDIR := $(CURDIR)/.tmp
 
-.PHONY: demo demo-large test check bench clean
+.PHONY: demo demo-large test check conformance bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo
@@ -22,6 +22,10 @@ check: .venv/ready
 	rm -rf .check build && $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .check .
 	rm -rf build && MYPYPATH=.check $(BIN)/python -m mypy -p expertd
 	$(BIN)/python -m pytest -q tests/test_arrows.py tests/test_protocol_document.py
+
+# The vendors' own test suites against a real gateway; the first run takes them from PyPI.
+conformance: .venv/ready
+	$(BIN)/python -m tools.conformance
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks exactness

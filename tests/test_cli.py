@@ -13,7 +13,9 @@ from pathlib import Path
 
 import mlx_lm
 import pytest
+from click.testing import CliRunner
 
+from expertd.clients.cli import main
 from expertd.clients.cli.status import as_object, table
 from expertd.daemon.policy import POLICIES, Forecast
 from expertd.protocol import PROTOCOL
@@ -244,6 +246,13 @@ def test_verify_says_that_there_is_no_difference(
     assert done.returncode == 0
     assert "mode shm, 12 slots for 48 blocks" in done.stdout
     assert done.stdout.count("no difference") == (1 if options else 3)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "what?", "a=b", "a\n"])
+def test_an_alias_has_to_be_a_name(name: str) -> None:
+    refused = CliRunner().invoke(main, ["serve", "nowhere", "--alias", name])
+    assert refused.exit_code == 2
+    assert "is no name of a model" in refused.output
 
 
 def test_daemon_run_serves_until_it_is_stopped(home: Home) -> None:

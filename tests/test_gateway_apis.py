@@ -221,6 +221,35 @@ def test_what_a_response_cannot_be_asked_for_is_named(client: openai.OpenAI) -> 
         assert str(caught.value.param).startswith(name)
 
 
+def test_a_response_that_has_ended_is_neither_streamed_again_nor_cancelled(client: openai.OpenAI) -> None:
+    made = client.responses.create(model="demo", input=QUESTION, max_output_tokens=2)
+    with pytest.raises(openai.BadRequestError, match="cannot be streamed again") as caught:
+        client.responses.retrieve(made.id, stream=True)
+    assert caught.value.param == "stream"
+    with pytest.raises(openai.BadRequestError, match="only a response in the background can be cancelled"):
+        client.responses.cancel(made.id)
+
+
+def test_a_response_that_was_never_made_is_not_there_whatever_is_asked_of_it(client: openai.OpenAI) -> None:
+    asks: list[Any] = [
+        lambda: client.responses.retrieve("resp_1"),
+        lambda: client.responses.retrieve("resp_1", stream=True),
+        lambda: client.responses.delete("resp_1"),
+        lambda: client.responses.cancel("resp_1"),
+        lambda: client.responses.input_items.list("resp_1"),
+    ]
+    for ask in asks:
+        with pytest.raises(openai.NotFoundError, match="there is no response 'resp_1'"):
+            ask()
+
+
+def test_what_is_not_offered_of_responses_and_chats_says_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="/v1/responses/compact is not offered here"):
+        client.responses.compact(model="demo")
+    with pytest.raises(openai.NotFoundError, match="chat completions are not kept, responses are"):
+        client.chat.completions.retrieve("chatcmpl-1")
+
+
 # -- Anthropic's messages ----------------------------------------------------------------------------------------------
 
 
@@ -276,6 +305,16 @@ def test_a_line_that_changes_with_each_request_breaks_no_cache(claude: anthropic
         answer = claude.messages.create(model="demo", max_tokens=2, messages=messages, system=system)
     assert answer.usage.input_tokens == 1
     assert (answer.usage.cache_read_input_tokens or 0) > 10
+
+
+def test_what_means_nothing_here_is_left_alone_and_the_rest_is_named(claude: anthropic.Anthropic) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    counted = claude.messages.count_tokens(
+        model="demo", messages=messages, extra_body={"speed": "standard", "user_profile_id": "u", "workspace_id": "w"}
+    )
+    assert counted == claude.messages.count_tokens(model="demo", messages=messages)
+    with pytest.raises(anthropic.BadRequestError, match="'speed' is not supported"):
+        claude.messages.count_tokens(model="demo", messages=messages, extra_body={"speed": "fast"})
 
 
 def test_errors_are_written_as_anthropic_writes_them(claude: anthropic.Anthropic) -> None:

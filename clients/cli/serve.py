@@ -24,18 +24,31 @@ from expertd.protocol.quick_deaths import counted, why_refused
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 
 
+def _names(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what cannot be a name in a URL or on a line."""
+    for name in names:
+        if not name or not name.isprintable() or any(letter in " ?#%=" for letter in name):
+            raise click.BadParameter(f"{name!r} is no name of a model; use letters, digits and '-', '_', '.', ':', '/'")
+    return names
+
+
 @click.command()
 @click.argument("model", shell_complete=complete_model)
 @config_option("serve_port")
 @config_option("serve_host")
 @budget_option
 @log_options
+@click.option(
+    "--alias", "aliases", metavar="NAME", multiple=True, callback=_names,
+    help="Serve the model under this name, too.  May be given several times.",
+)
 @click.option("--service", is_flag=True, hidden=True, help="Run as a service manager's: it is not restarted for ever.")
-def serve(model: str, budget: str | None, service: bool, **flags: Any) -> None:
+def serve(model: str, budget: str | None, aliases: tuple[str, ...], service: bool, **flags: Any) -> None:
     """Serve MODEL over an OpenAI API, until Ctrl-C or SIGTERM.
 
     MODEL is a checkpoint's folder, or the name of one, as an id of the hub ('expertd models' lists what is here).
-    Clients call it by its id, or else by the folder's name.
+    Clients call it by its id, or else by the folder's name, or by an --alias: for programs that only know names such
+    as gpt-4o.
 
     Prints one line on stdout when it takes requests.  What it does is in its log ('expertd logs'); warnings are on
     stderr, too.  Exits with 5 if the port is taken.
@@ -44,17 +57,17 @@ def serve(model: str, budget: str | None, service: bool, **flags: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(0))
     if not service:
-        return _serve(model, budget, flags)
+        return _serve(model, budget, aliases, flags)
     home = Home.current()
     home.prepare()
     with counted(home, "gateway") as may_start:
         if may_start:
-            return _serve(model, budget, flags)
+            return _serve(model, budget, aliases, flags)
     click.echo(f"expertd: {why_refused(home, 'gateway', home.service_gateway_log)}", err=True)
     return None
 
 
-def _serve(model: str, budget: str | None, flags: dict[str, Any]) -> None:
+def _serve(model: str, budget: str | None, aliases: tuple[str, ...], flags: dict[str, Any]) -> None:
     from expertd.clients.gateway import lifetime
     from expertd.protocol import logs
 
@@ -80,7 +93,9 @@ def _serve(model: str, budget: str | None, flags: dict[str, Any]) -> None:
             sys.stdout.flush()
 
         try:
-            asyncio.run(lifetime.serve(listener, host, path, home=home, budget=budget, ready=announce))
+            asyncio.run(
+                lifetime.serve(listener, host, path, home=home, aliases=aliases, budget=budget, ready=announce)
+            )
         except ExpertdError:
             if started:
                 stop_if_idle(home, "gateway")

@@ -32,7 +32,9 @@ from expertd.protocol.messages import Delta, Finished, Sampling, ToolCall
 
 __all__ = ["IGNORED", "PING", "Rendering", "error_body", "parse", "parse_count"]
 
-IGNORED = frozenset({"metadata", "service_tier", "cache_control", "inference_geo"})
+IGNORED = frozenset(
+    {"metadata", "service_tier", "cache_control", "inference_geo", "user_profile_id", "workspace_id"}
+)
 """Parameters that only mean something to Anthropic's own service.  Prompts are cached without being told to."""
 
 _HONOURED = {
@@ -79,7 +81,8 @@ def error_body(error: ExpertdError) -> dict[str, Any]:
 
 def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
     for name, value in body.items():
-        if name not in _HONOURED and name not in IGNORED and value is not None:
+        neutral = value is None or (name == "speed" and value == "standard")
+        if name not in _HONOURED and name not in IGNORED and not neutral:
             unsupported(name)
     temperature = within(body, "temperature", 0.0, HOTTEST, 1.0)
     top_p = within(body, "top_p", 0.0, 1.0, 1.0)

@@ -26,7 +26,7 @@ from aiohttp import web
 from expertd.clients.gateway import anthropic, awake, chat, completions, responses
 from expertd.clients.gateway.answers import Renderer, Told, error_body
 from expertd.clients.gateway.stored import Stored
-from expertd.clients.gateway.wanted import Wanted
+from expertd.clients.gateway.wanted import ANY_MODEL, Wanted
 from expertd.clients.gateway.workers import Answers, Worker
 from expertd.protocol.errors import (
     ExpertdError,
@@ -66,9 +66,16 @@ class Gateway:
     """The application for one model."""
 
     def __init__(
-        self, worker: Worker, model: Path, host: str, *, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S
+        self,
+        worker: Worker,
+        model: Path,
+        host: str,
+        aliases: Sequence[str] = (),
+        *,
+        keepalive_s: float = KEEPALIVE_S,
+        stall_s: float = STALL_S,
     ) -> None:
-        """Serve ``model`` by its hub id, or else its folder's name.
+        """Serve ``model`` by its hub id, or else its folder's name, and by ``aliases``.
 
         ``host`` is what the gateway listens on, and so a ``Host`` that it takes.
         """
@@ -79,6 +86,8 @@ class Gateway:
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._complete),
                 web.post("/v1/responses", self._respond),
+                web.post("/v1/responses/compact", self._not_offered),
+                web.post("/v1/responses/input_tokens", self._not_offered),
                 web.get("/v1/responses/{id}", self._response),
                 web.delete("/v1/responses/{id}", self._forget),
                 web.post("/v1/responses/{id}/cancel", self._cancel),
@@ -92,7 +101,8 @@ class Gateway:
             ]
         )
         self._worker = worker
-        self._names = {self.name, self.name.rpartition("/")[2], str(model), str(model.resolve())}
+        self._listed = list(dict.fromkeys([self.name, *aliases]))
+        self._names = {*self._listed, self.name.rpartition("/")[2], str(model), str(model.resolve())}
         self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
         self._any_address = _is_wildcard(host)
         self._keepalive_s = keepalive_s
@@ -122,9 +132,10 @@ class Gateway:
         return answer
 
     async def _response(self, request: web.Request) -> web.Response:
+        response = self._stored.response(request.match_info["id"])
         if request.query.get("stream") == "true":
             raise ParameterUnsupported("a response that has ended cannot be streamed again", param="stream")
-        return _json(self._stored.response(request.match_info["id"]))
+        return _json(response)
 
     async def _forget(self, request: web.Request) -> web.Response:
         id = request.match_info["id"]
@@ -137,6 +148,10 @@ class Gateway:
 
     async def _input_items(self, request: web.Request) -> web.Response:
         return _json(_page(self._stored.given(request.match_info["id"]), request.query))
+
+    async def _not_offered(self, request: web.Request) -> web.Response:
+        """What would else be taken for the id of a response."""
+        raise _no_route(request.path)
 
     async def _message(self, request: web.Request) -> web.StreamResponse:
         wanted = anthropic.parse(await self._body(request))
@@ -236,11 +251,12 @@ class Gateway:
             yield data
 
     async def _models(self, request: web.Request) -> web.Response:
-        return _json({"object": "list", "data": [self._model_object()]})
+        return _json({"object": "list", "data": [self._model_object(name) for name in self._listed]})
 
     async def _model(self, request: web.Request) -> web.Response:
-        self._check_model(request.match_info["id"])
-        return _json(self._model_object())
+        name = request.match_info["id"]
+        self._check_model(name)
+        return _json(self._model_object(name if name in self._listed else self.name))
 
     async def _live(self, request: web.Request) -> web.Response:
         return _json({"status": "live"})
@@ -332,11 +348,11 @@ class Gateway:
             raise RequestInvalid(f"pages of '{header}' may not use this gateway; no page of another site may")
 
     def _check_model(self, name: str) -> None:
-        if name not in self._names:
+        if name not in self._names and name != ANY_MODEL:
             raise ModelNotFound(f"the model '{name}' is not served here; '{self.name}' is", param="model")
 
-    def _model_object(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": self._created, "owned_by": "expertd"}
+    def _model_object(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "expertd"}
 
 
 NOT_OFFERED = ("embeddings", "images", "audio", "moderations", "files", "batches", "fine_tuning", "assistants",
@@ -346,7 +362,9 @@ NOT_OFFERED = ("embeddings", "images", "audio", "moderations", "files", "batches
 
 def _no_route(path: str) -> ExpertdError:
     first = path.removeprefix("/v1/").split("/")[0]
-    if path.startswith("/v1/") and first in NOT_OFFERED:
+    if path.startswith("/v1/chat/completions/"):
+        return RouteNotFound(f"there is nothing at {path}; chat completions are not kept, responses are")
+    if path.startswith("/v1/") and first in (*NOT_OFFERED, "responses"):
         return RouteNotFound(f"{path} is not offered here; chat, completions, responses, messages and models are")
     return RouteNotFound(f"there is nothing at {path}; the API begins with /v1")
 

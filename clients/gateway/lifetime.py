@@ -7,7 +7,7 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ async def serve(
     model: Path,
     *,
     home: Home,
+    aliases: Sequence[str] = (),
     budget: str | None = None,
     silence_s: float = SILENCE_S,
     stall_s: float = STALL_S,
@@ -78,6 +79,7 @@ async def serve(
     model is loaded; a worker that dies later is started again.
 
     Args:
+        aliases: further names that the model is served under.
         silence_s: a worker that was asked and says nothing for so long is killed.
         stall_s: how long a client may leave a full buffer unread.
 
@@ -85,7 +87,7 @@ async def serve(
         ExpertdError: the model could not be loaded.
     """
     worker = Worker(home, model, budget=budget, silence_s=silence_s)
-    gateway = Gateway(worker, model, host, stall_s=stall_s)
+    gateway = Gateway(worker, model, host, aliases, stall_s=stall_s)
     runner = web.AppRunner(
         gateway.app,
         handler_cancellation=True,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from expertd.clients.gateway.answers import KEEPALIVE, Told, error_body, sse
 from expertd.clients.gateway.chat import EFFORTS, ROLES, arguments_of, function_of
 from expertd.clients.gateway.wanted import (
+    ANY_MODEL,
     MOST_TOP_LOGPROBS,
     Wanted,
     body_object,
@@ -105,16 +106,16 @@ def parse(body: object) -> Request:
     included = _included(body.get("include"))
     top = whole(body, "top_logprobs", 0, MOST_TOP_LOGPROBS)
     with_logprobs = "message.output_text.logprobs" in included
-    given = _given(body.get("input"))
-    _messages(given)  # now, so that what is wrong is told before anything is looked up
     previous = body.get("previous_response_id")
     if previous is not None and not isinstance(previous, str):
         invalid("previous_response_id", "the id of a response")
+    given = _given(body.get("input"), previous)
+    _messages(given)  # now, so that what is wrong is told before anything is looked up
     options = body.get("stream_options")
     if options is not None and (not isinstance(options, dict) or options.keys() - {"include_obfuscation"}):
         unsupported("stream_options")
     wanted = Wanted(
-        model=model_name(body),
+        model=ANY_MODEL if body.get("model") is None else model_name(body),
         messages=[],
         tools=tools,
         tool_choice=choice,
@@ -145,11 +146,12 @@ def parse(body: object) -> Request:
         "top_logprobs": top or 0,
         "truncation": "disabled",
         "background": False,
-        "user": body.get("user"),
         "service_tier": "default",
         "presence_penalty": wanted.sampling.presence_penalty,
         "frequency_penalty": wanted.sampling.frequency_penalty,
     }
+    if isinstance(body.get("user"), str):
+        echo["user"] = body["user"]
     return Request(wanted, given, instructions, previous, bool(echo["store"]), with_logprobs, echo)
 
 
@@ -232,8 +234,12 @@ def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal
 # -- the conversation --------------------------------------------------------------------------------------------------
 
 
-def _given(value: object) -> Items:
-    """The input as items, each with an id."""
+def _given(value: object, previous: str | None) -> Items:
+    """The input as items, each with an id.  Without one the model goes on from ``previous``, or from no words."""
+    if value is None:
+        if previous is not None:
+            return []
+        value = ""
     if isinstance(value, str):
         value = [{"type": "message", "role": "user", "content": value}]
     if not isinstance(value, list) or not value:
@@ -369,6 +375,7 @@ class Rendering:
         if status is None:
             status = "incomplete" if incomplete else "completed"
         done = status in ("completed", "incomplete", "failed")
+        usage = {} if end is None else {"usage": self._usage(end)}
         return {
             **self._head,
             **self._request.echo,
@@ -377,7 +384,7 @@ class Rendering:
             "error": None if error is None else {"code": "server_error", "message": error.message},
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "output": self.output if done else [],
-            "usage": None if end is None else self._usage(end),
+            **usage,
         }
 
     def begin(self) -> Iterator[bytes]:

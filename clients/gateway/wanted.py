@@ -22,6 +22,8 @@ MOST_TOP_LOGPROBS = 20
 MOST_ANSWERS = 16
 """Answers to one prompt that a request may want."""
 SEED_LIMIT = 1 << 63
+ANY_MODEL = ""
+"""The model of a request that names none, where the API lets it: whatever is served."""
 WHOLE_LIMIT = (1 << 63) - 1
 GREEDY = Sampling()
 
@@ -31,7 +33,7 @@ class Wanted:
     """A valid request.
 
     Attributes:
-        model: the name that the client gave.
+        model: the name that the client gave, or ``ANY_MODEL``.
         messages, text, tokens: the prompt, in one of three forms (``messages.Generate``).
         tools: what may be called, as OpenAI describes tools; empty: nothing.
         tool_choice: "auto", or "required": one has to be; ``parallel_calls``: several may be, one after the other.
