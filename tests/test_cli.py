@@ -211,6 +211,9 @@ def test_budget_without_a_daemon_says_how_to_start_one(home: Home) -> None:
 
 
 def test_budget_refuses_what_is_no_size(home: Home) -> None:
+    forgotten = expertd("budget", "8")
+    assert (forgotten.returncode, forgotten.stdout) == (2, "")
+    assert "did you mean 8GB?" in forgotten.stderr
     done = expertd("budget", "much")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith(" [size_invalid]\n")

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -70,7 +69,7 @@ class Program(Group):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EIO):
                 raise
-            sys.stdout = Path(os.devnull).open("w")  # what waits there could not be written either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what waits there could not be written either
             _tell(f"what was asked for could not be written ({error.strerror})", "internal", 1, as_json)
         except KeyboardInterrupt:
             click.echo(err=True)  # the terminal has written ^C
