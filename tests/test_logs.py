@@ -456,7 +456,7 @@ def test_events_of_several_logs_are_shown_in_their_order(home: Home) -> None:
 def test_where_nothing_is_written_logs_says_so(home: Home) -> None:
     done = expertd("logs", "--worker", "7")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"expertd: nothing is written in {home.log} of worker-7.log\n"
+    assert done.stderr == f"expertd: nothing is written in {home.log} of worker-7.log [internal]\n"
 
 
 def test_what_has_no_time_belongs_to_the_event_before() -> None:
