@@ -98,7 +98,7 @@ class Client:
     def pin(self, model: str | Path, blocks: Iterable[Block]) -> int:
         """Have blocks stay as long as the daemon holds the model, and bring in those that are absent.
 
-        A Fetch that finds no other room still takes theirs.
+        One for which there is no free slot now stays once it was used.  A Fetch that finds no other room takes theirs.
 
         Returns:
             How many blocks of the model are pinned now.

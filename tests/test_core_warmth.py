@@ -177,22 +177,19 @@ def test_all_may_be_pinned_where_there_is_room_for_all() -> None:
     assert warmth.too_many_pins(model, [(layer, expert) for layer in (0, 1) for expert in range(16)]) is None
 
 
-def test_what_is_pinned_takes_the_place_of_what_is_not() -> None:
-    daemon, model = wide(8)
-    daemon.get(1, 1, 0, *range(4))
-    daemon.get(1, 2, 1, *range(4))
-    assert len(resident(model)) == 8
-    daemon.feed(Pin(model.key, ((0, 10), (0, 11), (1, 12)), True))
-    for sequence in range(3, 12):
-        daemon.finish()
-        daemon.ack(1, model.version, sequence - 1)
-        daemon.get(1, sequence, 0, 10)
+def test_what_is_pinned_in_a_full_pool_stays_once_somebody_has_used_it() -> None:
+    daemon, model = wide(4)
+    daemon.get(1, 1, 0, 10, 11, 12, 13)
+    daemon.feed(Pin(model.key, ((0, 1),), True))
     daemon.finish()
-    assert {(0, 10), (0, 11), (1, 12)} <= resident(model)
-    assert warmth.wished(model) == 0
+    assert (0, 1) not in resident(model), "nothing goes for it"
+    daemon.get(1, 2, 0, 1)
+    for sequence in range(3, 12):
+        daemon.get(1, sequence, 1, sequence)
+    assert (0, 1) in resident(model)
 
 
-def test_other_wishes_take_nobody_s_place_beside_pins() -> None:
+def test_wishes_take_nobody_s_place() -> None:
     daemon, model = wide(4)
     daemon.get(1, 1, 0, 10, 11, 12, 13)
     daemon.feed(Warm(model.key, ((0, 1), (0, 2))))

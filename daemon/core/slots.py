@@ -153,24 +153,12 @@ def fill(model: Model, pool: Pool, out: Out) -> None:
     while pool.wish and len(pool.background) < BACKGROUND_READS:
         if not pool.carried and (pool.queue or not model.sessions):
             return
-        if not pool.spare and not _give_way(model, pool, out):
+        if not pool.spare:
+            forget_wishes(model, pool)
             return
         block = pool.wish.popleft()
         if block not in pool.where:
             bring(model, pool, block, out, Priority.BACKGROUND)
-
-
-def _give_way(model: Model, pool: Pool, out: Out) -> bool:
-    """Whether there is a slot for the next wish now: what is pinned takes the place of what is not, else all end."""
-    while pool.wish and (pool.wish[0] not in model.pinned or pool.wish[0] in pool.where):
-        pool.wish.popleft()
-    if not pool.wish:
-        forget_wishes(model, pool)
-        return False
-    if not pool.retired:
-        evict(model, pool, 1, pool.expected, out, alone=False)
-        reap(model, pool)
-    return pool.spare > 0
 
 
 def forget_wishes(model: Model, pool: Pool) -> None:

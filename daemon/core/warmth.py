@@ -1,9 +1,9 @@
 """What somebody wants to be resident, whoever uses it: blocks to bring in where there is room, and blocks that stay.
 
 Functions over a model. Wishes are brought in by ``slots.fill``, behind all that sessions fetch and expect, as long as
-somebody uses the model and there are free slots; what is pinned takes the place of what is not. A pinned block is
-evicted only where a Fetch would find no room otherwise (``core.Core``), so pins never keep a session waiting, and
-they survive a move to another generation as far as there is room.
+somebody uses the model and there are free slots; nothing goes for them, not even for pins. A pinned block is evicted
+only where a Fetch would find no room otherwise (``core.Core``), so pins never keep a session waiting, and they
+survive a move to another generation as far as there is room.
 """
 
 from __future__ import annotations
