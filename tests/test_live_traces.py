@@ -65,7 +65,7 @@ def begin(folder: Path, sessions: int) -> None:
     """``expertd trace start``, with so many sessions now; return when each of them records."""
     done = expertd("trace", "start", "-o", str(folder))
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"recording into {folder}: {sessions} sessions now" in done.stdout
+    assert f"recording into {folder} of {sessions} sessions, and those that come" in done.stdout
     wait_for(lambda: len(list(folder.glob("*.part"))) == sessions)
 
 
