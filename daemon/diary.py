@@ -14,6 +14,7 @@ from pathlib import Path
 from expertd.daemon.core.state import Model, Pool
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.logs import Log, Sparsely
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.sizes import show_size
 
 log = Log("expertd.daemon")
@@ -41,7 +42,7 @@ class Diary:
 
     def session_opened(self, session: int, pid: int, mode: str, model: Model) -> None:
         """A session was granted; its model may be new here."""
-        name = Path(model.manifest.folder).name
+        name = shown_name(Path(model.manifest.folder))
         if model.key not in self._models:
             self._models[model.key] = name
             log.info(
@@ -76,7 +77,7 @@ class Diary:
         folders = [model.manifest.folder for model in models for pool in model.pools if _goes_to(pool, segment)]
         told(
             "pool moved" if generation > 1 else "pool created",
-            model=Path(folders[0]).name if folders else None, generation=generation, layers=layout.layers,
+            model=shown_name(Path(folders[0])) if folders else None, generation=generation, layers=layout.layers,
             slots=layout.slots, size=show_size(layout.size),
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from expertd.protocol.messages import ModelStatus, SessionStatus, Status
+from expertd.protocol.model_names import shown_name
 from expertd.protocol.sizes import show_size
 
 LABEL = 11
@@ -88,12 +89,12 @@ def _model(
     there = f"{held} of its experts are in memory, {show_size(model.pool_bytes)}"
     found = f"{percent(model.hits, looked)} were there when they were needed" if looked else "not used yet"
     folder = Path(model.path)
-    parent = f"{folder.parent}/"
+    name, parent = shown_name(folder), f"{folder.parent}/"
     if user_home and parent.startswith(f"{user_home}/"):
         parent = f"~{parent.removeprefix(user_home)}"
-    where = _shortened(f"  {parent}", width - len(folder.name))
+    where = "" if "/" in name else _shortened(f"  {parent}", width - len(name))  # an id says all
     return [
-        folder.name + where,
+        name + where,
         _row("  held", bar(resident, long, blocks), there),
         _row("  found", bar(hits, long, blocks), found),
         _row("  disk", f"{show_size(model.bytes_read)} read so far"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertd.protocol.messages import LayerStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.model_names import shown_name
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _model(before: ModelStatus | None, after: ModelStatus, seconds: float) -> Mo
     known = {session.id: session for session in before.sessions} if before is not None else {}
     return ModelRates(
         id=after.id,
-        name=Path(after.path).name,
+        name=shown_name(Path(after.path)),
         blocks=after.blocks,
         resident_blocks=after.resident_blocks,
         pool_bytes=after.pool_bytes,
