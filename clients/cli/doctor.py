@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from expertd.clients.cli.parameters import json_option
 from expertd.protocol.errors import DaemonNotRunning, ExpertdError, HomeError
 from expertd.protocol.messages import Status
 from expertd.protocol.paths import Home
@@ -35,7 +36,7 @@ TRIED = 64 << 20
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def doctor(as_json: bool) -> None:
     """Check what matters on this machine, and say what to do.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from expertd.clients.cli.parameters import json_option
 from expertd.clients.cli.progress import Progress
 from expertd.protocol.model_names import hub_id
 from expertd.protocol.sizes import show_size
@@ -31,7 +32,7 @@ INTERRUPTED = 130
 @click.command()
 @click.argument("id")
 @click.option("--revision", metavar="R", help="A branch, tag or commit.  [default: main]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when it is done.")
+@json_option("Print one JSON object when it is done.")
 def pull(id: str, revision: str | None, as_json: bool) -> None:
     """Download the model ID (as mlx-community/Qwen3-30B-A3B-4bit) from the hub.
 

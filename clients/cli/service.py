@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.clients.cli.parameters import find_or_pull
+from expertd.clients.cli.parameters import find_or_pull, json_option
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.config import KEYS, read_config, variable
 from expertd.protocol.connection import Connection, package_version
@@ -141,7 +141,7 @@ def restart(dry_run: bool) -> None:
 
 
 @service.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def status(as_json: bool) -> None:
     """Tell whether the service is installed and runs.  Exits with 3 if it is not or does not."""
     home = Home.current()

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from expertd.clients.cli.group import Group
-from expertd.clients.cli.parameters import budget_option, complete_model
+from expertd.clients.cli.parameters import budget_option, complete_model, json_option
 from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, TraceStopped
 from expertd.protocol.model_names import find_model
 from expertd.protocol.paths import Home
@@ -152,7 +152,7 @@ def recover(path: Path) -> None:
     "--replay", default=5000, show_default=True, type=click.IntRange(min=0), metavar="TOKENS",
     help="Replay so many tokens through caches (about a second for 100,000 choices and size).",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def show(path: Path, against: Path | None, picture: Path | None, replay: int, as_json: bool) -> None:
     """Show what a trace tells: reuse from token to token, hot experts, and what caches would hit."""
     from expertd.clients.traces.picture import draw

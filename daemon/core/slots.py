@@ -84,7 +84,7 @@ def evict(
 ) -> None:
     """Take up to ``count`` blocks out of the table, none of ``keep``; their slots retire at a new version.
 
-    What is pinned stays too, unless there are no ``pins`` in this need.
+    What is pinned stays too, but for a Fetch that finds no other room (``pins`` false).
 
     What they were worth is not worked out for a pool that is ``alone``: no other could give it memory.
     """
