@@ -195,7 +195,6 @@ def test_a_gateway_comes_and_goes_with_its_flag(service: Stage, checkpoints: dic
         (["/some/model"], "name the models of a gateway after --gateway"),
         (["--port", "9000"], "--port and --host are a gateway's: use them with --gateway MODEL"),
         (["--gateway", "/nowhere"], "/nowhere does not exist; give the folder of an mlx-lm checkpoint"),
-        (["--gateway", "/a", "/b"], "a gateway serves 1 model; name one after --gateway"),
     ],
 )
 def test_a_gateway_that_cannot_be_is_told_before_anything_is_done(

@@ -51,7 +51,7 @@ def service() -> None:
 
 
 @service.command()
-@click.option("--gateway/--no-gateway", default=None, help="Keep 'expertd serve MODEL' too, or do not any more.")
+@click.option("--gateway/--no-gateway", default=None, help="Keep 'expertd serve MODEL...' too, or do not any more.")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help=f"The gateway's.  [default: {PORT}]")
 @click.option("--host", metavar="ADDRESS", help=f"Address that the gateway listens on.  [default: {HOST}]")
@@ -61,7 +61,7 @@ def install(gateway: bool | None, models: tuple[str, ...], port: int | None, hos
 
     \b
     expertd service install                     the daemon
-    expertd service install --gateway MODEL     an OpenAI API over MODEL too
+    expertd service install --gateway MODEL...  an OpenAI API over these models too
 
     What is not named stays as it is.  EXPERTD_HOME, HF_HOME and [serve] of config.toml are taken over as they are now;
     what the daemon should be started with is read from config.toml at each start: see 'expertd config show'.
@@ -262,8 +262,9 @@ def _tell_result(site: _Site, done: str) -> None:
     click.echo(f"{done}: {site.manager.name} keeps the daemon ({place})")
     record = read_service(site.home)
     if record is not None and record.gateway is not None and len(site.wanted) > 1:
-        names = ", ".join(Path(model).name for model in record.gateway.models)
-        click.echo(f"the gateway answers at {_url(record.gateway)} as soon as it has loaded {names}")
+        models = record.gateway.models
+        when = f"as soon as it has loaded {Path(models[0]).name}" if len(models) == 1 else "in a moment"
+        click.echo(f"the gateway answers at {_url(record.gateway)} {when}")
 
 
 def _await_daemon(site: _Site) -> int:
@@ -290,15 +291,10 @@ def _gateway(
     before: Gateway | None, wished: bool | None, models: tuple[str, ...], port: int | None, host: str | None
 ) -> Gateway | None:
     """The gateway that is wished, where ``before`` is the one that there is."""
-    from expertd.clients.cli.serve import serve
-
     if models and not wished:
         raise click.UsageError("name the models of a gateway after --gateway")
     if wished and not models and before is None:
         raise click.UsageError("--gateway needs the model that it should serve: --gateway MODEL")
-    most = serve.params[0].nargs
-    if 0 < most < len(models):
-        raise click.UsageError(f"a gateway serves {most} model; name one after --gateway")
     if wished is False or (before is None and not wished):
         if port is not None or host is not None:
             raise click.UsageError("--port and --host are a gateway's: use them with --gateway MODEL")
