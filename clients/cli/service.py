@@ -61,7 +61,7 @@ def install(gateway: bool | None, models: tuple[str, ...], port: int | None, hos
 
     \b
     expertd service install                     the daemon
-    expertd service install --gateway MODEL...  an OpenAI API over these models too
+    expertd service install --gateway MODEL...  an OpenAI API over models too
 
     What is not named stays as it is.  EXPERTD_HOME, HF_HOME and [serve] of config.toml are taken over as they are now;
     what the daemon should be started with is read from config.toml at each start: see 'expertd config show'.
