@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import msgspec
 from aiohttp import web
 
-from expertd.clients.gateway import anthropic, awake, chat, completions, responses
+from expertd.clients.gateway import anthropic, awake, chat, completions, plain, responses
 from expertd.clients.gateway.answers import Renderer, Told, error_body
 from expertd.clients.gateway.served import Answers, Models, Served
 from expertd.clients.gateway.stored import Stored
@@ -80,6 +80,7 @@ class Gateway:
                 web.delete("/v1/responses/{id}", self._forget),
                 web.post("/v1/responses/{id}/cancel", self._cancel),
                 web.get("/v1/responses/{id}/input_items", self._input_items),
+                web.post("/generate", self._generate),
                 web.post("/v1/messages", self._message),
                 web.post("/v1/messages/count_tokens", self._count),
                 web.get("/v1/models", self._list),
@@ -143,6 +144,11 @@ class Gateway:
     async def _not_offered(self, request: web.Request) -> web.Response:
         """What would else be taken for the id of a response."""
         raise _no_route(request.path)
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        wanted = plain.parse(await self._body(request))
+        served = self._served(wanted.model)
+        return await self._compute(request, served, [wanted], plain.Rendering(served.name))
 
     async def _message(self, request: web.Request) -> web.StreamResponse:
         wanted = anthropic.parse(await self._body(request))
