@@ -39,19 +39,23 @@ def _check_names(ctx: click.Context, param: click.Parameter, aliases: tuple[str,
     return aliases
 
 
+alias_option = click.option(
+    "--alias", "aliases", metavar="NAME[=MODEL]", multiple=True, callback=_check_names,
+    help="Serve a model under this name, too; MODEL may be left out where there is one.  May be given several times.",
+)
+pin_option = click.option(
+    "--pin", "pins", metavar="MODEL", multiple=True,
+    help="Load this one of several models at once, and keep it.  May be given several times.",
+)
+
+
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True, shell_complete=complete_model)
 @config_option("serve_port")
 @config_option("serve_host")
 @budget_option
-@click.option(
-    "--alias", "aliases", metavar="NAME[=MODEL]", multiple=True, callback=_check_names,
-    help="Serve a model under this name, too; MODEL may be left out where there is one.  May be given several times.",
-)
-@click.option(
-    "--pin", "pins", metavar="MODEL", multiple=True,
-    help="Load this one of several models at once, and keep it.  May be given several times.",
-)
+@alias_option
+@pin_option
 @config_option("serve_ttl")
 @config_option("serve_deadline")
 @log_options
@@ -84,8 +88,8 @@ def serve(models: tuple[str, ...], service: bool, **options: Any) -> None:
 
 
 @dataclass
-class _Named:
-    """A model of the command line."""
+class Named:
+    """A model of a command line."""
 
     path: Path
     aliases: list[str]
@@ -96,22 +100,22 @@ class _Named:
         return {shown_name(self.path), *self.aliases}
 
 
-def _named(models: Sequence[str], aliases: Sequence[str], pins: Sequence[str]) -> list[_Named]:
+def named_models(models: Sequence[str], aliases: Sequence[str], pins: Sequence[str]) -> list[Named]:
     """The models with what was said of each.
 
     Raises:
         UsageError: an alias or a pin is of none of them, or a name is of two.
         ExpertdError: one of them is not here, or no checkpoint.
     """
-    found: dict[str, _Named] = {}
+    found: dict[str, Named] = {}
     for model in models:
         path = find_or_pull(model)
         weight_files(path)
         if any(other.path == path for other in found.values()):
             raise click.UsageError(f"{model} is named twice")
-        found[model] = _Named(path, [], False)
+        found[model] = Named(path, [], False)
 
-    def one_of(text: str, option: str) -> _Named:
+    def one_of(text: str, option: str) -> Named:
         for model, named in found.items():
             if text in (model, shown_name(named.path), named.path.name, str(named.path)):
                 return named
@@ -124,7 +128,7 @@ def _named(models: Sequence[str], aliases: Sequence[str], pins: Sequence[str]) -
         one_of(model or models[0], "--alias").aliases.append(name)
     for pin in pins:
         one_of(pin, "--pin").pinned = True
-    seen: dict[str, _Named] = {}
+    seen: dict[str, Named] = {}
     for named in found.values():
         for name in named.names:
             if seen.setdefault(name, named) is not named:
@@ -139,7 +143,7 @@ def _serve(
     from expertd.clients.gateway import lifetime
     from expertd.protocol import logs
 
-    named = _named(models, aliases, pins)
+    named = named_models(models, aliases, pins)
     home = Home.current()
     config = read_config(home, **flags)
     host, port = config.serve_host.value, config.serve_port.value
@@ -167,7 +171,7 @@ def _serve(
             raise
 
 
-def _maker(home: Home, named: Sequence[_Named], config: Config, budget: str | None) -> Callable[[], Models]:
+def _maker(home: Home, named: Sequence[Named], config: Config, budget: str | None) -> Callable[[], Models]:
     """What makes the gateway's models, within its loop."""
 
     def make() -> Models:

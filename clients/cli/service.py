@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from expertd.clients.cli.parameters import find_or_pull, json_option
-from expertd.protocol.checkpoint import weight_files
+from expertd.clients.cli.parameters import json_option
+from expertd.clients.cli.serve import alias_option, named_models, pin_option
 from expertd.protocol.config import KEYS, read_config, variable
 from expertd.protocol.connection import Connection, package_version
 from expertd.protocol.errors import DaemonNotRunning, ProtocolMismatch, ServiceFailed, ServiceNotInstalled
@@ -55,8 +56,18 @@ def service() -> None:
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help=f"The gateway's.  [default: {PORT}]")
 @click.option("--host", metavar="ADDRESS", help=f"Address that the gateway listens on.  [default: {HOST}]")
+@alias_option
+@pin_option
 @dry_run_option
-def install(gateway: bool | None, models: tuple[str, ...], port: int | None, host: str | None, dry_run: bool) -> None:
+def install(
+    gateway: bool | None,
+    models: tuple[str, ...],
+    port: int | None,
+    host: str | None,
+    aliases: tuple[str, ...],
+    pins: tuple[str, ...],
+    dry_run: bool,
+) -> None:
     """Install the service, or bring one that is installed up to date.
 
     \b
@@ -71,7 +82,7 @@ def install(gateway: bool | None, models: tuple[str, ...], port: int | None, hos
         home.prepare()
     read_config(home)  # a mistake is better told now than by a log
     before = read_service(home)
-    wished = _gateway(before.gateway if before else None, gateway, models, port, host)
+    wished = _gateway(before.gateway if before else None, gateway, models, port, host, aliases, pins)
     site = _Site.current(home, wished)
     record = Service(FORMAT, site.manager.name, package_version(), site.start_command, gateway=wished)
 
@@ -288,7 +299,13 @@ def _await_daemon(site: _Site) -> int:
 
 
 def _gateway(
-    before: Gateway | None, wished: bool | None, models: tuple[str, ...], port: int | None, host: str | None
+    before: Gateway | None,
+    wished: bool | None,
+    models: tuple[str, ...],
+    port: int | None,
+    host: str | None,
+    aliases: tuple[str, ...],
+    pins: tuple[str, ...],
 ) -> Gateway | None:
     """The gateway that is wished, where ``before`` is the one that there is."""
     if models and not wished:
@@ -296,18 +313,30 @@ def _gateway(
     if wished and not models and before is None:
         raise click.UsageError("--gateway needs the model that it should serve: --gateway MODEL")
     if wished is False or (before is None and not wished):
-        if port is not None or host is not None:
-            raise click.UsageError("--port and --host are a gateway's: use them with --gateway MODEL")
+        if port is not None or host is not None or aliases or pins:
+            raise click.UsageError(
+                "--port, --host, --alias and --pin are a gateway's: use them with --gateway MODEL"
+            )
         return None
-    named = tuple(_lasting_name(model) for model in models)
     config = read_config(Home.current())
     had = before or Gateway((), config.serve_host.value, config.serve_port.value or PORT)
-    return Gateway(named or had.models, host or had.host, port or had.port)
+    if models:
+        named_models(models, aliases, pins)
+        # Other models have other names: what was said of the former ones is not taken over.
+        had = Gateway(tuple(map(_lasting_name, models)), had.host, had.port, tuple(map(_lasting_alias, aliases)),
+                      tuple(map(_lasting_name, pins)))  # fmt: skip
+    elif aliases or pins:
+        raise click.UsageError("--alias and --pin are of models: name these after --gateway, too")
+    return msgspec.structs.replace(had, host=host or had.host, port=port or had.port)
+
+
+def _lasting_alias(alias: str) -> str:
+    name, equals, model = alias.partition("=")
+    return f"{name}={_lasting_name(model)}" if equals else name
 
 
 def _lasting_name(model: str) -> str:
     """What a service should call ``model``: an id of the hub as it is, to find the newest; a folder in full."""
-    weight_files(find_or_pull(model))
     path = Path(model).expanduser()
     return str(path.absolute()) if path.exists() else model
 

@@ -237,7 +237,9 @@ class Served:
                 await self._nobody_asked()
                 log.info("nobody asked for long", model=self.name, seconds=self._limits.ttl_s)
             except ExpertdError as error:
-                log.error("%s cannot be loaded: %s", self.name, error.message, code=error.code)
+                awaited = self.always and not self._loaded.done()  # whoever waits for it tells it
+                tell = log.info if awaited else log.error
+                tell("%s was not loaded: %s [%s]", self.name, error.message, error.code)
                 if not self._loaded.done():
                     self._loaded.set_exception(error)
                 self._asked.clear()
