@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from expertd.clients.cli import main
-from expertd.clients.cli.status import as_object, table
+from expertd.clients.cli.status import as_object
+from expertd.clients.terminal.figures import table
 from expertd.daemon.policy import POLICIES, Forecast
 from expertd.protocol import PROTOCOL
 from expertd.protocol.config import POLICY_NAMES

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +27,8 @@ from expertd.clients.terminal.conversation import (
     printable,
     read_message,
 )
-from expertd.clients.terminal.glance import percent, wrapped
+from expertd.clients.terminal.fit import columns, wrapped
+from expertd.clients.terminal.glance import percent
 from expertd.clients.terminal.rates import rates
 from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError
@@ -260,7 +260,7 @@ def _turn(talk: _Talk, text: str) -> None:
         return
     click.echo()
     for sentence in [*heard.getvalue().splitlines(), figures]:
-        for line in wrapped(sentence, shutil.get_terminal_size().columns):
+        for line in wrapped(sentence, columns()):
             click.secho(line, dim=True)
     click.echo()
 
