@@ -17,10 +17,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from expertd.clients.terminal.figures import table
 from expertd.clients.terminal.glance import PLAIN_BLOCKS, bar, duration, glance, percent
 from expertd.clients.terminal.programs import program, programs
 from expertd.protocol import PROTOCOL
-from expertd.protocol.messages import DaemonStatus, ModelStatus, SessionStatus, Status
+from expertd.protocol.messages import DaemonStatus, DeviceStatus, JournalEntry, ModelStatus, SessionStatus, Status
 from expertd.protocol.paths import Home
 from expertd.protocol.quick import STATUS_TOKEN, quick_status
 from tests.conftest import StartDaemon, wait_for
@@ -258,8 +259,22 @@ def test_both_ways_show_the_same(home: Home, start_daemon: StartDaemon) -> None:
                 assert (short.returncode, short.stderr) == (ordinary.returncode, ordinary.stderr) == (0, "")
                 assert steady(short.stdout) == steady(ordinary.stdout)
                 assert short.stdout.count("tests.programs") == (0 if options else 1)
-                lines = short.stdout.splitlines()
-                assert "--json" in options or not width or max(map(len, lines)) <= int(width)
+
+
+def test_every_figure_fits_the_terminal() -> None:
+    devices = [DeviceStatus(name="nvme0n1", reads=123456, bytes=10**12, p50_us=181, p95_us=900, p99_us=5800,
+                            depth_mean=1.6, depth_max=9)]  # fmt: skip
+    why = "only 12 % of the memory of this machine is available, and what expertd holds is the most of it"
+    entries = [JournalEntry(at=0.0, pressure="critical", why=why, before_bytes=10**10, after_bytes=0)]
+    left = session(42, left_behind=True, held_bytes=1_200_000_000)
+    found = status(model(sessions=[session(), left]), devices=devices, journal=entries, tracing="/a/folder " * 9)
+    whole = table(found, layers=True, journal=True)
+    assert max(map(len, whole)) > 80
+    assert table(found, width=200, layers=True, journal=True) == whole
+    lines = table(found, width=80, layers=True, journal=True)
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()) == " ".join(" ".join(whole).split()), "nothing is lost"
+    assert all(line.startswith(" " * 10) for line in lines[3:4]), "what belongs to a line stands below it"
 
 
 def test_both_ways_fail_alike(home: Home) -> None:

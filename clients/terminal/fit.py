@@ -14,22 +14,25 @@ USUAL = 80
 
 
 def columns() -> int:
-    """The columns that a screen may have on standard output."""
-    return width_of(sys.stdout) or USUAL
+    """The columns that a screen may have on standard output, which need not be a terminal."""
+    return _said() or width_of(sys.stdout) or USUAL
 
 
 def width_of(stream: TextIO) -> int | None:
-    """The columns of the terminal behind ``stream``; COLUMNS in the environment goes first.
+    """The columns of the terminal behind ``stream``.  None: it is none, and what a program may read stays in its lines.
 
-    None: it is none, so lines are read by a program, or by nobody yet, and stay whole.
+    COLUMNS in the environment says how wide a terminal is, but makes nothing one.
     """
-    said = os.environ.get("COLUMNS", "")
-    if said.isdecimal() and int(said) > 0:
-        return int(said)
     try:
-        return os.get_terminal_size(stream.fileno()).columns or None
+        width = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
         return None
+    return _said() or width or USUAL
+
+
+def _said() -> int:
+    said = os.environ.get("COLUMNS", "")
+    return int(said) if said.isdecimal() else 0
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> list[str]:
@@ -41,6 +44,11 @@ def wrapped(text: str, width: int, indent: int = 0) -> list[str]:
         else:
             lines[-1] += (" " if lines[-1] else "") + word
     return [line.rstrip() for line in lines]
+
+
+def folded(text: str, width: int | None, indent: int = 0) -> list[str]:
+    """``text`` as it is where it fits ``width`` (None: anywhere), else ``wrapped``."""
+    return [text] if width is None or len(text) <= width else wrapped(text, width, indent)
 
 
 def beside(label: str, text: str, width: int | None) -> list[str]:
