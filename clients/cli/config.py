@@ -30,8 +30,7 @@ def config() -> None:
     """Show the settings, and where each comes from.
 
     A flag of a command comes before a variable of the environment, that before the file, and that before the default.
-    The file is config.toml in the home (EXPERTD_HOME); 'expertd config show' names it.  docs/cli.md has a table of all
-    settings.
+    The file is config.toml in the home (EXPERTD_HOME); 'expertd config show' names it, and lists all settings.
     """
 
 
