@@ -24,8 +24,8 @@ __all__ = ["PromptCache"]
 MOST = 256
 """Caches that are kept."""
 NEARLY = 16
-"""Tokens at its end, a quarter of all at most, in which a cache may differ from a longer one that takes its place: how a
-turn ends is often written in other tokens than the model has ended it with."""
+"""Tokens at its end, a quarter of all at most, in which a cache may differ from a longer one that takes its place:
+how a turn ends is often written in other tokens than the model has ended it with."""
 
 
 @dataclass(frozen=True)
