@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,21 +152,29 @@ class App:
 
 def main() -> None:
     began = time.monotonic()
-    experts = expert_bytes(DEMO_MODEL)
-    budget = int(experts * SHARE)
-    print(f"{show_size(experts)} of experts, a budget of {show_size(budget)}, a disk of {DISK.replace(',', ', ')}\n")
-    chart = Chart()
-    with ExitStack() as stack:
-        home = stack.enter_context(temporary_home())
-        home.config.write_text(f"budget = {budget}\n")
-        os.environ["EXPERTD_SIMULATE_SSD"] = DISK
-        stack.callback(stop_daemon, home, "demo")
-        with chart.shown():
-            run(chart, home, stack)
+    chart = show()
     same = compare(chart.rows)
     print(f"\nthe same text as plain mlx-lm: {same} of {len(chart.rows)} answers ({time.monotonic() - began:.0f} s)")
     if same != len(chart.rows):
         sys.exit(1)
+
+
+def show(disk: str | None = DISK) -> Chart:
+    """Draw the chart while it all happens, on a ``disk`` as of ``--simulate-ssd``; None: this machine's."""
+    experts = expert_bytes(DEMO_MODEL)
+    budget = int(experts * SHARE)
+    slow = "this disk" if disk is None else f"a disk of {disk.replace(',', ', ')}"
+    print(f"{show_size(experts)} of experts, a budget of {show_size(budget)}, {slow}\n", flush=True)
+    chart = Chart()
+    with ExitStack() as stack:
+        home = stack.enter_context(temporary_home())
+        home.config.write_text(f"budget = {budget}\n")
+        if disk is not None:
+            os.environ["EXPERTD_SIMULATE_SSD"] = disk
+        stack.callback(stop_daemon, home, "demo")
+        with chart.shown():
+            run(chart, home, stack)
+    return chart
 
 
 def run(chart: Chart, home: Home, stack: ExitStack) -> None:
@@ -206,7 +214,7 @@ def settle(home: Home) -> float:
     return time.monotonic() - began
 
 
-def compare(rows: list[Row]) -> int:
+def compare(rows: Sequence[Row]) -> int:
     """How many of the answers are those of plain mlx-lm."""
     from mlx_lm import generate, load
 
