@@ -380,6 +380,8 @@ def test_each_setting_has_a_section_a_flag_and_a_variable_of_its_own() -> None:
     assert {key.dotted: (key.flag, key.variable) for key in KEYS.values() if key.section} == {
         "serve.host": ("--host", "EXPERTD_SERVE_HOST"),
         "serve.port": ("--port", "EXPERTD_SERVE_PORT"),
+        "serve.ttl": ("--ttl", "EXPERTD_SERVE_TTL"),
+        "serve.deadline": ("--deadline", "EXPERTD_SERVE_DEADLINE"),
         "generate.max_tokens": ("--max-tokens", "EXPERTD_GENERATE_MAX_TOKENS"),
         "generate.temperature": ("--temperature", "EXPERTD_GENERATE_TEMPERATURE"),
         "log.level": ("--log-level", "EXPERTD_LOG"),
@@ -443,6 +445,8 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
         "model_folders         /a, /b  (config.toml)",
         "serve.host            127.0.0.1  (default)",
         "serve.port            0  (config.toml)",
+        "serve.ttl             900 s  (default)",
+        "serve.deadline        no limit  (default)",
         "generate.max_tokens   256  (default)",
         "generate.temperature  0  (default)",
         "log.level             warning  (EXPERTD_LOG)",
