@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from expertd.daemon.core.state import Model, Pool
@@ -29,6 +30,12 @@ class _Session:
 
 def _goes_to(pool: Pool, segment: int) -> bool:
     return pool.segment == segment or (pool.next is not None and pool.next.segment == segment)
+
+
+def warm_again(back: int, blocks: int, recorded_at: float) -> str:
+    """What came of bringing blocks in again, for a person; ``recorded_at`` in seconds since 1970, 0: of a profile."""
+    whence = f"the record of {datetime.fromtimestamp(recorded_at):%Y-%m-%d %H:%M:%S}" if recorded_at else "its profile"
+    return f"warm again: {back} of {blocks} blocks from {whence}"
 
 
 class Diary:
@@ -80,6 +87,16 @@ class Diary:
             model=shown_name(Path(folders[0])) if folders else None, generation=generation, layers=layout.layers,
             slots=layout.slots, size=show_size(layout.size),
         )  # fmt: skip
+
+    def recalled(self, models: Iterable[Model]) -> None:
+        """What was to be brought in again of these is there, or there is no more room."""
+        for model in models:
+            left = model.recalled
+            coming = not model.ready or any(pool.wish or pool.background for pool in model.pools)
+            if left is None or left.told or coming:
+                continue
+            left.told = True
+            log.info(warm_again(len(left.back), len(left.blocks), left.recorded_at), model=self._models.get(model.key))
 
     def dropped(self, why: str) -> None:
         """A frame came that is no message."""

@@ -84,6 +84,8 @@ class Core(Holdings):
             case events.Warm(key, blocks) if key in self.models:
                 warmth.wish(self.models[key], blocks)
                 self._pump_all(self.models[key])
+            case events.Recall() if event.model in self.models:
+                warmth.recall(self.models[event.model], event)
             case events.Pin(key, blocks, pinned) if key in self.models:
                 warmth.pin(self.models[key], blocks, pinned)
                 self._pump_all(self.models[key])
@@ -159,8 +161,9 @@ class Core(Holdings):
             self._out.append(instructions.Grant(session.number, model.key, model.version, pools, wanted))
         for pool in model.pools:
             if pool.holds_all:
+                wished = dict.fromkeys((*pool.wish, *pool.blocks))
                 pool.wish.clear()
-                pool.wish.extend(block for block in pool.blocks if block not in pool.where)
+                pool.wish.extend(block for block in wished if block not in pool.where)
             slots.fill(model, pool, self._out)
 
     def _ended(self, number: int) -> None:
@@ -437,12 +440,14 @@ class Core(Holdings):
         old.next, old.superseded = None, True
         ahead.forget_pool(model, old)
         new.quota = old.quota if old.outdated else None
-        wished = () if new.fresh else [block for block in old.wish if block not in old.carried]
+        wished = [] if new.fresh else [block for block in old.wish if block not in old.carried]
         slots.forget_wishes(model, old)
         stay = slots.hand_over(model, old, new)
         new.carried.update(stay)
         new.wish.extend(reversed(stay))  # the most valuable first
-        new.wish.extend(block for block in wished if block not in new.carried)
+        if old.quota is not None and old.generation == 1:  # it began smaller than it was to become
+            wished += warmth.recalled(model, new)
+        new.wish.extend(block for block in dict.fromkeys(wished) if block not in new.carried)
         if new.holds_all:
             new.wish.extend(block for block in new.blocks if block not in new.carried)
         new.source = old

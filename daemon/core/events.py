@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from expertd.daemon.policy import Statistics
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AliasMode
@@ -145,6 +146,20 @@ class Warm:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """``model`` (a key), which has just come, was here before: what was worth keeping then, the most valuable first.
+
+    ``statistics`` are the policy's, if it is of the same class; ``recorded_at`` is in seconds since 1970, 0 if all this
+    is a profile's.
+    """
+
+    model: str
+    blocks: tuple[tuple[int, int], ...]
+    statistics: Statistics
+    recorded_at: float
+
+
+@dataclass(frozen=True)
 class Pin:
     """Somebody wants ``blocks`` of ``model`` (a key) to stay (``pinned``), or does not any more (none: all of them)."""
 
@@ -188,5 +203,5 @@ class Ended:
 
 Event = (
     Attach | PoolCreated | PoolFailed | Fetch | Ahead | Ack | Routed | Released | Silent | Heard | BudgetChanged
-    | MemoryWanted | Unwanted | Warm | Pin | ReadDone | ReadFailed | ReadCancelled | Ended
+    | MemoryWanted | Unwanted | Warm | Recall | Pin | ReadDone | ReadFailed | ReadCancelled | Ended
 )  # fmt: skip

@@ -193,6 +193,8 @@ def arrived(model: Model, pool: Pool, number: int) -> Block:
     _no_longer_filling(model, pool, number)
     if not (slot.carried or pool.superseded):
         model.policy.admitted(block)
+    if model.recalled is not None and block in model.recalled:
+        model.recalled.back.add(block)
     slot.carried = False
     return block
 

@@ -276,13 +276,38 @@ class LayerCounts:
 
 
 @dataclass
+class Recalled:
+    """What an earlier daemon, or a profile, has left of a model.
+
+    Attributes:
+        blocks: those that should be brought in again, in this order.
+        recorded_at: when they were recorded, in seconds since 1970; 0: they are a profile's alone.
+        back: those of them that have come since.
+        adopted: blocks that were copied from what sessions still held of the daemon before.
+        told: the log has been told what came of it.
+    """
+
+    blocks: tuple[Block, ...]
+    recorded_at: float
+    back: set[Block] = field(default_factory=set)
+    adopted: int = 0
+    told: bool = False
+
+    def __post_init__(self) -> None:
+        self._named = frozenset(self.blocks)
+
+    def __contains__(self, block: Block) -> bool:
+        return block in self._named
+
+
+@dataclass
 class Model:
     """One version of one checkpoint, with all that is resident of it.
 
     ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from; ``counts`` has
-    an entry for each layer; ``pinned`` are blocks that somebody wants to stay; ``unwanted``: somebody wants its memory
-    back; ``moves`` and ``copied`` tell how often a pool went on in another generation, and how many blocks were copied
-    for that.
+    an entry for each layer; ``pinned`` are blocks that somebody wants to stay; ``recalled``: what an earlier daemon has
+    left of it; ``unwanted``: somebody wants its memory back; ``moves`` and ``copied`` tell how often a pool went on in
+    another generation, and how many blocks were copied for that.
     """
 
     key: str
@@ -296,6 +321,7 @@ class Model:
     opening: list[events.Attach] = field(default_factory=list)
     used_at: int = 0
     pinned: set[Block] = field(default_factory=set)
+    recalled: Recalled | None = None
     unwanted: bool = False
     moves: int = 0
     copied: int = 0

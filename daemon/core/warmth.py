@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from expertd.daemon.core.state import Model
+from expertd.daemon.core import events
+from expertd.daemon.core.state import Model, Pool, Recalled
 from expertd.daemon.policy import Block
 
 PINNED = 2
@@ -59,6 +60,28 @@ def pin(model: Model, blocks: Sequence[Block], pinned: bool) -> None:
         wish(model, blocks)
     else:
         model.pinned.difference_update(blocks or list(model.pinned))
+
+
+def recall(model: Model, event: events.Recall) -> None:
+    """Wish for what an earlier daemon held of ``model``, which is new here, and go on from what its policy knew.
+
+    Blocks that it does not have are passed over.  Where there is no room for all, the first are brought in.
+    """
+    sizes = [layer.experts for layer in model.manifest.layers]
+    blocks = [
+        (layer, expert)
+        for layer, expert in dict.fromkeys(event.blocks)
+        if 0 <= layer < len(sizes) and 0 <= expert < sizes[layer]
+    ]
+    model.policy.take_over(event.statistics)
+    model.recalled = Recalled(tuple(blocks), event.recorded_at)
+    if blocks:
+        wish(model, blocks)
+
+
+def recalled(model: Model, pool: Pool) -> list[Block]:
+    """What an earlier daemon held in the layers of ``pool``, in its order."""
+    return [] if model.recalled is None else [block for block in model.recalled.blocks if block[0] in pool.layers]
 
 
 def _by_use(model: Model) -> list[Block]:

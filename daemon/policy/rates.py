@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from expertd.daemon.policy.base import Statistics, array_of
+
 HALF_LIVES = (3.0, 23.0)
 """Of the rates, in tokens; one more rate has a growing half-life, up to that of STEADY tokens."""
 STEADY = 2000
@@ -87,6 +89,23 @@ class Rates:
         if layer in self._pending:
             rates[:, self._pending[layer]] += self._share[:, layer, None]
         return rates
+
+    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+        """The rates ``[R, L, E]``, and of how many tokens of each layer they are."""
+        self.settle()
+        return self._values.copy(), self._tokens.copy()
+
+    def take_over(self, statistics: Statistics) -> bool:
+        """Go on from such ``rates`` and ``tokens``; False, and nothing is done, if they are none of this model."""
+        rates = array_of(statistics, "rates", np.float32, self._values.shape)
+        tokens = array_of(statistics, "tokens", np.intp, self._tokens.shape)
+        if rates is None or tokens is None or (rates <= 0).any() or (tokens < 0).any():
+            return False
+        self._values[:] = rates
+        self._tokens[:] = tokens
+        self._share[:] = self._shares.take(self._tokens, 1, mode="clip")
+        self._look_ahead(slice(None))
+        return True
 
     def _add(self, layers: NDArray[np.intp], experts: NDArray[np.intp], weight: float) -> None:
         """An event of each of some layers: ``layers[i]`` used ``experts[i]``."""
