@@ -12,9 +12,15 @@ from dataclasses import dataclass
 
 from expertd.daemon.core.events import Recall
 from expertd.daemon.core.state import Model
+from expertd.daemon.policy import Block
 from expertd.daemon.warm_record import WarmRecord, read
+from expertd.protocol.errors import ProfileInvalid
+from expertd.protocol.logs import Log
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
+from expertd.protocol.profiles import profiles_in_use, read_profile
+
+log = Log("expertd.daemon")
 
 AT_LEAST_S = 5.0
 """Between two records of a model."""
@@ -106,8 +112,25 @@ def recall(home: Home, manifest: Manifest, policy: str) -> Recall | None:
         policy: name of the class whose statistics could be taken over.
     """
     record = read(home, manifest.key)
-    blocks = list(record.blocks) if record is not None else []
+    blocks = dict.fromkeys(record.blocks if record is not None else ())
+    blocks |= dict.fromkeys(_profile_in_use(home, manifest))
     if not blocks:
         return None
     statistics = record.statistics if record is not None and record.policy == policy else {}
     return Recall(manifest.key, tuple(blocks), statistics, record.at if record is not None else 0.0)
+
+
+def _profile_in_use(home: Home, manifest: Manifest) -> list[Block]:
+    """The blocks of the profile that the model uses, the most used first; none if it uses none that can be used."""
+    name = profiles_in_use(home).get(manifest.folder)
+    if name is None:
+        return []
+    try:
+        profile = read_profile(home, name)
+        problem = profile.misfit([layer.experts for layer in manifest.layers])
+    except ProfileInvalid as error:
+        problem = error.message
+    if problem is not None:
+        log.warning("the profile that a model uses is left aside: %s", problem, profile=name, folder=manifest.folder)
+        return []
+    return profile.blocks

@@ -103,8 +103,13 @@ class Home:
 
     @property
     def profiles(self) -> Path:
-        """Folder of profiles, and of which is in use (``protocol.profiles``); ``expertd profile`` creates it."""
+        """Folder of profiles (``protocol.profiles``); ``expertd profile`` creates it."""
         return self.root / "profiles"
+
+    @property
+    def profiles_in_use(self) -> Path:
+        """Which model uses which profile."""
+        return self.root / "profiles.json"
 
     @property
     def traces(self) -> Path:

@@ -1,4 +1,4 @@
-"""What a restart of the daemon costs: real daemons that end in order or are killed, and programs that go on or come anew.
+"""What a restart of the daemon costs: real daemons that end in order or are killed, and programs that go on.
 
 Files and their moments are ``test_warm_record``'s.
 """

@@ -132,10 +132,11 @@ class LCP(LFU):
 
     def take_over(self, statistics: Statistics) -> bool:
         tokens, last = (statistics.get(name) for name in ("tokens", "last"))
-        if tokens is not None and last is not None and tokens.shape == self._tokens.shape:
-            if last.shape != self._last.shape or (last > tokens).any():
-                return False  # of the future: its weight would be beyond all bounds
-        return super().take_over(statistics)
+        shapes = [None if array is None else array.shape for array in (tokens, last)]
+        if tokens is None or last is None or shapes != [self._tokens.shape, self._last.shape]:
+            return False
+        # What was used in the future would have a weight beyond all bounds.
+        return not (last > tokens).any() and super().take_over(statistics)
 
 
 class EWMA(Scored):
