@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expertd.daemon.core.events import Recall
 from expertd.daemon.core.state import Model
-from expertd.daemon.policy import Block
 from expertd.daemon.warm_record import WarmRecord, read
 from expertd.protocol.errors import ProfileInvalid
 from expertd.protocol.logs import Log
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
-from expertd.protocol.profiles import profiles_in_use, read_profile
+from expertd.protocol.profiles import Profile, profiles_in_use, read_profile
 
 log = Log("expertd.daemon")
 
@@ -111,20 +113,29 @@ def recall(home: Home, manifest: Manifest, policy: str) -> Recall | None:
     Args:
         policy: name of the class whose statistics could be taken over.
     """
-    record = read(home, manifest.key)
+    record, profile = read(home, manifest.key), _profile_in_use(home, manifest)
     blocks = dict.fromkeys(record.blocks if record is not None else ())
-    blocks |= dict.fromkeys(_profile_in_use(home, manifest))
+    blocks |= dict.fromkeys(profile.blocks if profile is not None else ())
     if not blocks:
         return None
     statistics = record.statistics if record is not None and record.policy == policy else {}
-    return Recall(manifest.key, tuple(blocks), statistics, record.at if record is not None else 0.0)
+    chances = _chances(profile, manifest) if profile is not None else None
+    return Recall(manifest.key, tuple(blocks), statistics, record.at if record is not None else 0.0, chances)
 
 
-def _profile_in_use(home: Home, manifest: Manifest) -> list[Block]:
-    """The blocks of the profile that the model uses, the most used first; none if it uses none that can be used."""
+def _chances(profile: Profile, manifest: Manifest) -> NDArray[np.float32]:
+    """How likely a token is to use each block: ``[layers, experts]``; each layer's come to what a token uses."""
+    chances = np.zeros((len(profile.experts), max(profile.experts)), np.float32)
+    for row, uses, layer in zip(chances, profile.uses, manifest.layers, strict=True):
+        row[: len(uses)] = np.array(uses, np.float32) * (layer.top_k / max(1, sum(uses)))
+    return chances
+
+
+def _profile_in_use(home: Home, manifest: Manifest) -> Profile | None:
+    """The profile that the model uses; None if it uses none that can be used, which the log tells."""
     name = profiles_in_use(home).get(manifest.folder)
     if name is None:
-        return []
+        return None
     try:
         profile = read_profile(home, name)
         problem = profile.misfit([layer.experts for layer in manifest.layers])
@@ -132,5 +143,5 @@ def _profile_in_use(home: Home, manifest: Manifest) -> list[Block]:
         problem = error.message
     if problem is not None:
         log.warning("the profile that a model uses is left aside: %s", problem, profile=name, folder=manifest.folder)
-        return []
-    return profile.blocks
+        return None
+    return profile

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expertd.daemon.policy import Statistics
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.manifest import Manifest
@@ -150,13 +153,15 @@ class Recall:
     """``model`` (a key), which has just come, was here before: what was worth keeping then, the most valuable first.
 
     ``statistics`` are the policy's, if it is of the same class; ``recorded_at`` is in seconds since 1970, 0 if all this
-    is a profile's.
+    is a profile's.  ``chances``: where there are no statistics, how likely a token is to use each block, as far as a
+    profile tells: ``[layers, experts]``.
     """
 
     model: str
     blocks: tuple[tuple[int, int], ...]
     statistics: Statistics
     recorded_at: float
+    chances: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

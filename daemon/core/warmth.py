@@ -73,7 +73,8 @@ def recall(model: Model, event: events.Recall) -> None:
         for layer, expert in dict.fromkeys(event.blocks)
         if 0 <= layer < len(sizes) and 0 <= expert < sizes[layer]
     ]
-    model.policy.take_over(event.statistics)
+    if not model.policy.take_over(event.statistics) and event.chances is not None:
+        model.policy.expect(event.chances)
     model.recalled = Recalled(tuple(blocks), event.recorded_at)
     if blocks:
         wish(model, blocks)

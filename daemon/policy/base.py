@@ -79,12 +79,25 @@ class Policy(Protocol):
         """
         ...
 
+    def expect(self, chances: NDArray[np.float32]) -> bool:
+        """Begin with what a profile tells: how likely a token is to use each block, ``[layers, experts]``.
+
+        Called before anything else, if at all; what then is observed counts more and more.  MUST leave everything as it
+        was and return False if this makes no sense, or the policy has no use for it.
+        """
+        ...
+
 
 PolicyFactory = Callable[[int, int, int], Policy]
 """Makes a policy for a model of so many MoE layers, experts in each, of which a token uses so many.
 
 Where layers differ, these are the largest numbers.
 """
+
+
+def usable(chances: NDArray[Any], layers: int, experts: int) -> bool:
+    """Whether ``chances`` are some of a model of that shape."""
+    return chances.shape == (layers, experts) and bool(((chances >= 0) & (chances <= experts)).all())
 
 
 def array_of(

@@ -22,7 +22,7 @@ from math import exp, inf, log
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd.daemon.policy.base import Block, Statistics, array_of
+from expertd.daemon.policy.base import Block, Statistics, array_of, usable
 from expertd.daemon.policy.follows import NOTHING, Follows, Used
 from expertd.daemon.policy.rates import Rates
 
@@ -218,6 +218,13 @@ class Forecast:
         for number, here in enumerate(self._layers):
             here.ran = ran.item(number)
             here.forecast[:] = until[number]
+        return True
+
+    def expect(self, chances: NDArray[np.float32]) -> bool:
+        if not usable(chances, len(self._layers), self._experts):
+            return False
+        for here, rated, steady in zip(self._layers, self._rates.expect(chances), self._rates.steady, strict=True):
+            here.forecast[:] = rated - np.log(steady * np.float32(self._follows.width))
         return True
 
     def _look_up(self, layer: int) -> float:

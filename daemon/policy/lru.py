@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertd.daemon.policy.base import Block, Statistics, array_of
 
@@ -56,6 +57,10 @@ class LRU:
 
     def statistics(self) -> Statistics:
         return {"order": np.array(list(self._order), np.int32).reshape(-1, 2)}
+
+    def expect(self, chances: NDArray[np.float32]) -> bool:
+        """It knows an order, and no chances."""
+        return False
 
     def take_over(self, statistics: Statistics) -> bool:
         order = array_of(statistics, "order", np.int32, (None, 2))

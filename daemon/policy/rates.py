@@ -16,6 +16,8 @@ from expertd.daemon.policy.base import Statistics, array_of
 HALF_LIVES = (3.0, 23.0)
 """Of the rates, in tokens; one more rate has a growing half-life, up to that of STEADY tokens."""
 STEADY = 2000
+PROFILE = 16
+"""What a profile tells counts as so many tokens; the figure matters little (docs/decisions.md)."""
 FLOOR = 0.02
 """Added to rates, so that what never happened can happen."""
 
@@ -94,6 +96,17 @@ class Rates:
         """The rates ``[R, L, E]``, and of how many tokens of each layer they are."""
         self.settle()
         return self._values.copy(), self._tokens.copy()
+
+    def expect(self, chances: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Begin as after PROFILE tokens that used blocks with these ``chances``, ``[L, E]``; returns what ``use`` does.
+
+        Of all layers: ``[L, E]``.
+        """
+        self._values[:] = chances + np.float32(FLOOR)
+        self._tokens[:] = PROFILE
+        self._share[:] = self._shares.take(self._tokens, 1, mode="clip")
+        self._look_ahead(slice(None))
+        return self._weighted(self._values)
 
     def take_over(self, statistics: Statistics) -> bool:
         """Go on from such ``rates`` and ``tokens``; False, and nothing is done, if they are none of this model."""

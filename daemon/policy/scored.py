@@ -78,6 +78,10 @@ class Scored:
             self._known[name][:] = value
         return True
 
+    def expect(self, chances: NDArray[np.float32]) -> bool:
+        """What was proposed elsewhere begins with nothing."""
+        return False
+
     @property
     def _known(self) -> dict[str, NDArray[Any]]:
         """The arrays that its scores are made of."""
