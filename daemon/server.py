@@ -39,7 +39,7 @@ from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Block, Forecast, PolicyFactory
-from expertd.daemon.pools import SharedPool, create_pool
+from expertd.daemon.pools import SharedPool, close_all, create_pool, handed_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
 from expertd.daemon.remembering import Remembering, recall, record_of
@@ -430,6 +430,7 @@ class Server:
             self._check_limits(message.manifest.key)
             index = await self._index(message.manifest)
             left = await self._recall(message.manifest)
+            handed = await self._handed(message)
         except ExpertdError as error:
             self._send(identity, messages.Error.of(error))
             return
@@ -437,6 +438,7 @@ class Server:
             self._attaching -= 1
         number = next(self._numbers)
         if not self._lifelines.bind(message.token, number):
+            close_all(handed)
             # It died while the headers were read (and nobody hears this), or it has a session already.
             taken = MessageInvalid("an Attach came whose lifeline has a session already")
             self._send(identity, messages.Error.of(taken))
@@ -448,6 +450,41 @@ class Server:
         self._feed(events.Attach(number, message.pid, message.mode, message.manifest))
         if left is not None and not known:
             self._feed(left)
+        if known:
+            close_all(handed)
+        elif handed:
+            self._adopt(message.manifest, handed)
+
+    async def _handed(self, message: messages.Attach) -> list[tuple[messages.PoolInfo, SharedPool]]:
+        """The pools of an earlier daemon that a session hands back of a model that is not here, if they are good."""
+        if not message.held or message.manifest.key in self._core.models:
+            return []
+        came = await self._lifelines.handed(message.token, [info.segment for info in message.held])
+        good = []
+        for info in message.held:
+            if info.segment in came:
+                pool = handed_pool(message.manifest, info, *came.pop(info.segment))
+                if isinstance(pool, SharedPool):
+                    good.append((info, pool))
+                else:
+                    log.warning("a pool that a session handed back is not used: %s", pool, pid=message.pid)
+        for _, descriptor in came.values():
+            os.close(descriptor)
+        return good
+
+    def _adopt(self, manifest: Manifest, handed: list[tuple[messages.PoolInfo, SharedPool]]) -> None:
+        """Let the core copy from them."""
+        pools = []
+        for info, pool in handed:
+            number = self._core.number_segment()
+            self._pools[number] = pool
+            where = {(info.layers[row], expert): int(pool.table[row, expert]) for row, expert in pool.resident}
+            pools.append(events.Handed(number, tuple(info.layers), pool.layout, where))
+        log.info(
+            "a session handed back what an earlier daemon held",
+            model=shown_name(Path(manifest.folder)), blocks=sum(len(pool.where) for pool in pools),
+        )  # fmt: skip
+        self._feed(events.HandedBack(manifest.key, tuple(pools)))
 
     async def _recall(self, manifest: Manifest) -> events.Recall | None:
         """What there is to bring in of a model that comes, if it is not here already."""
@@ -620,7 +657,7 @@ class Server:
         name = segment_name(self._home.root)
         async with self._creating:  # segments share that name while they are created
             try:
-                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation)
+                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation, what.model, what.layers)
             except ExpertdError as error:
                 log.warning("a pool could not be created: %s", error)
                 event = events.PoolFailed(what.segment, error)

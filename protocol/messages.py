@@ -71,15 +71,6 @@ class Error(Message):
 # -- a session: worker <-> daemon --------------------------------------------------------------------------------------
 
 
-class Attach(Message):
-    """Open a session for a model.  ``token`` is the one that the lifeline was opened with."""
-
-    token: Token
-    pid: Count
-    mode: AliasMode
-    manifest: Manifest
-
-
 class PoolInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One pool as a worker needs to know it.  Its segment's descriptor comes over the lifeline under ``segment``."""
 
@@ -89,6 +80,19 @@ class PoolInfo(msgspec.Struct, frozen=True, kw_only=True):
     slots: Count
     complete: bool
     nonce: Token
+
+
+class Attach(Message):
+    """Open a session for a model.  ``token`` is the one that the lifeline was opened with.
+
+    ``held``: pools of an earlier daemon whose descriptors were sent over the lifeline, under ``segment``.
+    """
+
+    token: Token
+    pid: Count
+    mode: AliasMode
+    manifest: Manifest
+    held: Annotated[list[PoolInfo], Meta(max_length=1024)] = []
 
 
 class Attached(Message):

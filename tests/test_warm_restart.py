@@ -5,6 +5,9 @@ Files and their moments are ``test_warm_record``'s.
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +111,81 @@ def test_a_model_whose_files_were_changed_begins_cold(tmp_path: Path, home: Home
     start_daemon()
     with Program(path):
         assert held(home).recalled is None
+
+
+def kill(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.kill()
+    daemon.wait()
+
+
+def test_the_pool_of_a_killed_daemon_is_adopted_without_reading_a_byte(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    budget = budget_for(manifest, SLOTS)
+    daemon = start_daemon(str(budget))
+    with Program(model_path, budget) as one, Program(model_path, budget) as two:
+        first = one.run(TOKENS)
+        assert two.run(TOKENS) == first
+        there = held(home).resident_blocks
+        for killed in range(2):  # what was adopted can be adopted again
+            kill(daemon)
+            daemon = start_daemon(str(budget), *(("--no-remember",) if killed else ()))
+            wait_for(lambda: [len(model.sessions) for model in ask_status(home).models] == [2])
+            wait_for(lambda: held(home).resident_blocks == there)
+            found = held(home)
+            assert (found.bytes_read, found.misses) == (0, 0)
+            assert found.recalled is not None and found.recalled.adopted == there
+            # The sessions are idle and move over, so the old pool is in memory no more.
+            assert found.pool_bytes == budget == ask_status(home).used_bytes
+        assert (one.run(TOKENS), two.run(TOKENS)) == (first, first)
+
+
+def test_killed_in_the_middle_of_traffic_nothing_is_read_but_what_is_asked_for_and_was_not_there(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    """And the answers are the same."""
+    daemon = start_daemon(str(budget_for(manifest, BLOCKS - 8)), "--no-read-ahead")
+    with Program(model_path) as one, Program(model_path) as two:
+        expected = one.run(10 * TOKENS)
+        assert two.run(TOKENS) == expected[:TOKENS]
+        there = held(home).resident_blocks
+        one.ask(10 * TOKENS)
+        two.ask(10 * TOKENS)
+        wait_for(lambda: any(session.decode_tokens for model in ask_status(home).models for session in model.sessions))
+        kill(daemon)
+        start_daemon(str(budget_for(manifest, BLOCKS - 8)), "--no-read-ahead")
+        assert (one.answer(), two.answer()) == (expected, expected)
+        found = held(home)
+        assert found.recalled is not None
+        assert there - found.misses <= found.recalled.adopted <= there
+        assert found.bytes_read <= found.misses * found.block_bytes
+
+
+def test_a_session_that_was_stopped_when_its_daemon_died_disturbs_nobody(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    budget = budget_for(manifest, SLOTS)
+    daemon = start_daemon(str(budget))
+    with Program(model_path, budget) as one, Program(model_path, budget) as two:
+        first = one.run(TOKENS)
+        assert two.run(TOKENS) == first
+        os.kill(two.pid, signal.SIGSTOP)
+        kill(daemon)
+        start_daemon(str(budget))
+        assert one.run(TOKENS) == first
+        assert held(home).recalled is not None
+        os.kill(two.pid, signal.SIGCONT)
+        assert two.run(TOKENS) == first
+
+
+def test_with_a_smaller_budget_a_part_is_adopted(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    daemon = start_daemon(str(budget_for(manifest, SLOTS)))
+    with Program(model_path) as program:
+        first = program.run(TOKENS)
+        kill(daemon)
+        start_daemon(str(budget_for(manifest, 12)))
+        wait_for(lambda: [model.resident_blocks for model in ask_status(home).models] == [12])
+        assert held(home).bytes_read == 0
+        assert program.run(TOKENS) == first

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from expertd.daemon.policy import Statistics
 from expertd.protocol.errors import ExpertdError
+from expertd.protocol.layout import PoolLayout
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AliasMode
 
@@ -165,6 +166,24 @@ class Recall:
 
 
 @dataclass(frozen=True)
+class Handed:
+    """A pool of an earlier daemon, checked and mapped: ``where`` is the slot of each block that its table names."""
+
+    segment: int
+    layers: tuple[int, ...]
+    layout: PoolLayout
+    where: dict[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class HandedBack:
+    """A session of ``model`` (a key), which has just come, still had these of a daemon that has died."""
+
+    model: str
+    pools: tuple[Handed, ...]
+
+
+@dataclass(frozen=True)
 class Pin:
     """Somebody wants ``blocks`` of ``model`` (a key) to stay (``pinned``), or does not any more (none: all of them)."""
 
@@ -208,5 +227,5 @@ class Ended:
 
 Event = (
     Attach | PoolCreated | PoolFailed | Fetch | Ahead | Ack | Routed | Released | Silent | Heard | BudgetChanged
-    | MemoryWanted | Unwanted | Warm | Recall | Pin | ReadDone | ReadFailed | ReadCancelled | Ended
+    | MemoryWanted | Unwanted | Warm | Recall | HandedBack | Pin | ReadDone | ReadFailed | ReadCancelled | Ended
 )  # fmt: skip
