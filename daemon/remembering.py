@@ -105,15 +105,17 @@ def record_of(model: Model, at: float) -> WarmRecord | None:
     return WarmRecord.of(model.key, model.manifest.folder, at, name, blocks, statistics)
 
 
-def recall(home: Home, manifest: Manifest, policy: str) -> Recall | None:
+def recall(home: Home, manifest: Manifest, policy: str, remembers: bool = True) -> Recall | None:
     """What to bring in of a model that comes back: what its record names, then what the profile in use does.
 
     None if there is neither.  Reads files; does not raise.
 
     Args:
         policy: name of the class whose statistics could be taken over.
+        remembers: look for a record.
     """
-    record, profile = read(home, manifest.key), _profile_in_use(home, manifest)
+    record = read(home, manifest.key) if remembers else None
+    profile = _profile_in_use(home, manifest)
     blocks = dict.fromkeys(record.blocks if record is not None else ())
     blocks |= dict.fromkeys(profile.blocks if profile is not None else ())
     if not blocks:

@@ -488,9 +488,9 @@ class Server:
 
     async def _recall(self, manifest: Manifest) -> events.Recall | None:
         """What there is to bring in of a model that comes, if it is not here already."""
-        if self._remembering is None or manifest.key in self._core.models:
+        if manifest.key in self._core.models:
             return None
-        return await asyncio.to_thread(recall, self._home, manifest, self._policy_name)
+        return await asyncio.to_thread(recall, self._home, manifest, self._policy_name, self._remembering is not None)
 
     def _check_limits(self, key: str) -> None:
         if len(self._peers) + self._attaching > SESSION_LIMIT:
@@ -731,11 +731,13 @@ class Server:
 
     async def _watch_warmth(self) -> None:
         """Record what is worth keeping, and tell when what was recorded is back."""
-        while self._remembering is not None:
+        while True:
             await asyncio.sleep(1.0)
             models = self._core.models.values()
             self._diary.recalled(models)
-            due = self._remembering.due(models, time.monotonic())
+            due = self._remembering.due(models, time.monotonic()) if self._remembering is not None else ()
+            if not due:
+                continue
             records = [record_of(model, time.time()) for model in due]
             await asyncio.to_thread(self._record, records)
 
