@@ -129,7 +129,7 @@ def show(name: str, as_json: bool) -> None:
     """Show what a profile counts, layer by layer."""
     home = Home.current()
     found = read_profile(home, name)
-    layers = [
+    layers: list[dict[str, Any]] = [
         {
             "layer": layer,
             "experts": count,
