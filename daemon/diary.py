@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from expertd.daemon.core.state import Model, Pool
+from expertd.daemon.core.state import Model, Pool, Recalled
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.model_names import shown_name
@@ -32,10 +32,12 @@ def _goes_to(pool: Pool, segment: int) -> bool:
     return pool.segment == segment or (pool.next is not None and pool.next.segment == segment)
 
 
-def warm_again(back: int, blocks: int, recorded_at: float) -> str:
-    """What came of bringing blocks in again, for a person; ``recorded_at`` in seconds since 1970, 0: of a profile."""
-    whence = f"the record of {datetime.fromtimestamp(recorded_at):%Y-%m-%d %H:%M:%S}" if recorded_at else "its profile"
-    return f"warm again: {back} of {blocks} blocks from {whence}"
+def warm_again(left: Recalled) -> str:
+    """What came of bringing blocks in again, for a person."""
+    at = datetime.fromtimestamp(left.recorded_at)
+    record = f"the record of {at:%Y-%m-%d %H:%M:%S}" if left.recorded_at else "its profile"
+    whence = "the daemon before, which sessions held" if left.adopted else record
+    return f"warm again: {len(left.back)} of {len(left.blocks)} blocks from {whence}"
 
 
 class Diary:
@@ -96,7 +98,7 @@ class Diary:
             if left is None or left.told or coming:
                 continue
             left.told = True
-            log.info(warm_again(len(left.back), len(left.blocks), left.recorded_at), model=self._models.get(model.key))
+            log.info(warm_again(left), model=self._models.get(model.key))
 
     def dropped(self, why: str) -> None:
         """A frame came that is no message."""
