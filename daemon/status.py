@@ -13,7 +13,7 @@ import psutil
 
 from expertd.daemon.core import Core, warmth
 from expertd.daemon.core.foresight import Kind
-from expertd.daemon.core.state import Model, Session
+from expertd.daemon.core.state import Model, Recalled, Session
 from expertd.daemon.devices import ReadStatistics
 from expertd.daemon.files import device_name
 from expertd.daemon.memory_watch import MemoryWatch
@@ -28,6 +28,7 @@ from expertd.protocol.messages import (
     FetchToRead,
     LayerStatus,
     ModelStatus,
+    RecalledStatus,
     SessionStatus,
     Status,
 )
@@ -150,6 +151,15 @@ def model_status(
         ahead=_ahead(model),
         warming=warmth.wished(model),
         pinned=len(model.pinned),
+        recalled=_recalled(model.recalled),
+    )
+
+
+def _recalled(left: Recalled | None) -> RecalledStatus | None:
+    if left is None:
+        return None
+    return RecalledStatus(
+        recorded_at=left.recorded_at, blocks=len(left.blocks), back=len(left.back), adopted=left.adopted
     )
 
 

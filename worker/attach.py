@@ -536,7 +536,9 @@ class Session:
         try:
             if self._needed and self._start is not None:
                 self._start()
-            link = Link(self._home, self._manifest, self.mode)
+            with self._exchange:
+                held = [*self._offers.values(), *self.pools]
+            link = Link(self._home, self._manifest, self.mode, held)
         except (ExpertdError, OSError) as error:
             with self._exchange:
                 self._attempts += 1
