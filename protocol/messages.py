@@ -95,14 +95,26 @@ class Attach(Message):
     held: Annotated[list[PoolInfo], Meta(max_length=1024)] = []
 
 
+class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Base weights in shared memory, for good.  The segment's descriptor comes over the lifeline under ``segment``."""
+
+    segment: Count
+    size: Count
+    nonce: Token
+
+
 class Attached(Message):
-    """A session is open.  ``version`` is the table's at this moment, and counts as acked."""
+    """A session is open.  ``version`` is the table's at this moment, and counts as acked.
+
+    ``base`` has the tensors of ``Manifest.base``; None: the worker reads them itself.
+    """
 
     session: Count
     model: Name
     version: Count
     pools: list[PoolInfo]
     announce: Announce = -1
+    base: BaseInfo | None = None
 
 
 class Fetch(Message):
@@ -262,7 +274,8 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One session, as ``expertd status --json`` prints it.
 
     What has a default may be left out, as by daemons of this version of the protocol that do not measure it.  Tokens
-    are those that the session has reported: it does so with its Fetches, and now and then.
+    are those that the session has reported: it does so with its Fetches, and now and then.  ``shares_base``: it
+    computes with the base weights in shared memory, and not with its own.
     """
 
     id: int
@@ -276,6 +289,7 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     read_wait_s: float = 0.0
     decode_tokens: int = 0
     prompt_tokens: int = 0
+    shares_base: bool = False
 
 
 class LayerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -333,6 +347,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     not know them.  ``packed`` is the store that blocks are read from, empty if there is none; ``warming``: blocks that
     are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay;
     ``recalled``: what came of what an earlier daemon held, None if it left nothing.
+    ``base_bytes``: base weights in shared memory; ``base_read``: bytes read for them; ``base_problem``: why they are
+    not shared, "" if they are, or nobody wanted that.
     """
 
     id: str
@@ -359,6 +375,9 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     warming: int = 0
     pinned: int = 0
     recalled: RecalledStatus | None = None
+    base_bytes: int = 0
+    base_read: int = 0
+    base_problem: str = ""
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
