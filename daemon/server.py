@@ -47,7 +47,7 @@ from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
-from expertd.daemon.waits import Place, Waits
+from expertd.daemon.waits import Place, Waited, Waits
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -140,6 +140,7 @@ class Server:
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
         self._waits = Waits()
+        self._waited: dict[str, Waited] = {}  # In sessions that have ended, by models' keys.
         self._tokens = TokenCounts()
         self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
@@ -463,10 +464,16 @@ class Server:
         if peer is not None:
             self._diary.session_ended(session, why)
             self._tracing.gone(session)
-            self._waits.ended(session)
+            self._remember(session, self._waits.ended(session, time.monotonic()))
             self._tokens.ended(session)
             self._lifelines.close_line(peer.token)
             self._feed(events.Ended(session))
+
+    def _remember(self, session: int, waited: Waited) -> None:
+        """A session that ends leaves what it has waited to its model."""
+        for key, model in self._core.models.items():
+            if session in model.sessions:
+                self._waited[key] = self._waited.get(key, Waited()).plus(waited)
 
     # -- what goes out -------------------------------------------------------------------------------------------------
 
@@ -481,6 +488,7 @@ class Server:
                 self._events.popleft()
             for key in self._files.keys() - self._core.models.keys():
                 self._files.pop(key).close()
+                self._waited.pop(key, None)
             self._diary.models_kept(self._core.models.keys())
         except Exception as error:
             # What the core believes is no longer what is: end, so that nobody computes on it.
@@ -645,7 +653,7 @@ class Server:
         reads = self._reader.devices()
         return daemon_status(
             self._home, self._core, self._memory, waited, self._tokens.all(), uptime_s, folder, dropped, ssd, reads,
-            packed,
+            packed, self._waited,
         )  # fmt: skip
 
     async def _watch_sessions(self) -> None:

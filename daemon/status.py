@@ -37,6 +37,8 @@ KINDS: Mapping[Kind, Literal["prompt", "next layer", "second next layer"]] = Map
     {Kind.PROMPT: "prompt", Kind.NEXT: "next layer", Kind.SECOND: "second next layer"}
 )
 NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
+NOBODY_WAITED_BEFORE: Mapping[str, Waited] = MappingProxyType({})
+NO_WAIT = Waited()
 NOTHING_COMPUTED: Mapping[int, Tokens] = MappingProxyType({})
 
 
@@ -52,12 +54,14 @@ def daemon_status(
     simulated_ssd: str,
     reads: ReadStatistics,
     packed: Mapping[str, str] = NOT_PACKED,
+    waited_before: Mapping[str, Waited] = NOBODY_WAITED_BEFORE,
 ) -> Status:
     """All there is to show of this process, which is the daemon of ``home``.
 
     Args:
         waited, tokens: by sessions.
         packed: paths of the packed stores in use, by models' keys.
+        waited_before: by sessions that have ended, by models' keys.
     """
     daemon = DaemonStatus(
         pid=os.getpid(),
@@ -80,7 +84,10 @@ def daemon_status(
         simulated_ssd=simulated_ssd,
         devices=_devices(reads),
         fetch_to_read_us=FetchToRead(p50=round(reads.fetch_to_read_p50_us), p99=round(reads.fetch_to_read_p99_us)),
-        models=[model_status(model, waited, packed.get(model.key, ""), tokens) for model in core.models.values()],
+        models=[
+            model_status(model, waited, packed.get(key, ""), tokens, waited_before.get(key, Waited()))
+            for key, model in core.models.items()
+        ],
     )
 
 
@@ -112,9 +119,13 @@ def model_status(
     waited: Mapping[int, Waited] = NOBODY_WAITED,
     packed: str = "",
     tokens: Mapping[int, Tokens] = NOTHING_COMPUTED,
+    waited_before: Waited = NO_WAIT,
 ) -> ModelStatus:
     """One model's figures.  ``experts`` and ``block_bytes`` are the largest of its layers where they differ."""
     layers = model.manifest.layers
+    in_all = waited_before
+    for number in model.sessions:
+        in_all = in_all.plus(waited.get(number, NO_WAIT))
     return ModelStatus(
         id=model.key,
         path=model.manifest.folder,
@@ -142,6 +153,8 @@ def model_status(
         ahead=_ahead(model),
         warming=warmth.wished(model),
         pinned=len(model.pinned),
+        waited_s=round(in_all.all_s, 6),
+        read_wait_s=round(in_all.read_s, 6),
     )
 
 

@@ -314,7 +314,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     ``layers`` and all that follows ``sessions`` may be left out, as by daemons of this version of the protocol that do
     not know them.  ``packed`` is the store that blocks are read from, empty if there is none; ``warming``: blocks that
-    are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay.
+    are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay;
+    ``waited_s`` and ``read_wait_s`` are the sums of its sessions', those that have ended included.
     """
 
     id: str
@@ -340,6 +341,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ahead: list[AheadStatus] = []
     warming: int = 0
     pinned: int = 0
+    waited_s: float = 0.0
+    read_wait_s: float = 0.0
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):

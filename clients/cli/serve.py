@@ -36,6 +36,9 @@ def _names(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -
 @click.argument("model", shell_complete=complete_model)
 @config_option("serve_port")
 @config_option("serve_host")
+@config_option("serve_api_key_file")
+@config_option("serve_allow_hosts", note="; may be given several times")
+@config_option("serve_allow_origins", note="; may be given several times")
 @budget_option
 @log_options
 @click.option(
@@ -69,6 +72,8 @@ def serve(model: str, budget: str | None, aliases: tuple[str, ...], service: boo
 
 def _serve(model: str, budget: str | None, aliases: tuple[str, ...], flags: dict[str, Any]) -> None:
     from expertd.clients.gateway import lifetime
+    from expertd.clients.gateway.access import Access, check_exposure
+    from expertd.clients.gateway.keys import KeyFile
     from expertd.protocol import logs
 
     path = find_or_pull(model)
@@ -76,11 +81,13 @@ def _serve(model: str, budget: str | None, aliases: tuple[str, ...], flags: dict
     home = Home.current()
     config = read_config(home, **flags)
     host, port = config.serve_host.value, config.serve_port.value
+    key_file = config.serve_api_key_file.value
+    check_exposure(host, key_file is not None)
+    keys = None if key_file is None else KeyFile(key_file)
+    access = Access(host, config.serve_allow_hosts.value, config.serve_allow_origins.value, keys)
     home.prepare()
     logs.set_up("gateway", home.gateway_log(os.getpid()), home, config)
     os.environ.update(logs.environment(config))  # its worker, and the daemon if there is none, log as it does
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        click.echo(f"expertd: there is no key: whoever can reach {host} can use the model, and your machine", err=True)
     # The port comes first: whoever cannot listen should not have started anything.
     with lifetime.listen(host, port) as listener:
         connection, started = connect_or_start(
@@ -94,7 +101,9 @@ def _serve(model: str, budget: str | None, aliases: tuple[str, ...], flags: dict
 
         try:
             asyncio.run(
-                lifetime.serve(listener, host, path, home=home, aliases=aliases, budget=budget, ready=announce)
+                lifetime.serve(
+                    listener, host, path, home=home, access=access, aliases=aliases, budget=budget, ready=announce
+                )
             )
         except ExpertdError:
             if started:

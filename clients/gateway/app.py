@@ -2,14 +2,13 @@
 
 Turns requests into calls of ``expertd.clients.gateway.workers``; what each API reads and writes is in a module of its
 own (``chat``, ``completions``, ``responses``, ``anthropic``).  It starts and stops nothing: see
-``expertd.clients.gateway.lifetime``.  No CORS headers are sent, and a ``Host`` that is not this machine's is refused,
-so that a web page cannot reach the API through a name of its own (DNS rebinding).
+``expertd.clients.gateway.lifetime``.  Who may use it is ``expertd.clients.gateway.access``; what whoever runs it can
+see is ``expertd.clients.gateway.operations``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -18,18 +17,22 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
 
 from expertd.clients.gateway import anthropic, awake, chat, completions, responses
+from expertd.clients.gateway.access import Access, challenges
 from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.observe import Observer, Seen, ServedModel
+from expertd.clients.gateway.operations import Operations
 from expertd.clients.gateway.stored import Stored
 from expertd.clients.gateway.wanted import ANY_MODEL, Wanted
+from expertd.clients.gateway.watch import DaemonWatch
 from expertd.clients.gateway.workers import Answers, Worker
 from expertd.protocol.errors import (
     ExpertdError,
+    KeyInvalid,
     MemoryPressure,
     MethodNotAllowed,
     ModelNotFound,
@@ -69,7 +72,8 @@ class Gateway:
         self,
         worker: Worker,
         model: Path,
-        host: str,
+        access: Access,
+        watch: DaemonWatch,
         aliases: Sequence[str] = (),
         *,
         keepalive_s: float = KEEPALIVE_S,
@@ -77,7 +81,9 @@ class Gateway:
     ) -> None:
         """Serve ``model`` by its hub id, or else its folder's name, and by ``aliases``.
 
-        ``host`` is what the gateway listens on, and so a ``Host`` that it takes.
+        Args:
+            access: who may use it.
+            watch: what is known of the daemon, for whoever looks.
         """
         self.name = shown_name(model.resolve())
         self.app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
@@ -100,11 +106,14 @@ class Gateway:
                 web.get("/health/ready", self._ready),
             ]
         )
+        self.observer = Observer()
+        operations = Operations(self.observer, watch, self._served, lambda: worker.pressure)
+        self.app.add_routes(operations.routes())
+        self.app.on_response_prepare.append(access.add_headers)
+        self._access = access
         self._worker = worker
         self._listed = list(dict.fromkeys([self.name, *aliases]))
         self._names = {*self._listed, self.name.rpartition("/")[2], str(model), str(model.resolve())}
-        self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
-        self._any_address = _is_wildcard(host)
         self._keepalive_s = keepalive_s
         self._stall_s = stall_s
         self._created = int(time.time())
@@ -160,6 +169,7 @@ class Gateway:
     async def _count(self, request: web.Request) -> web.Response:
         wanted = replace(anthropic.parse_count(await self._body(request)), count=True, stream=False)
         self._check_model(wanted.model)
+        request["seen"].of(self.name)
         with self._worker.open(wanted) as answers:
             while (received := await answers.receive(self._keepalive_s)) is None or not isinstance(
                 received[1], Finished
@@ -170,6 +180,7 @@ class Gateway:
     async def _body(self, request: web.Request) -> Any:
         """The decoded body of a request for text, which the log has a line of."""
         FACTS.get()["model"] = self.name
+        request["seen"] = self.observer.begin(request.path, FACTS.get().get("key"))
         return _decode(await request.read())
 
     async def _compute(
@@ -177,7 +188,9 @@ class Gateway:
     ) -> web.StreamResponse:
         """Have ``wanted`` computed, and write it as ``rendering`` says."""
         self._check_model(wanted[0].model)
+        request["seen"].of(self.name)
         with self._worker.open(*wanted) as answers:
+            answers.watch(request["seen"].event)
             told = [Told() for _ in range(answers.count)]
             if wanted[0].stream:
                 response = await self._stream(request, answers, rendering, told)
@@ -289,14 +302,18 @@ class Gateway:
             raise
         finally:
             self.busy.discard(request.protocol)
+            seen: Seen | None = request.get("seen")
+            if seen is not None:
+                seen.end(status, facts.get("error", ""), left="ended" in facts)
             if "model" in facts:
                 log.info("request finished", status=status, seconds=round(time.monotonic() - began, 2), **facts)
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """What the route answers, or its error."""
         try:
-            self._check_host(request.headers.get("Host", ""))
-            self._check_origin(request.headers.get("Origin", ""))
+            if (answer := self._access.preflight(request)) is not None:
+                return answer
+            FACTS.get()["key"] = self._access.check(request)
             return await handler(request)
         except ExpertdError as error:
             return self._refuse(request, error)
@@ -322,7 +339,10 @@ class Gateway:
         """``error`` as the API writes it that was called."""
         FACTS.get()["error"] = error.code
         body = anthropic.error_body if request.path.startswith("/v1/messages") else error_body
-        return _error_response(error, self._retry_after_s(error), body=body)
+        response = _error_response(error, self._retry_after_s(error), body=body)
+        if isinstance(error, KeyInvalid):
+            response.headers.update(challenges(request.path))
+        return response
 
     def _retry_after_s(self, error: ExpertdError) -> float:
         if isinstance(error, QueueFull):
@@ -331,25 +351,16 @@ class Gateway:
             return RETRY_MEMORY_S
         return self._worker.retry_after_s() if isinstance(error, WorkerUnavailable) else RETRY_S
 
-    def _check_host(self, header: str) -> None:
-        host = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
-        if host.lower() in self._hosts or (self._any_address and _is_address(host)):
-            return
-        raise RequestInvalid(
-            f"the Host '{header}' is not this gateway's; use localhost, or this machine's address in numbers"
-        )
-
-    def _check_origin(self, header: str) -> None:
-        """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed."""
-        if not header or header == "null":
-            return
-        host = urlsplit(header).hostname or ""
-        if host not in self._hosts and not (self._any_address and _is_address(host)):
-            raise RequestInvalid(f"pages of '{header}' may not use this gateway; no page of another site may")
-
     def _check_model(self, name: str) -> None:
         if name not in self._names and name != ANY_MODEL:
             raise ModelNotFound(f"the model '{name}' is not served here; '{self.name}' is", param="model")
+
+    def _served(self) -> list[ServedModel]:
+        try:
+            self._worker.check()
+        except ExpertdError as error:
+            return [ServedModel(self.name, "not ready", error.message)]
+        return [ServedModel(self.name, "ready")]
 
     def _model_object(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "expertd"}
@@ -424,16 +435,3 @@ def _decode(body: bytes) -> Any:
 
 def _json(body: dict[str, Any], status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_wildcard(host: str) -> bool:
-    """Whether ``host`` means all of the machine's addresses.  A numeric Host cannot be rebound, a name can."""
-    return _is_address(host) and ipaddress.ip_address(host).is_unspecified

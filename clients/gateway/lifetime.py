@@ -13,8 +13,10 @@ from typing import Any
 
 from aiohttp import web
 
+from expertd.clients.gateway.access import Access
 from expertd.clients.gateway.app import STALL_S, Gateway
 from expertd.clients.gateway.connections import connection_limit, take_connections
+from expertd.clients.gateway.watch import DaemonWatch
 from expertd.clients.gateway.workers import SILENCE_S, Worker
 from expertd.protocol.errors import ExpertdError, PortInUse
 from expertd.protocol.logs import Log
@@ -67,6 +69,7 @@ async def serve(
     model: Path,
     *,
     home: Home,
+    access: Access | None = None,
     aliases: Sequence[str] = (),
     budget: str | None = None,
     silence_s: float = SILENCE_S,
@@ -79,6 +82,7 @@ async def serve(
     model is loaded; a worker that dies later is started again.
 
     Args:
+        access: who may use it; None: who calls it by this machine's name, or ``host``.
         aliases: further names that the model is served under.
         silence_s: a worker that was asked and says nothing for so long is killed.
         stall_s: how long a client may leave a full buffer unread.
@@ -87,7 +91,8 @@ async def serve(
         ExpertdError: the model could not be loaded.
     """
     worker = Worker(home, model, budget=budget, silence_s=silence_s)
-    gateway = Gateway(worker, model, host, aliases, stall_s=stall_s)
+    watch = DaemonWatch(home)
+    gateway = Gateway(worker, model, access or Access(host), watch, aliases, stall_s=stall_s)
     runner = web.AppRunner(
         gateway.app,
         handler_cancellation=True,
@@ -100,7 +105,10 @@ async def serve(
         try:
             await runner.setup()
             assert runner.server is not None
-            async with _background(take_connections(listener, runner.server, gateway.busy, connection_limit())):
+            async with (
+                _background(take_connections(listener, runner.server, gateway.busy, connection_limit())),
+                _background(watch.keep_looking(lambda: bool(gateway.observer.under_way))),
+            ):
                 await worker.start()
                 loaded, stopped = asyncio.create_task(worker.ready()), asyncio.create_task(told_to_stop.wait())
                 await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -116,6 +124,7 @@ async def serve(
         finally:
             await runner.cleanup()
             await worker.stop()
+            await watch.close()
             log.info("the gateway has ended")
 
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -92,7 +92,12 @@ class Answers:
 
     def __init__(self, worker: Worker, answers: Sequence[Answer], events: Events) -> None:
         self._worker, self._answers, self._events = worker, answers, events
+        self._watcher: Callable[[int, Delta | Finished], None] | None = None
         self.count = len(answers)
+
+    def watch(self, watcher: Callable[[int, Delta | Finished], None]) -> None:
+        """Have ``watcher`` told of every event that is received, and the place of its answer."""
+        self._watcher = watcher
 
     @property
     def ended(self) -> bool:
@@ -113,6 +118,8 @@ class Answers:
             return None
         if isinstance(event, ExpertdError):
             raise event
+        if self._watcher is not None:
+            self._watcher(place, event)
         return place, event
 
     def __enter__(self) -> Answers:
