@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -35,6 +35,7 @@ class Metrics:
     """A registry of its own, so that nothing else in this process gets into it.  Owned by the gateway's loop."""
 
     def __init__(self, counts: Callable[[], Counts]) -> None:
+        disable_created_metrics()  # a second series for each, which nobody asked for
         self.registry = ours = CollectorRegistry()
         self._requests = Counter(
             "expertd_requests_total", "Requests for text that have ended.", ("model", "api", "status"), registry=ours

@@ -28,6 +28,8 @@ from expertd.protocol.sizes import show_size
 __all__ = ["Page", "figures", "lines"]
 
 FOLDER = Path(__file__).parent / "status_page"
+SHORTEST_S = 60.0
+"""A chart is of so many seconds at least, and of as many as there are to show."""
 GAP_S = 12.0
 """Points that lie farther apart are not joined: nobody looked meanwhile."""
 
@@ -129,8 +131,8 @@ def _cache(model: ModelStatus, of_now: ModelRates | None, names: Mapping[int, st
     }
 
 
-def lines(history: Sequence[Mapping[str, Any]], name: str, top: float) -> list[str]:
-    """The line of one figure, as the ``points`` of polylines in a box of ``KEPT_S`` by 100 units, the newest right.
+def lines(history: Sequence[Mapping[str, Any]], name: str, top: float, span_s: float) -> list[str]:
+    """The line of one figure, as the ``points`` of polylines in a box of ``span_s`` by 100 units, the newest right.
 
     There are several, because where nothing was measured there is no line.
 
@@ -146,7 +148,7 @@ def lines(history: Sequence[Mapping[str, Any]], name: str, top: float) -> list[s
             continue
         if before is None or before - ago_s > GAP_S:
             found.append([])
-        found[-1].append(f"{KEPT_S - ago_s:.1f},{100 - 100 * min(1.0, value / top if top else 0.0):.1f}")
+        found[-1].append(f"{span_s - ago_s:.1f},{100 - 100 * min(1.0, value / top if top else 0.0):.1f}")
         before = ago_s
     return [" ".join(line) for line in found if len(line) > 1]
 
@@ -164,7 +166,7 @@ class Page:
             lstrip_blocks=True,
         )  # fmt: skip
         environment.filters |= {"size": show_size, "duration": duration, "rate": _rate, "number": _number}
-        environment.globals |= {"percent": percent, "lines": lines, "KEPT_S": KEPT_S, "highest": _highest}
+        environment.globals |= {"percent": percent, "lines": lines, "shown_s": _shown_s, "highest": _highest}
         style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
         environment.globals |= {"style": style, "script": script}
         self._whole, self._part = environment.get_template("page.html"), environment.get_template("live.html")
@@ -198,6 +200,12 @@ def _rate(value: float) -> str:
 
 def _number(value: float | None, digits: int = 0) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _shown_s(history: Sequence[Mapping[str, Any]]) -> float:
+    """How many seconds charts are of."""
+    oldest = float(history[0]["ago_s"]) if history else 0.0
+    return min(KEPT_S, max(SHORTEST_S, oldest))
 
 
 def _highest(history: Sequence[Mapping[str, Any]], name: str) -> float:
