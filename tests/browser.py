@@ -130,7 +130,7 @@ async def save(url: str, path: str, *, width: int, scheme: str) -> None:
     async with page(program) as shown:
         await shown.open(url, width=width, scheme=scheme)
         await asyncio.sleep(2.5)
-        with open(path, "wb") as file:  # noqa: ASYNC230, PTH123
+        with open(path, "wb") as file:  # noqa: PTH123
             file.write(await shown.picture())
         print("\n".join(shown.complaints), file=sys.stderr)
 

@@ -162,6 +162,11 @@ class Engine:
         self._outbox: list[Event] = []
 
     @property
+    def at_once(self) -> int:
+        """Answers that are computed at a time."""
+        return 1 if isinstance(self._generator, SequentialGenerator) else DECODE_REQUESTS
+
+    @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
         return bool(self._waiting or self._running or self._outbox)

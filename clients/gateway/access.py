@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from expertd.clients.gateway.keys import KeyFile, given_key
-from expertd.protocol.errors import ConfigInvalid, KeyInvalid, RequestInvalid
+from expertd.protocol.errors import KeyInvalid, RequestInvalid
 
-__all__ = ["Access", "check_exposure", "is_loopback"]
+__all__ = ["Access", "challenges"]
 
 OPEN_PATHS = frozenset({"/health/live"})
 """What needs no key: it says only that somebody is there."""
@@ -120,24 +120,6 @@ def challenges(path: str) -> Mapping[str, str]:
     """Headers of a 401.  Only where people look a browser may ask for the key, as a password."""
     kinds = ("Bearer", "Basic") if path in BROWSER_PATHS else ("Bearer",)
     return {"WWW-Authenticate": ", ".join(f'{kind} realm="expertd"' for kind in kinds)}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens on ``host``."""
-    return host.lower() == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-
-
-def check_exposure(host: str, has_keys: bool) -> None:
-    """Refuse to listen where others can reach it without a key.
-
-    Raises:
-        ConfigInvalid: says both ways out.
-    """
-    if not has_keys and not is_loopback(host):
-        raise ConfigInvalid(
-            f"other machines could reach {host}, so a key is needed: give a file of keys with --api-key-file, "
-            "or listen on 127.0.0.1, which only this machine reaches"
-        )
 
 
 def _is_address(host: str) -> bool:

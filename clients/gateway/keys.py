@@ -1,4 +1,4 @@
-"""API keys: the file that they stand in, and whether a request has one of them.
+"""API keys: the file that they stand in, whether a request has one of them, and where one is needed.
 
 A line of the file is ``KEY`` or ``NAME KEY``; ``#`` begins a comment.  ``KeyFile`` reads it anew when it has changed,
 so a key can be added or revoked while the gateway runs; a file that cannot be used any more lets nobody in.  Names are
@@ -10,15 +10,16 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import ipaddress
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expertd.protocol.errors import KeyFileInvalid
+from expertd.protocol.errors import ConfigInvalid, KeyFileInvalid
 from expertd.protocol.logs import Log
 
-__all__ = ["SHORTEST_KEY", "Key", "KeyFile", "find", "given_key", "parse_keys"]
+__all__ = ["SHORTEST_KEY", "Key", "KeyFile", "check_exposure", "find", "given_key", "is_loopback", "parse_keys"]
 
 log = Log(__name__)
 
@@ -151,3 +152,28 @@ class KeyFile:
             return parse_keys(text.decode("utf-8-sig"), self._path)
         except UnicodeDecodeError as error:
             raise KeyFileInvalid(f"the key file {self._path} is not text; write one key a line") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on ``host``."""
+    return host.lower() == "localhost" or _is_loopback_address(host)
+
+
+def check_exposure(host: str, has_keys: bool) -> None:
+    """Refuse to listen where others can reach it without a key.
+
+    Raises:
+        ConfigInvalid: says both ways out.
+    """
+    if not has_keys and not is_loopback(host):
+        raise ConfigInvalid(
+            f"other machines could reach {host}, so a key is needed: give a file of keys with --api-key-file, "
+            "or listen on 127.0.0.1, which only this machine reaches"
+        )
+
+
+def _is_loopback_address(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

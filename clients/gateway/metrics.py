@@ -6,7 +6,7 @@ fail if there is no daemon.  Each has a row in ``docs/gateway.md``.  Who counts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -27,15 +27,13 @@ BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 
 REQUEST_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 PRESSURES = {"normal": 0, "warning": 1, "critical": 2}
 
-Counts = Mapping[str, tuple[int, int]]
-"""By model: requests that wait, and that run."""
-
 
 class Metrics:
     """A registry of its own, so that nothing else in this process gets into it.  Owned by the gateway's loop."""
 
-    def __init__(self, counts: Callable[[], Counts]) -> None:
-        disable_created_metrics()  # a second series for each, which nobody asked for
+    def __init__(self) -> None:
+        # They are a second series for each, which nobody asked for.
+        disable_created_metrics()  # type: ignore[no-untyped-call, unused-ignore]
         self.registry = ours = CollectorRegistry()
         self._requests = Counter(
             "expertd_requests_total", "Requests for text that have ended.", ("model", "api", "status"), registry=ours
@@ -69,11 +67,14 @@ class Metrics:
         self._ready = Gauge(
             "expertd_model_ready", "1: the model takes requests; 0: it does not.", ("model",), registry=ours
         )
+        self._waiting = Gauge(
+            "expertd_answers_waiting", "Answers that wait for their turn.", ("model",), registry=ours
+        )
+        self._running = Gauge("expertd_answers_running", "Answers that a worker has.", ("model",), registry=ours)
         build = Gauge("expertd_build_info", "Always 1; the version is a label.", ("version",), registry=ours)
         build.labels(VERSION).set(1)
         self._daemon = _DaemonCollector()
         self.registry.register(self._daemon)
-        self.registry.register(_CountsCollector(counts))
 
     def between_tokens(self, model: str) -> Callable[[float], None]:
         """What takes the seconds between two tokens of ``model``; looked up once, called for each token."""
@@ -97,36 +98,16 @@ class Metrics:
         if error:
             self._errors.labels(model, api, error).inc()
 
-    def render(self, status: Status | None, ready: Mapping[str, bool]) -> bytes:
-        """The text of a scrape.
+    def model(self, name: str, *, ready: bool, waiting: int, running: int) -> None:
+        """How a served model does now."""
+        self._ready.labels(name).set(ready)
+        self._waiting.labels(name).set(waiting)
+        self._running.labels(name).set(running)
 
-        Args:
-            status: the daemon's; None if it is away.
-            ready: whether each served model takes requests.
-        """
-        for name, is_ready in ready.items():
-            self._ready.labels(name).set(is_ready)
+    def render(self, status: Status | None) -> bytes:
+        """The text of a scrape; ``status`` is the daemon's, None if it is away."""
         self._daemon.status = status
         return generate_latest(self.registry)
-
-
-class _CountsCollector(Collector):
-    """Requests that wait and that run, of models that have had any."""
-
-    def __init__(self, counts: Callable[[], Counts]) -> None:
-        self._counts = counts
-        self._models: set[str] = set()
-
-    def collect(self) -> Iterator[Metric]:
-        counts = self._counts()
-        self._models |= counts.keys()  # a series goes down to 0 and does not disappear
-        waiting = GaugeMetricFamily("expertd_requests_waiting", "Requests that wait for their turn.", labels=["model"])
-        running = GaugeMetricFamily("expertd_requests_running", "Requests that are being answered.", labels=["model"])
-        for model in sorted(self._models):
-            of_model = counts.get(model, (0, 0))
-            waiting.add_metric([model], of_model[0])
-            running.add_metric([model], of_model[1])
-        yield from (waiting, running)
 
 
 class _DaemonCollector(Collector):

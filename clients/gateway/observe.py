@@ -1,4 +1,4 @@
-"""What becomes of requests for text: when they began, when their tokens came, how they ended; and models' states.
+"""What becomes of requests for text: when they began, when their tokens came, how they ended.
 
 The figures go to ``expertd.clients.gateway.metrics``; the latest requests are kept for the status page.  Nothing of a
 prompt, an answer or a key comes here.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from expertd.clients.gateway.metrics import Metrics
 from expertd.protocol.messages import Delta, Finished
 
-__all__ = ["CLIENT_LEFT", "Observer", "RequestView", "Seen", "ServedModel"]
+__all__ = ["CLIENT_LEFT", "Observer", "RequestView", "Seen"]
 
 KEPT = 12
 """So many requests that have ended are kept."""
@@ -26,6 +26,7 @@ NAMES = {
     "/v1/responses": "responses",
     "/v1/messages": "messages",
     "/v1/messages/count_tokens": "count_tokens",
+    "/generate": "generate",
 }
 """What the APIs are called, by their paths."""
 
@@ -63,25 +64,6 @@ class RequestView:
         if self.first_token_s is None or self.tokens < 2 or self.seconds <= self.first_token_s:
             return None
         return (self.tokens - 1) / (self.seconds - self.first_token_s)
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model that the gateway serves.
-
-    Attributes:
-        name: by which answers call it.
-        state: in a word or a few: ``ready``, ``not ready``.
-        why: why it takes no requests, in a sentence; empty if it does.
-    """
-
-    name: str
-    state: str
-    why: str = ""
-
-    @property
-    def is_ready(self) -> bool:
-        return not self.why
 
 
 class Seen:
@@ -159,7 +141,7 @@ class Observer:
         self.clock = clock
         self.under_way: set[Seen] = set()
         self._recent: deque[Seen] = deque(maxlen=KEPT)
-        self.metrics = Metrics(lambda: self.counts())
+        self.metrics = Metrics()
 
     def begin(self, path: str, key: str | None = None) -> Seen:
         """A request for text has come to ``path``, with the key of that name."""
@@ -171,14 +153,6 @@ class Observer:
         self._recent.appendleft(seen)
         assert seen.status is not None
         self.metrics.ended(seen.model, seen.api, seen.status, seconds, seen.error)
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """How many requests wait and how many run, for each model that has any."""
-        found: dict[str, tuple[int, int]] = {}
-        for seen in self.under_way:
-            waiting, running = found.get(seen.model, (0, 0))
-            found[seen.model] = (waiting, running + 1) if seen.heard else (waiting + 1, running)
-        return found
 
     def requests(self) -> list[RequestView]:
         """Those under way, the oldest first, and behind them those that have ended, the latest first."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from expertd.clients.gateway.observe import RequestView, ServedModel
+from expertd.clients.gateway.observe import RequestView
 from expertd.clients.gateway.watch import KEPT_S, Found, Point
 from expertd.clients.terminal.glance import duration, percent
 from expertd.clients.terminal.rates import LayerRates, ModelRates
@@ -25,7 +25,7 @@ from expertd.protocol.messages import ModelStatus
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.sizes import show_size
 
-__all__ = ["Page", "figures", "lines"]
+__all__ = ["Page", "ServedModel", "figures", "lines"]
 
 FOLDER = Path(__file__).parent / "status_page"
 SHORTEST_S = 60.0
@@ -34,13 +34,30 @@ GAP_S = 12.0
 """Points that lie farther apart are not joined: nobody looked meanwhile."""
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that the gateway serves.
+
+    Attributes:
+        name: by which answers call it.
+        state: in a word: ``ready``, ``asleep``, ``loading``, ``restarting``.
+        why: why it takes no requests, in a sentence; empty if it does.
+        waiting, running: answers that wait for their turn, and that its worker has.
+    """
+
+    name: str
+    state: str
+    why: str = ""
+    waiting: int = 0
+    running: int = 0
+
+
 # -- what there is to show ---------------------------------------------------------------------------------------------
 
 
 def figures(
     served: Sequence[ServedModel],
     requests: Sequence[RequestView],
-    counts: Mapping[str, tuple[int, int]],
     found: Found,
     points: Sequence[Point],
     now: float,
@@ -48,7 +65,6 @@ def figures(
     """Everything that is shown, as an object for JSON.
 
     Args:
-        counts: requests that wait and that run, by models.
         points: of the last minutes, by the same clock as ``now``.
     """
     status, rates = found.status, found.rates
@@ -56,13 +72,13 @@ def figures(
     of_now = {} if rates is None else {model.id: model for model in rates.models}
     names = [model.name for model in served]
     models = [
-        _model(model, model.name, counts.get(model.name, (0, 0)), held.get(model.name), of_now, found)
+        _model(model, model.name, held.get(model.name), of_now, found)
         for model in served
     ]
-    models += [_model(None, name, (0, 0), model, of_now, found) for name, model in held.items() if name not in names]
+    models += [_model(None, name, model, of_now, found) for name, model in held.items() if name not in names]
     return {
         "version": VERSION,
-        "ready": any(model.is_ready for model in served),
+        "ready": any(not model.why for model in served),
         "daemon": None if status is None else {
             "pid": status.daemon.pid,
             "uptime_s": status.daemon.uptime_s,
@@ -88,7 +104,6 @@ def figures(
 def _model(
     served: ServedModel | None,
     name: str,
-    counts: tuple[int, int],
     held: ModelStatus | None,
     of_now: Mapping[str, ModelRates],
     found: Found,
@@ -98,8 +113,8 @@ def _model(
         "served": served is not None,
         "state": "not served here" if served is None else served.state,
         "why": "" if served is None else served.why,
-        "waiting": counts[0],
-        "running": counts[1],
+        "waiting": 0 if served is None else served.waiting,
+        "running": 0 if served is None else served.running,
         "cache": None if held is None else _cache(held, of_now.get(held.id), found.names),
     }
 
