@@ -23,6 +23,7 @@ from aiohttp import web
 from expertd.clients.gateway import anthropic, awake, chat, completions, plain, responses
 from expertd.clients.gateway.access import Access, challenges
 from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.discreet import wordless
 from expertd.clients.gateway.observe import Observer, Seen
 from expertd.clients.gateway.operations import Operations
 from expertd.clients.gateway.served import Answers, Models, Served
@@ -370,8 +371,11 @@ class Gateway:
             return self._refuse(request, RequestInvalid(f"the request was not understood ({error.reason})"))
         except (ConnectionError, asyncio.CancelledError):
             raise
-        except Exception:
-            log.exception("a request failed", method=request.method, path=request.path)
+        except Exception as error:
+            route = request.match_info.route.resource
+            log.error(
+                "a request failed", method=request.method, path=route and route.canonical, exc_info=wordless(error)
+            )
             return self._refuse(request, ExpertdError("the gateway failed; its log says where"))
 
     def _refuse(self, request: web.Request, error: ExpertdError) -> web.Response:

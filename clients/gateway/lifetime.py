@@ -15,6 +15,7 @@ from aiohttp import web
 from expertd.clients.gateway.access import Access
 from expertd.clients.gateway.app import STALL_S, Gateway
 from expertd.clients.gateway.connections import connection_limit, take_connections
+from expertd.clients.gateway.discreet import server_log
 from expertd.clients.gateway.served import Models
 from expertd.clients.gateway.watch import DaemonWatch
 from expertd.protocol.errors import ExpertdError, PortInUse
@@ -93,6 +94,7 @@ async def serve(
         gateway.app,
         handler_cancellation=True,
         access_log=None,
+        logger=server_log(),
         shutdown_timeout=HANGUP_S,
         keepalive_timeout=KEEP_OPEN_S,
     )

@@ -5,26 +5,32 @@
   const live = document.getElementById("live"), away = document.getElementById("away");
 
   const become = (old, now) => {
-    if (old.nodeName !== now.nodeName || old.childNodes.length !== now.childNodes.length) {
+    if (old.nodeName !== now.nodeName) {
       old.replaceWith(now);
     } else if (old.nodeType === Node.TEXT_NODE) {
       if (old.data !== now.data) old.data = now.data;
     } else {
       for (const { name } of [...old.attributes]) if (!now.hasAttribute(name)) old.removeAttribute(name);
       for (const { name, value } of now.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
-      const children = [...now.childNodes];
-      [...old.childNodes].forEach((child, place) => become(child, children[place]));
+      consistOf(old, now);
     }
+  };
+
+  const parts = (node) => [...node.childNodes].filter((child) => child.nodeType !== Node.TEXT_NODE || child.data.trim());
+
+  const consistOf = (old, now) => {
+    const had = parts(old), has = parts(now);
+    had.slice(has.length).forEach((child) => child.remove());
+    has.forEach((child, place) => (place < had.length ? become(had[place], child) : old.append(child)));
   };
 
   const look = async () => {
     try {
       const answer = await fetch("/status.html", { signal: AbortSignal.timeout(5000) });
       if (!answer.ok) throw new Error(String(answer.status));
-      const now = live.cloneNode(false);
+      const now = document.createElement("main");
       now.innerHTML = await answer.text();
-      if (now.childNodes.length === live.childNodes.length) become(live, now);
-      else live.replaceChildren(...now.childNodes);
+      consistOf(live, now);
       away.hidden = true;
     } catch {
       away.hidden = false;
