@@ -443,7 +443,7 @@ def test_a_taken_port_is_told_before_anything_starts(own_home: Home, checkpoints
 
 @pytest.mark.parametrize(
     ("options", "status", "code"),
-    [(["--budget", "much"], 2, "size_invalid"), (["--host", "203.0.113.1"], 1, "internal")],
+    [(["--budget", "much"], 2, "size_invalid"), (["--host", "203.0.113.1"], 2, "config_invalid")],
     ids=["budget", "host"],
 )
 def test_options_are_checked_before_anything_starts(

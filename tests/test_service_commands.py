@@ -396,6 +396,11 @@ def test_logs_shows_the_end_and_what_comes(launchctl: Stage) -> None:
     log.write_text("".join(f"line {number}\n" for number in range(100)))
     assert launchctl.done("service", "logs", "-n", "2") == ["line 98", "line 99"]
     assert len(launchctl.done("service", "logs")) == 40
+    log.write_text("2026-11-29 14:03:01.000 INFO daemon[5] session opened: session=3\nline 99\n")
+    assert [json.loads(text) for text in launchctl.done("service", "logs", "--json")] == [
+        {"time": "2026-11-29T14:03:01.000", "level": "INFO", "process": "daemon", "pid": 5, "event": "session opened",
+         "facts": {"session": 3}, "traceback": "line 99"},
+    ]  # fmt: skip
     command = [sys.executable, "-m", "expertd.clients.cli", "service", "logs", "-f", "-n", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=launchctl.environment) as following:
         try:

@@ -175,7 +175,8 @@ def status(as_json: bool) -> None:
     "-n", "--lines", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="How many lines to show."
 )
 @click.option("--gateway", is_flag=True, help="The gateway's log, not the daemon's.")
-def logs(follow: bool, lines: int, gateway: bool) -> None:
+@json_option("Print one JSON object for each event.")
+def logs(follow: bool, lines: int, gateway: bool, as_json: bool) -> None:
     """Show the end of the daemon's log."""
     home = Home.current()
     home.check()
@@ -183,9 +184,15 @@ def logs(follow: bool, lines: int, gateway: bool) -> None:
     if not path.exists() and not follow:
         name = "gateway" if gateway else "daemon"
         raise ServiceNotInstalled(f"there is no log of a {name} yet ({path}); it begins when one is started")
+    from expertd.clients.cli.logs import events
+
     try:
         for text in tail(path, lines, follow):
-            click.echo(text, nl=False)
+            if as_json:
+                for event in events(text.splitlines()):
+                    click.echo(event.as_json())
+            else:
+                click.echo(text, nl=False)
     except KeyboardInterrupt:
         return
 

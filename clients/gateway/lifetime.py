@@ -18,7 +18,7 @@ from expertd.clients.gateway.connections import connection_limit, take_connectio
 from expertd.clients.gateway.discreet import server_log
 from expertd.clients.gateway.served import Models
 from expertd.clients.gateway.watch import DaemonWatch
-from expertd.protocol.errors import ExpertdError, PortInUse
+from expertd.protocol.errors import ConfigInvalid, PortInUse
 from expertd.protocol.logs import Log
 from expertd.protocol.paths import Home
 
@@ -40,7 +40,7 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises:
         PortInUse: somebody else listens there.
-        ExpertdError: the address is not one of this machine's, or not allowed.
+        ConfigInvalid: there is no such address, it is not one of this machine's, or not allowed.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -57,9 +57,12 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"{host}:{port} is taken; choose another port with --port, or 0 for any") from error
-        raise ExpertdError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); check --host and --port"
+        raise ConfigInvalid(
+            f"{host}:{port} cannot be listened on ({error.strerror}); --host takes an address or a name of this "
+            "machine, as 127.0.0.1, and --port a number that you may use"
         ) from error
+    except UnicodeError as error:
+        raise ConfigInvalid(f"{host[:80]!r} cannot be a name; --host takes one, or an address") from error
     return listener
 
 
