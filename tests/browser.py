@@ -1,4 +1,7 @@
-"""A headless Chromium, steered over its DevTools protocol: what a person sees of a page, and what a page may not do."""
+"""A headless Chromium, steered over its DevTools protocol: what a person sees of a page, and what a page may not do.
+
+``python -m tests.browser URL FILE.png WIDTH light|dark [KEY]`` takes a picture of a page.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -27,7 +31,7 @@ def browser() -> str | None:
     """The program, if there is one; ``EXPERTD_TEST_BROWSER`` names another."""
     named = os.environ.get("EXPERTD_TEST_BROWSER")
     found = [named] if named else [shutil.which(name) for name in NAMES]
-    return next((path for path in found if path), ON_MACS if os.path.exists(ON_MACS) else None)  # noqa: PTH110
+    return next((path for path in found if path), ON_MACS if Path(ON_MACS).exists() else None)
 
 
 class Page:
@@ -123,17 +127,19 @@ async def page(program: str) -> AsyncIterator[Page]:
             await process.wait()
 
 
-async def save(url: str, path: str, *, width: int, scheme: str) -> None:
-    """A picture of ``url``, for a person to judge."""
+async def save(url: str, path: str, *, width: int, scheme: str, key: str) -> None:
+    """A picture of ``url``, for a person to judge; ``key`` may be empty."""
     program = browser()
     assert program is not None, "there is no browser"
     async with page(program) as shown:
-        await shown.open(url, width=width, scheme=scheme)
+        if key:
+            await shown.call("Network.setExtraHTTPHeaders", headers={"x-api-key": key})
+        await shown.open(url, width=width, height=600, scheme=scheme)
         await asyncio.sleep(2.5)
-        with open(path, "wb") as file:  # noqa: PTH123
-            file.write(await shown.picture())
+        Path(path).write_bytes(await shown.picture())
         print("\n".join(shown.complaints), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    asyncio.run(save(sys.argv[1], sys.argv[2], width=int(sys.argv[3]), scheme=sys.argv[4]))
+    _, address, file, columns, light_or_dark, *keys = sys.argv
+    asyncio.run(save(address, file, width=int(columns), scheme=light_or_dark, key=keys[0] if keys else ""))
