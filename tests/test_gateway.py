@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused_before_a_stream_begins(
     ("method", "path", "body", "status", "code"),
     [
         ("GET", "/v1/nothing", None, 404, "route_not_found"),
-        ("GET", "/", None, 404, "route_not_found"),
+        ("GET", "/nothing", None, 404, "route_not_found"),
         ("GET", "/v1/chat/completions", None, 405, "method_not_allowed"),
         ("POST", "/v1/models", b"{}", 405, "method_not_allowed"),
         ("POST", "/v1/chat/completions", b"{not json", 400, "request_invalid"),
