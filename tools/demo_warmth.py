@@ -28,18 +28,20 @@ from expertd.clients.terminal.heat import LEVELS, PLAIN_LEVELS, levels
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
 from expertd.protocol.sizes import show_size
-from tools.demo import DEMO_MODEL, expert_bytes
+from tools.demo import DEMO_MODEL, budget_of, expert_bytes
 from tools.stage import ask_status, temporary_home
 
 SHARE = 0.6
 """Of the experts fits the budget."""
 DISK = "6MB/s,1ms"
-TOKENS = 60
+TOKENS = 34
 PYTHON_DOCS = "What does os.path.join do?"
 WRITING = "Write the function clamp: Limit x to the range from low to high."
 TOP = 12.0
 """Misses of a token that fill a column."""
 SETTLED_S = 60.0
+WIDE = 110
+"""Columns that the speed and the notes need, too."""
 
 
 @dataclass
@@ -54,19 +56,18 @@ class Row:
     bytes: int = 0
     text: str = ""
 
-    def cells(self, plain: bool) -> list[str | Text]:
+    def cells(self, plain: bool, wide: bool) -> list[str | Text]:
         """What its line in the table shows."""
         strip = levels(self.misses, TOP, PLAIN_LEVELS if plain else LEVELS)
         first, rest = self.seconds[:1], self.seconds[1:]
-        return [
+        cells: list[str | Text] = [
             self.label,
             Text(f"{strip:<{TOKENS}}", style="bold"),
             str(sum(self.misses)),
             show_size(self.bytes),
             f"{first[0]:.2f} s" if first else "",
-            f"{len(rest) / sum(rest):.0f}/s" if rest and sum(rest) else "",
-            self.note,
         ]
+        return cells if not wide else [*cells, f"{len(rest) / sum(rest):.0f}/s" if sum(rest) else "", self.note]
 
 
 class Chart:
@@ -98,11 +99,13 @@ class Chart:
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("")
         table.add_column("misses, token by token", no_wrap=True)
-        for name in ("misses", "read", "first token", "then"):
+        wide = self._console.width >= WIDE
+        for name in ("misses", "read", "first", *(["then"] if wide else [])):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("")
+        if wide:
+            table.add_column("")
         for row in self.rows:
-            table.add_row(*row.cells(self._plain))
+            table.add_row(*row.cells(self._plain, wide))
         return Group(table)
 
 
@@ -162,7 +165,7 @@ def main() -> None:
 def show(disk: str | None = DISK) -> Chart:
     """Draw the chart while it all happens, on a ``disk`` as of ``--simulate-ssd``; None: this machine's."""
     experts = expert_bytes(DEMO_MODEL)
-    budget = int(experts * SHARE)
+    budget = budget_of(DEMO_MODEL, SHARE)
     slow = "this disk" if disk is None else f"a disk of {disk.replace(',', ', ')}"
     print(f"{show_size(experts)} of experts, a budget of {show_size(budget)}, {slow}\n", flush=True)
     chart = Chart()
@@ -190,7 +193,7 @@ def run(chart: Chart, home: Home, stack: ExitStack) -> None:
         if token == TOKENS // 3:
             os.kill(ask_status(home).daemon.pid, signal.SIGKILL)
 
-    first.answer(Row("the daemon is killed", PYTHON_DOCS, f"at token {TOKENS // 3}"), chart, crash)
+    first.answer(Row("daemon killed", PYTHON_DOCS, f"at token {TOKENS // 3}"), chart, crash)
     second = App(home)
     stack.callback(second.kill)
     second.answer(Row("a second app", PYTHON_DOCS, f"loaded in {second.ready_s:.2f} s"), chart)
