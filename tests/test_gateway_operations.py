@@ -184,7 +184,10 @@ def test_a_page_of_a_named_site_may_ask_and_read(served: Served) -> None:
     assert headers["access-control-allow-origin"] == SITE, "it can read errors, too"
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", f"{SITE}.evil.example", f"{SITE}:81", "http://chat.example.org"])
+@pytest.mark.parametrize(
+    "origin",
+    ["https://evil.example", f"{SITE}.evil.example", f"{SITE}:81", "http://chat.example.org", "http://[", "x"],
+)
 def test_a_page_of_any_other_site_may_not(served: Served, origin: str) -> None:
     for method, more in (("OPTIONS", ASKS), ("GET", bearer())):
         status, headers, body = served.request(method, "/v1/models", headers=more | {"Origin": origin})

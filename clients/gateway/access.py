@@ -117,7 +117,10 @@ class Access:
         """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed."""
         if not header or header == "null" or header in self._origins:
             return
-        host = urlsplit(header).hostname or ""
+        try:
+            host = urlsplit(header).hostname or ""
+        except ValueError:
+            host = ""
         if host not in self._hosts and not (self._any_address and _is_address(host)):
             raise RequestInvalid(
                 f"pages of '{header}' may not use this gateway; if they should, start it with --allow-origin"
