@@ -33,7 +33,9 @@ def engine(loaded: tuple[Any, Any]) -> Engine:
 @pytest.fixture
 def sequential(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine as it is over a model whose caches cannot be batched."""
-    monkeypatch.setattr("expertd.worker.engine.make_prompt_cache", lambda model: [object()])
+    ends = set(loaded[1].eos_token_ids)
+    new = SequentialGenerator(loaded[0], ends, PREFILL_TOKENS)
+    monkeypatch.setattr("expertd.worker.engine.new_generator", lambda *arguments: new)
     return Engine(*loaded)
 
 

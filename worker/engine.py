@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
 
 from expertd.protocol.errors import (
     ExpertdError,
@@ -34,6 +33,7 @@ from expertd.protocol.messages import Delta, Finished, Generate, Refused, TokenL
 from expertd.worker.channels import Channels, Piece
 from expertd.worker.grammar import Vocabulary
 from expertd.worker.kv_memory import CacheMemory, Growth, available_bytes
+from expertd.worker.kv_quantized import new_caches
 from expertd.worker.pressure import Buffers, Gauge
 from expertd.worker.prompt_cache import PromptCache
 from expertd.worker.sampling import LogitsProcessor, Sampler, processors_of, sampler_of
@@ -109,7 +109,7 @@ def context_length(model: Any) -> int:
 def new_generator(model: Any, tokenizer: Any, prompts: int, answers: int) -> Any:
     """A generator of so many prompts and answers at a time, or of one where the caches cannot be batched."""
     ends = set(tokenizer.eos_token_ids)
-    if not all(hasattr(layer, "merge") for layer in make_prompt_cache(model)):
+    if not all(hasattr(layer, "merge") for layer in new_caches(model, None)):
         return SequentialGenerator(model, ends, PREFILL_TOKENS)
     return BatchGenerator(
         model,
@@ -137,6 +137,7 @@ class Engine:
         wired: WiredLimit | None = None,
         memory: CacheMemory | None = None,
         prompt_cache: int | None = None,
+        kv_bits: int | None = None,
     ) -> None:
         """Take a model and its tokenizer as ``mlx_lm.load`` returns them.
 
@@ -146,6 +147,7 @@ class Engine:
             wired: the wired limit to hold until ``close``.
             memory: what its requests' caches need; None: no request is refused for it.
             prompt_cache: bytes of caches to keep for requests to come; None: a share of what there is.
+            kv_bits: of the caches' numbers; None: as the model computes them.
         """
         self.context = context or context_length(model)
         self._model = model
@@ -153,6 +155,7 @@ class Engine:
         self._buffers = buffers or Buffers(Gauge())
         self._wired = wired
         self._memory = memory or CacheMemory([])
+        self._kv_bits = kv_bits
         self._vocabulary = Vocabulary(tokenizer)
         self._kept = PromptCache(available_bytes() // PROMPT_CACHE_SHARE if prompt_cache is None else prompt_cache)
         self._hold_limit()  # once before the first generator, which sets its own: what is former is not that
@@ -388,7 +391,7 @@ class Engine:
         (uid,) = self._generator.insert(
             [rest],
             [request.max_tokens],
-            caches=[cache],
+            caches=[new_caches(self._model, self._kv_bits) if cache is None else cache],
             all_tokens=[request.prompt[: request.cached]],
             samplers=[request.sampler],
             logits_processors=[request.processors],

@@ -16,7 +16,7 @@ import click
 
 from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull, log_options
 from expertd.protocol.checkpoint import weight_files
-from expertd.protocol.config import read_config
+from expertd.protocol.config import KEYS, NOT_QUANTIZED, read_config
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
@@ -36,6 +36,7 @@ def _names(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -
 @click.argument("model", shell_complete=complete_model)
 @config_option("serve_port")
 @config_option("serve_host")
+@config_option("serve_kv_bits")
 @budget_option
 @log_options
 @click.option(
@@ -76,6 +77,7 @@ def _serve(model: str, budget: str | None, aliases: tuple[str, ...], flags: dict
     home = Home.current()
     config = read_config(home, **flags)
     host, port = config.serve_host.value, config.serve_port.value
+    os.environ[KEYS["serve_kv_bits"].variable] = str(config.serve_kv_bits.value or NOT_QUANTIZED)  # for its worker
     home.prepare()
     logs.set_up("gateway", home.gateway_log(os.getpid()), home, config)
     os.environ.update(logs.environment(config))  # its worker, and the daemon if there is none, log as it does
