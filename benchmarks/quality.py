@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from transformers.utils import logging as hub_logging
 
 import expertd
-from expertd.worker.answers import answer_all, encode_prompt
 from expertd.protocol.errors import KvBitsUnsupported
+from expertd.worker.answers import answer_all, encode_prompt
 from expertd.worker.kv_memory import check_kv_bits
 from expertd.worker.kv_quantized import new_caches
 from expertd.worker.manifest import load_lazily

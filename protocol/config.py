@@ -336,7 +336,7 @@ class Config:
         section="serve", form="PORT", example="8080", read=_whole,
     ))  # fmt: skip
     serve_kv_bits: Setting[int | None] = field(metadata=_key(
-        _kv_bits, None, "Bits of the KV cache's numbers: 8 or 4 take less memory, and the tokens are not exact any more.",
+        _kv_bits, None, "Bits of the KV cache's numbers; 8 and 4 take less memory, but tokens are no longer exact.",
         section="serve", form="BITS", example="8", read=_whole, shown=_shown_kv_bits,
     ))  # fmt: skip
     generate_max_tokens: Setting[int] = field(metadata=_key(
@@ -347,7 +347,7 @@ class Config:
         section="generate", form="NUMBER", example="0.7", read=_number, shown=_shown_number,
     ))  # fmt: skip
     generate_kv_bits: Setting[int | None] = field(metadata=_key(
-        _kv_bits, None, "Bits of the KV cache's numbers: 8 or 4 take less memory, and the tokens are not exact any more.",
+        _kv_bits, None, "Bits of the KV cache's numbers; 8 and 4 take less memory, but tokens are no longer exact.",
         section="generate", form="BITS", example="8", read=_whole, shown=_shown_kv_bits,
     ))  # fmt: skip
     log_level: Setting[str] = field(metadata=_key(

@@ -136,5 +136,5 @@ def test_rotating_windows_are_refused(bits: int) -> None:
 def test_heads_that_are_too_narrow_are_refused(checkpoints: dict[str, Path]) -> None:
     model, *_ = mlx_lm.load(str(checkpoints["stacked"]))
     check_kv_bits(model, None)
-    with pytest.raises(KvBitsUnsupported, match=r"^the model's caches cannot be quantized \(.+\); leave --kv-bits out$"):
+    with pytest.raises(KvBitsUnsupported, match=r"caches cannot be quantized \(.+\); leave --kv-bits out$"):
         check_kv_bits(model, 8)

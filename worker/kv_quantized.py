@@ -82,7 +82,8 @@ class BatchQuantizedCache:
             part.finalize()
 
     def trim(self, tokens: int) -> int:
-        return [int(part.trim(tokens)) for part in self._parts][0]
+        trimmed = [int(part.trim(tokens)) for part in self._parts]
+        return trimmed[0]
 
     def is_trimmable(self) -> bool:
         return True
