@@ -619,6 +619,7 @@ class Delta(Message):
     """More of an answer (no text while a character is incomplete); ``tokens`` counts those since the last.
 
     ``reasoning``: what comes before the answer itself, without its markers; ``calls``: tools that it calls.
+    ``prompt_tokens`` and ``cached_tokens`` are told once, in the first of an answer, and are 0 in all others.
     """
 
     request: Count
@@ -627,6 +628,8 @@ class Delta(Message):
     reasoning: Text = ""
     calls: list[ToolCall] = []
     logprobs: list[TokenLogprob] = []
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
 
 
 class Finished(Message):

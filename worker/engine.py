@@ -81,6 +81,7 @@ class _Request:
     channels: Channels
     detokenizer: Any
     cached: int = 0
+    told: bool = False  # whether the client knows how long its prompt is
     prefilling: bool = True
     tokens: int = 0
     unreported: int = field(default=0)
@@ -225,7 +226,7 @@ class Engine:
             if request is not None and progress.end_of_prompt:
                 request.prefilling = False
             elif request is not None:
-                events.append(Delta(request=request.id, text="", tokens=0))
+                events.append(self._delta(request, Piece(), []))
         for answer in answers:
             events += self._advance(answer)
         if len(self._running) < before:
@@ -318,8 +319,10 @@ class Engine:
         else:
             said = [one.get("content") for one in message.messages or [] if isinstance(one, dict)]
             self._check_length(said, "messages")
+            # Where tokens are only counted, what the template does not know adds none.
+            unknown_ok = message.count
             prompt = encode_chat(
-                self._tokenizer, message.messages or [], message.tools, message.template, message.goes_on
+                self._tokenizer, message.messages or [], message.tools, message.template, message.goes_on, unknown_ok
             )
             param = "messages"
         if not prompt:
@@ -445,6 +448,7 @@ class Engine:
     @staticmethod
     def _delta(request: _Request, piece: Piece, logprobs: list[TokenLogprob]) -> Delta:
         tokens, request.unreported = request.unreported, 0
+        first, request.told = not request.told, True
         return Delta(
             request=request.id,
             text=piece.text,
@@ -452,6 +456,8 @@ class Engine:
             reasoning=piece.reasoning,
             calls=piece.calls,
             logprobs=logprobs,
+            prompt_tokens=len(request.prompt) if first else 0,
+            cached_tokens=request.cached if first else 0,
         )
 
     def _logprobs(self, request: _Request, answer: Any) -> list[TokenLogprob]:
