@@ -123,8 +123,9 @@ def test_a_result_goes_back_to_the_model(client: openai.OpenAI) -> None:
 
 def test_responses_call_functions_too(client: openai.OpenAI) -> None:
     ask: dict[str, Any] = {"model": MODEL, "input": ASK, "tools": FLAT, "parallel_tool_calls": False, "temperature": 0}
-    for choice in ("required", {"type": "function", "name": "clock"},
-                   {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}):  # fmt: skip
+    clock = {"type": "function", "name": "clock"}
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [clock]}
+    for choice in ("required", clock, allowed):
         (item,) = client.responses.create(**ask, tool_choice=choice).output
         assert item.type == "function_call"
         assert fits(item.name, json.loads(item.arguments))
@@ -171,7 +172,7 @@ def test_effort_is_refused_where_the_template_knows_none_but_counts_the_same(cla
     assert counted == claude.messages.count_tokens(model=MODEL, messages=ASK)
     with pytest.raises(anthropic.BadRequestError, match="knows no 'reasoning_effort'"):
         claude.messages.create(model=MODEL, messages=ASK, max_tokens=1, output_config=config)
-    with pytest.raises(anthropic.BadRequestError, match="'output_config.effort' has to be one of low"):
+    with pytest.raises(anthropic.BadRequestError, match=r"'output_config\.effort' has to be one of low"):
         claude.messages.create(model=MODEL, messages=ASK, max_tokens=1, output_config={"effort": "most"})  # type: ignore[typeddict-item]
 
 
