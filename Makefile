@@ -1,5 +1,6 @@
 # What users and CI call.  Each target sets up what it needs: a virtual environment with the package and its tools.
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 
 # Temporary files, MLX's compiled kernels among them, stay in the repository (homes with sockets are short-lived in /tmp).
@@ -13,8 +14,9 @@ demo: .venv/ready
 demo-large: .venv/ready
 	$(BIN)/python -m tools.demo --large
 
+# Files of tests run side by side; the tests of one share what they have started.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # mypy reads the package as it is installed, because the folders are mapped into it only then.
 check: .venv/ready

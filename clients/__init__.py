@@ -5,9 +5,10 @@ Imports no mlx.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # see terminal.fit
 if TYPE_CHECKING:
+    from typing import Any
+
     from expertd.clients.client import Client as Client
 
 __all__ = ["Client"]

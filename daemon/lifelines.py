@@ -16,6 +16,7 @@ from pathlib import Path
 
 from expertd.protocol import PROTOCOL
 from expertd.protocol.lifeline import GREETING, greet, peer_user, send_segment
+from expertd.protocol.quick import STATUS_TOKEN
 
 log = logging.getLogger("expertd.daemon")
 
@@ -30,11 +31,18 @@ class _Line:
 
 
 class Lifelines:
-    """Owned by the daemon's loop.  ``ended(session)`` is called once when the lifeline of a session ends."""
+    """Owned by the daemon's loop."""
 
-    def __init__(self, path: Path, ended: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, ended: Callable[[int], None], state: Callable[[], bytes]) -> None:
+        """Nothing is bound before ``listen``.
+
+        Args:
+            ended: called with a session once, when its lifeline ends.
+            state: what is told to those who ask for the daemon's state (``expertd.protocol.quick``).
+        """
         self._path = path
         self._ended = ended
+        self._state = state
         self._lines: dict[bytes, _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
@@ -118,6 +126,11 @@ class Lifelines:
                         return
                     greeting += got
             protocol, token = GREETING.unpack(greeting)
+            if token == STATUS_TOKEN and protocol == PROTOCOL:
+                token = b""
+                async with asyncio.timeout(GREETING_S):
+                    await loop.sock_sendall(accepted, self._state())
+                return
             if protocol != PROTOCOL or token in self._lines:
                 log.warning("hung up on a lifeline of protocol %d (this is %d)", protocol, PROTOCOL)
                 token = b""

@@ -42,7 +42,7 @@ from expertd.daemon.policy import Block, Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
-from expertd.daemon.status import daemon_status
+from expertd.daemon.status import as_line, daemon_status
 from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
@@ -133,7 +133,7 @@ class Server:
         self._idleness = Idleness(time.monotonic(), exit_s=idle_exit_s, keep_alive_s=keep_alive_s)
         self._reader = Reader(read=read, background_rate=background_rate, hot=system_thermal())
         self._simulated_ssd = simulated_ssd
-        self._lifelines = Lifelines(home.lifeline_socket, self._line_ended)
+        self._lifelines = Lifelines(home.lifeline_socket, self._line_ended, lambda: as_line(self._status()))
         self._pools: dict[int, SharedPool] = {}
         self._large_pages = LargePages(system_collapse(), short=lambda: self._memory.pressure.level != "normal")
         self._files: dict[str, OpenFiles] = {}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
+import msgspec
 import psutil
 
 from expertd.daemon.core import Core, warmth
@@ -38,6 +39,13 @@ KINDS: Mapping[Kind, Literal["prompt", "next layer", "second next layer"]] = Map
 )
 NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
 NOTHING_COMPUTED: Mapping[int, Tokens] = MappingProxyType({})
+
+
+def as_line(status: Status) -> bytes:
+    """``status`` as the object that ``expertd status --json`` prints, on one line."""
+    found = msgspec.to_builtins(status)
+    del found["type"]
+    return msgspec.json.encode(found) + b"\n"
 
 
 def daemon_status(

@@ -65,7 +65,9 @@ def daemon_agent(home: Home, python: str, environment: Mapping[str, str]) -> Age
 
 def gateway_agent(home: Home, python: str, environment: Mapping[str, str], gateway: Gateway) -> Agent:
     """The home's gateway (arguments as of ``daemon_agent``)."""
-    options = ("--host", gateway.host, "--port", str(gateway.port), "--service")
+    options = ["--host", gateway.host, "--port", str(gateway.port), "--service"]
+    for flag, values in ("--alias", gateway.aliases), ("--pin", gateway.pins):
+        options += [word for value in values for word in (flag, value)]
     return Agent(
         name="gateway",
         key=home_key(home, environment),

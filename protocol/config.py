@@ -84,6 +84,13 @@ def _seconds(value: object) -> float | None:
     raise ConfigInvalid(f"{value!r} is not a number of seconds; write 0 or more, or inf for no limit")
 
 
+def _deadline(value: object) -> float | None:
+    seconds = _seconds(value)
+    if seconds == 0:
+        raise ConfigInvalid("0 seconds are too few for any answer; write more, or inf for no limit")
+    return seconds
+
+
 def _rate(value: object) -> int | None:
     if value == float("inf") or (isinstance(value, str) and value.strip().lower() in UNLIMITED):
         return None
@@ -338,6 +345,14 @@ class Config:
     serve_kv_bits: Setting[int | None] = field(metadata=_key(
         _kv_bits, None, "Bits of the KV cache's numbers; 8 and 4 take less memory, but tokens are no longer exact.",
         section="serve", form="BITS", example="8", read=_whole, shown=_shown_kv_bits,
+    ))  # fmt: skip
+    serve_ttl: Setting[float | None] = field(metadata=_key(
+        _seconds, 900.0, "End the worker of one of several models when nobody has asked it for so long.",
+        section="serve", form="SECONDS", example="900", read=_number, shown=_shown_seconds("never"),
+    ))  # fmt: skip
+    serve_deadline: Setting[float | None] = field(metadata=_key(
+        _deadline, None, "End a request that takes longer than this, its wait for its turn included.",
+        section="serve", form="SECONDS", example="600", read=_number, shown=_shown_seconds("no limit"),
     ))  # fmt: skip
     generate_max_tokens: Setting[int] = field(metadata=_key(
         _tokens, 256, "Longest answer.", section="generate", form="TOKENS", example="256", read=_whole,

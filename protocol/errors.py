@@ -57,6 +57,7 @@
     |   |-- PromptTooLong             prompt_too_long
     |   `-- RequestTooLarge           request_too_large
     |-- QueueFull                     queue_full
+    |-- DeadlineExceeded              deadline_exceeded
     |-- MemoryPressure                memory_pressure
     |-- ModelInUse                    model_in_use
     |-- ModelNotLoaded                model_not_loaded
@@ -484,6 +485,13 @@ class QueueFull(ExpertdError):
     code = "queue_full"
     http_status = 429
     retryable = True
+
+
+class DeadlineExceeded(ExpertdError):
+    """A request has taken longer than the gateway allows."""
+
+    code = "deadline_exceeded"
+    http_status = 504
 
 
 class MemoryPressure(ExpertdError):

@@ -68,6 +68,30 @@ def _fact(name: str, value: object) -> str:
     return f"{name}={text if plain else json.dumps(text, ensure_ascii=False)}"
 
 
+_ONE_FACT = r'[A-Za-z_]\w*=(?:"(?:[^"\\]|\\.)*"|[^ "=]+)'
+_FACTS = re.compile(rf"(?P<words>.*?): (?P<facts>{_ONE_FACT}(?: {_ONE_FACT})*)")
+_FACT = re.compile(_ONE_FACT)
+
+
+def split_facts(text: str) -> tuple[str, dict[str, object]]:
+    """The words of an event, and the facts that follow them in a line of text; what looks like a number becomes one."""
+    found = _FACTS.fullmatch(text)
+    if found is None:
+        return text, {}
+    pairs = (fact.partition("=") for fact in _FACT.findall(found["facts"]))
+    return found["words"], {name: _value(value) for name, _, value in pairs}
+
+
+def _value(text: str) -> object:
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, str | int | float) else text
+
+
 class Sparsely:
     """Whether to tell of what may come a thousand times a second: at most once in ``every_s``."""
 

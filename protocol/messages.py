@@ -522,11 +522,15 @@ class Stopping(Message):
 
 
 class WorkerReady(Message):
-    """A worker has loaded its model and takes requests.  ``context`` is the longest prompt and answer, in tokens."""
+    """A worker has loaded its model and takes requests.
+
+    ``context`` is the longest prompt and answer, in tokens; ``at_once``: answers that it computes at a time.
+    """
 
     pid: Count
     model: Name
     context: Count
+    at_once: Count
 
 
 class WorkerFailed(Message):

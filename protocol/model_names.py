@@ -22,12 +22,12 @@ from pathlib import Path
 from expertd.protocol.checkpoint import missing_files
 from expertd.protocol.errors import ModelAmbiguous, ModelIncomplete, ModelNotHere, NotACheckpoint
 from expertd.protocol.paths import Home
+from expertd.protocol.shown import LM_STUDIO_FOLDERS, id_of, shown_name, shown_path, snapshot_of
 
 __all__ = [
     "KnownModel", "check_complete", "find_model", "hub_id", "known_models", "models_in", "shown_name", "shown_path",
 ]  # fmt: skip
 
-LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 HUB_CACHE = "hub cache"
 LM_STUDIO = "LM Studio"
 
@@ -76,7 +76,7 @@ def check_complete(folder: Path) -> None:
     Raises:
         ModelIncomplete: files are missing; names some.
     """
-    id, _ = _snapshot_of(folder)
+    id, _ = snapshot_of(folder)
     if not folder.is_dir() or not (id or any(folder.glob("model*.safetensors"))):
         return
     missing = missing_files(folder)
@@ -87,24 +87,6 @@ def check_complete(folder: Path) -> None:
         named = ", ".join(missing[:_MOST_NAMED]) + (", ..." if len(missing) > _MOST_NAMED else "")
         way = f"get the rest with: expertd pull {_written(folder)}" if id else "copy it once more"
         raise ModelIncomplete(f"{_written(folder)} is here, but {count} ({named}); {way}")
-
-
-def shown_name(folder: Path) -> str:
-    """What to call the model in ``folder`` (an absolute path): its hub id where the path tells it, else the last part.
-
-    Touches nothing, so it does for a folder that is gone, too.
-    """
-    id, _ = _snapshot_of(folder)
-    if id:
-        return id
-    studio = any(folder.parent.parent == Path(place).expanduser() for place in LM_STUDIO_FOLDERS)
-    return f"{folder.parent.name}/{folder.name}" if studio else folder.name
-
-
-def shown_path(path: str) -> str:
-    """A model's folder for people: its hub id in place of a path that ends in a commit, else the path as it is."""
-    name = shown_name(Path(path))
-    return name if "/" in name else path
 
 
 def hub_id(text: str) -> tuple[str, str | None] | None:
@@ -216,7 +198,7 @@ def _near(word: str, words: Sequence[str]) -> str:
 
 def _in_hub_cache() -> Iterator[KnownModel]:
     for repo in _folders(_hub_cache()):
-        id, ambiguous = _id_of(repo.name), False
+        id, ambiguous = id_of(repo.name), False
         if not id:
             continue
         try:
@@ -262,20 +244,9 @@ def _snapshot(id: str, revision: str | None) -> Path | None:
     return snapshots[0] if snapshots else None
 
 
-def _id_of(name: str) -> str:
-    """The hub id of a folder of the hub's cache, by its name; empty if it is none of a model."""
-    return name.removeprefix("models--").replace("--", "/") if name.startswith("models--") else ""
-
-
-def _snapshot_of(folder: Path) -> tuple[str, str]:
-    """The hub id and the revision of a snapshot in a hub cache, by its path; both empty if it is none."""
-    id = _id_of(folder.parent.parent.name) if folder.parent.name == "snapshots" else ""
-    return (id, folder.name) if id else ("", "")
-
-
 def _written(folder: Path) -> str:
     """The name that finds just this folder: with the revision, where the id alone finds another or none."""
-    id, revision = _snapshot_of(folder)
+    id, revision = snapshot_of(folder)
     if not id:
         return str(folder)
     try:

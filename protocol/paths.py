@@ -16,7 +16,7 @@ from expertd.protocol.errors import HomeError, HomeTooLong
 SOCKET_PATH_BYTES = 103
 """Longest path of a Unix socket that works everywhere (macOS: 104 with the final zero; Linux: 108)."""
 
-_LONGEST_SOCKET = "run/gateway-4194304.sock"
+_LONGEST_SOCKET = "run/gateway-4194304-99.sock"
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Home:
         """Folder in which ``expertd plan`` looks for routing traces; whoever records one there creates it."""
         return self.root / "traces"
 
-    def gateway_socket(self, pid: int) -> Path:
-        """Where the workers of the gateway with that process id connect."""
-        return self.run / f"gateway-{pid}.sock"
+    def gateway_socket(self, pid: int, number: int = 0) -> Path:
+        """Where a worker of the gateway with that process id connects: the one with that ``number``."""
+        return self.run / (f"gateway-{pid}-{number}.sock" if number else f"gateway-{pid}.sock")
 
     def gateway_log(self, pid: int) -> Path:
         """Log of the gateway with that process id."""

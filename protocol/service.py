@@ -25,6 +25,8 @@ class Gateway(msgspec.Struct, frozen=True):
     models: tuple[str, ...]
     host: str
     port: int
+    aliases: tuple[str, ...] = ()
+    pins: tuple[str, ...] = ()
 
 
 class Service(msgspec.Struct, frozen=True):

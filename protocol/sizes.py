@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 
 from expertd.protocol.errors import SizeInvalid
+from expertd.protocol.shown import show_size
+
+__all__ = ["AUTO", "DIGITS", "MOST", "parse_budget", "parse_rate", "parse_size", "show_size"]
 
 AUTO = "auto"
 """The budget that is what the machine can spare."""
@@ -64,13 +67,3 @@ def parse_budget(text: str) -> int | None:
         return parse_size(text)
     except SizeInvalid as error:
         raise SizeInvalid(f"{error.message}, or {AUTO} for what the machine can spare") from None
-
-
-def show_size(size_bytes: float) -> str:
-    """``size_bytes`` in the decimal unit that leaves one to three digits: ``1.3 GB``."""
-    value = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

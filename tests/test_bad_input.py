@@ -277,3 +277,12 @@ def test_arguments_of_mlx_lm_that_are_not_supported_are_refused(good: Path, home
     with pytest.raises(CheckpointError, match="is a folder, which has no revisions"):
         load(good, revision="main")
     assert nothing_runs_in(home)
+
+
+@pytest.mark.parametrize("host", ["foo.invalid", "192.0.2.1", "a" * 80])
+def test_an_address_that_is_not_this_machine_s_is_told(host: str, good: Path, home: Home) -> None:
+    done = expertd("serve", str(good), "--host", host)
+    assert done.stderr.startswith("expertd: there is no key: ")
+    done.stderr = done.stderr.partition("\n")[2]
+    assert_one_sentence(done, "config_invalid", 2, host, "--host")
+    assert nothing_runs_in(home)

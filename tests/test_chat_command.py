@@ -327,6 +327,7 @@ def test_in_a_pipe_each_line_is_a_turn(partial: subprocess.Popen[bytes], plain: 
     path = tmp_path / "chat.json"
     said = [*QUESTIONS[:2], "", "/reset", "/system You are kind.", "/nothing", f"/save {path}", "/quit", "unread"]
     done = piped(str(DEMO), said="\n".join(said))
+    assert done.returncode == 2, "for /nothing"
     told = ["The chat begins anew.", "The model is told so from now on.", f"saved 1 messages to {path}"]
     assert done.stdout == "\n".join([first, second, *told]) + "\n"
     figures = r"expertd: \d+ tokens, [\d.]+/s; [\d.]+ % hits; \d.\d MB of experts; chat {} tokens \({} new\)"
@@ -339,6 +340,19 @@ def test_in_a_pipe_each_line_is_a_turn(partial: subprocess.Popen[bytes], plain: 
     done = piped(str(DEMO), "--system", "You are kind.", "--max-tokens", "9", said=QUESTIONS[2])
     assert (done.returncode, done.stdout) == (0, f"{kind}\n")
     assert done.stderr.startswith("expertd: cut off by --max-tokens; 9 tokens, ")
+
+
+def test_in_a_pipe_a_message_may_have_several_lines(partial: subprocess.Popen[bytes], plain: Any) -> None:
+    forms = (
+        ['"""', "Write the", "function clamp.", '"""'],
+        ["Write the\\", "function clamp."],
+        ['"""Write the', "function clamp."],
+    )
+    said = ["/save /nowhere/chat", *"|/reset|".join("|".join(form) for form in forms).split("|")]
+    done = piped(str(DEMO), "--max-tokens", "9", said="\n".join(said))
+    answer = expected(plain, ["Write the\nfunction clamp."], tokens=9)
+    assert done.stdout == "The chat begins anew.\n".join([f"{answer}\n"] * 3)
+    assert done.stderr.startswith("expertd: /nowhere/chat cannot be written (") and done.returncode == 1
 
 
 def test_in_a_pipe_the_first_error_ends_it(partial: subprocess.Popen[bytes], tmp_path: Path) -> None:
@@ -384,6 +398,13 @@ def test_a_chat_in_a_terminal(columns: int, partial: subprocess.Popen[bytes], pl
         assert terminal.modes_now() == terminal.modes
 
 
+def test_ctrl_d_before_the_first_prompt_leaves(partial: subprocess.Popen[bytes]) -> None:
+    with Terminal("chat", str(DEMO)) as terminal:
+        terminal.send(CTRL_D)
+        assert terminal.ended() == 0
+        assert "type a message" in terminal.text and ">>> " not in terminal.text
+
+
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(partial: subprocess.Popen[bytes]) -> None:
     with Terminal("chat", str(DEMO), "--max-tokens", "100") as terminal:
         terminal.expect(">>> ")
@@ -401,7 +422,10 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(partial: subprocess.Popen[b
 
 def test_a_chat_goes_on_when_its_daemon_is_killed(own_home: Home, plain: Any) -> None:
     """The daemon that the chat has started is killed in the middle of an answer; the next one is started by it."""
-    with Terminal("chat", str(DEMO), "--budget", "4MB", "--max-tokens", "120") as terminal:
+    # With fewer slots than a token needs blocks, each token misses: none is computed without a daemon.
+    manifest = load_lazily(DEMO).manifest
+    budget = budget_for(manifest, len(manifest.layers) * 2)
+    with Terminal("chat", str(DEMO), "--budget", str(budget), "--max-tokens", "120") as terminal:
         terminal.expect(">>> ")
         daemon = ask_status(own_home).daemon.pid
         terminal.send(f"{ENDLESS}\n")

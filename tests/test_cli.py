@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from expertd.clients.cli import main
-from expertd.clients.cli.status import as_object, table
+from expertd.clients.cli.status import as_object
+from expertd.clients.terminal.figures import table
 from expertd.daemon.policy import POLICIES, Forecast
 from expertd.protocol import PROTOCOL
 from expertd.protocol.config import POLICY_NAMES
@@ -249,6 +250,24 @@ def test_verify_says_that_there_is_no_difference(
     assert done.returncode == 0
     assert "mode shm, 12 slots for 48 blocks" in done.stdout
     assert done.stdout.count("no difference") == (1 if options else 3)
+    if options:
+        found = json.loads(expertd("verify", str(model_path), "--tokens", "8", "--by-layer", "--json").stdout)
+        assert (found["mode"], found["slots"], found["blocks"]) == ("shm", 12, 48)
+        assert (found["exact"], found["by_layer"], found["differences"]) == (True, True, [])
+
+
+def test_a_budget_for_a_daemon_that_runs_is_said_to_change_nothing(home: Home, start_daemon: StartDaemon) -> None:
+    started = ["serve", "nowhere", "--budget"], ["trace", "record", "nowhere", "--prompts", "x", "-o", "y", "--budget"]
+    assert all("changes nothing" not in expertd(*command, "1MB").stderr for command in started)
+    start_daemon("64MB")
+    for command in (["generate", "nowhere", "hello", "--budget"], *started):
+        first, *_ = expertd(*command, "1MB").stderr.splitlines()
+        assert first == (
+            "expertd: --budget 1MB changes nothing: a daemon runs already, with 64.0 MB; "
+            "change it with: expertd budget 1MB"
+        )
+        assert "changes nothing" not in expertd(*command, "64MB").stderr
+    assert ask_status(home).budget_bytes == 64_000_000
 
 
 @pytest.mark.parametrize("name", ["", "a b", "what?", "a=b", "a\n"])

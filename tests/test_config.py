@@ -20,6 +20,7 @@ from expertd.protocol.rendezvous import connect_or_start
 from tests.conftest import wait_for
 from tests.test_homes import expertd
 from tools.stage import ask_status
+from tools.terminal import Terminal
 
 PATH = Path("/home/me/.expertd/config.toml")
 
@@ -384,6 +385,8 @@ def test_each_setting_has_a_section_a_flag_and_a_variable_of_its_own() -> None:
         "serve.host": ("--host", "EXPERTD_SERVE_HOST"),
         "serve.port": ("--port", "EXPERTD_SERVE_PORT"),
         "serve.kv_bits": ("--kv-bits", "EXPERTD_SERVE_KV_BITS"),
+        "serve.ttl": ("--ttl", "EXPERTD_SERVE_TTL"),
+        "serve.deadline": ("--deadline", "EXPERTD_SERVE_DEADLINE"),
         "generate.max_tokens": ("--max-tokens", "EXPERTD_GENERATE_MAX_TOKENS"),
         "generate.temperature": ("--temperature", "EXPERTD_GENERATE_TEMPERATURE"),
         "generate.kv_bits": ("--kv-bits", "EXPERTD_GENERATE_KV_BITS"),
@@ -449,6 +452,8 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
         "serve.host            127.0.0.1  (default)",
         "serve.port            0  (config.toml)",
         "serve.kv_bits         16: not quantized  (default)",
+        "serve.ttl             900 s  (default)",
+        "serve.deadline        no limit  (default)",
         "generate.max_tokens   256  (default)",
         "generate.temperature  0  (default)",
         "generate.kv_bits      16: not quantized  (default)",
@@ -479,6 +484,7 @@ def test_config_show_says_that_there_is_no_file_and_creates_nothing(home: Home) 
 
 def test_config_path_names_the_file(home: Home) -> None:
     assert expertd("config", "path").stdout == f"{home.config}\n"
+    assert json.loads(expertd("config", "path", "--json").stdout) == {"file": str(home.config), "exists": False}
 
 
 def test_config_check_says_whether_all_can_be_used(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,6 +495,31 @@ def test_config_check_says_whether_all_can_be_used(home: Home, monkeypatch: pyte
     done = expertd("config", "check")
     assert (done.returncode, done.stdout) == (0, f"{home.config} can be used (2 settings)\n")
     assert done.stderr == "expertd: the variable EXPERTD_BUGDET is not a setting; did you mean EXPERTD_BUDGET?\n"
+    done = expertd("config", "check", "--json")
+    assert (json.loads(done.stdout), done.stderr) == ({
+        "file": str(home.config), "exists": True, "settings_in_file": 2,
+        "misspelt": [{"variable": "EXPERTD_BUGDET", "meant": "EXPERTD_BUDGET"}],
+    }, "")  # fmt: skip
+
+
+def test_config_show_fits_the_terminal(home: Home) -> None:
+    home.config.write_text(f"model_folders = {[f'/a/folder/of/models/{n}' for n in range(8)]}\n")
+    with Terminal("config", "show", columns=60) as terminal:
+        assert terminal.ended() == 0
+        shown = terminal.text.splitlines()
+    assert max(map(len, shown)) <= 60
+    assert shown[shown.index("model_folders         /a/folder/of/models/0,") + 1] == " " * 22 + "/a/folder/of/models/1,"
+
+
+def test_an_error_fits_the_terminal_and_is_one_line_in_a_pipe(home: Home) -> None:
+    home.config.write_text("budget = 'much'\n")
+    for arguments in (["config", "check"], ["serve", "nowhere", "--port", "seventy", "--alias", "x" * 40]):
+        whole = expertd(*arguments).stderr.splitlines()[-1]
+        with Terminal(*arguments, columns=60) as terminal:
+            assert terminal.ended() == 2
+            shown = terminal.text.splitlines()
+        assert len(whole) > 60 >= max(map(len, shown))
+        assert " ".join(shown).endswith(whole)
 
 
 def test_a_live_change_of_the_budget_is_not_written_down(own_home: Home) -> None:

@@ -13,10 +13,17 @@ from typing import Any
 
 import pytest
 
-from expertd.clients.cli.doctor import requirement, surroundings, table
+from expertd.clients.cli.doctor import requirement, settings, surroundings, table
 from expertd.clients.doctor import CHECKS, Finding, Surroundings, Verdict, examine
 from expertd.clients.doctor.findings import note, ok, problem
-from expertd.clients.doctor.home import check_daemon, check_home, check_leftovers, check_service, leftovers
+from expertd.clients.doctor.home import (
+    check_daemon,
+    check_home,
+    check_leftovers,
+    check_service,
+    check_settings,
+    leftovers,
+)
 from expertd.clients.doctor.models import check_hub, check_lm_studio, hub_cache, lm_studio_folder, weights
 from expertd.clients.doctor.service import check_denied, check_environment, denied
 from expertd.clients.doctor.surroundings import Budget, DiskSpeed, Space
@@ -61,7 +68,7 @@ def mac(tmp_path: Path) -> Surroundings:
         platform="darwin", system="macOS 15.5", processor="arm64", python=(3, 12, 1), environ={}, user=tmp_path,
         home=Home(tmp_path / ".expertd"), open_files=(256, 1 << 63), shm=None,
         requirement=lambda package: (">=0.32.4,<0.33", "0.32.5"), alias=lambda: "",
-        budget=lambda: Budget(8 * GB, 8 * GB, ("total: 16 GB",)), pressure=lambda: ("normal", "level 1"),
+        settings=list, budget=lambda: Budget(8 * GB, 8 * GB, ("total: 16 GB",)), pressure=lambda: ("normal", "level 1"),
         space=lambda path: Space(10 * GB, 9 * GB), speed=lambda paths: None, alive=lambda pid: False,
         status=lambda: None, owner=lambda: None, service_variable=lambda name: "",
     )  # fmt: skip
@@ -94,7 +101,7 @@ def test_everything_that_is_asked_of_the_system_may_fail(mac: Surroundings) -> N
     def fails(*_: object) -> Any:
         raise RuntimeError("no")
 
-    names = ("requirement", "alias", "budget", "pressure", "space", "speed", "alive", "status", "owner",
+    names = ("requirement", "alias", "settings", "budget", "pressure", "space", "speed", "alive", "status", "owner",
              "service_variable")  # fmt: skip
     nowhere = Home(Path("/tmp/expertd-nowhere"))
     changes: dict[str, Any] = dict.fromkeys(names, fails)
@@ -383,14 +390,38 @@ def test_the_command_on_this_machine(home: Home, start_daemon: StartDaemon) -> N
     assert sorted(path.name for path in home.root.iterdir()) == ["log", "run"], "nothing is left behind"
 
 
+def test_settings_that_cannot_be_used_are_a_problem(
+    mac: Surroundings, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mac = replace(mac, home=home, settings=lambda: settings(home))
+
+    def found() -> Finding:
+        return check_settings(mac)
+
+    assert found() == ok(f"{mac.home.config} is not there, and need not be")
+    mac.home.config.write_text("budget = '2GiB'\n")
+    assert found() == ok(f"{mac.home.config} can be used")
+    monkeypatch.setenv("EXPERTD_BUGDET", "1GB")
+    assert found() == note(
+        "not a setting: EXPERTD_BUGDET (did you mean EXPERTD_BUDGET?)", "correct the variable's name, or unset it"
+    )
+    mac.home.config.write_text("budget 2GiB\n")
+    assert found().verdict is Verdict.PROBLEM and found().text.startswith(f"{mac.home.config} is not TOML")
+    mac.home.root.chmod(0o777)
+    assert found() == note("they cannot be looked for, because the home cannot be used")
+
+
 def test_a_problem_is_exit_status_1_and_no_traceback(home: Home) -> None:
     home.config.write_text("budget = 'much'\n")
     done = expertd("doctor", COLUMNS="80", EXPERTD_HOME="/tmp/" + "x" * 120)
     assert done.returncode == 1
     assert "problem  home" in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("1 problem")
-    broken = expertd("doctor")
-    assert "could not be checked (ConfigInvalid: budget in" in " ".join(broken.stdout.split())
+    broken = expertd("doctor", COLUMNS="80")
+    assert broken.returncode == 1 and "could not be checked" not in broken.stdout
+    told = " ".join(broken.stdout.split())
+    assert f"problem settings budget in {home.config}: 'much' is not a size -> write for example 512MB" in told
+    assert broken.stdout.splitlines()[-1].startswith("1 problem")
 
 
 def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,10 @@ import openai
 import pytest
 from aiohttp import web
 
-from expertd.clients.gateway import chat
 from expertd.clients.gateway.app import Gateway
 from expertd.clients.gateway.lifetime import listen
+from expertd.clients.gateway.served import Models
 from expertd.clients.gateway.wanted import Wanted
-from expertd.clients.gateway.workers import Worker
 from expertd.protocol.errors import ExpertdError, PortInUse, QueueFull, WorkerUnavailable
 from expertd.protocol.messages import Delta
 from expertd.protocol.paths import Home
@@ -283,6 +282,7 @@ def test_an_answer_comes_while_another_is_under_way(client: openai.OpenAI, serve
 class EndlessWorker:
     """Answers every request with text for ever, and counts who is let go."""
 
+    name, names, paths = "endless", ["endless"], {"endless"}
     count, ended = 1, False
 
     def __init__(self, text: str = "x" * 100_000) -> None:
@@ -290,7 +290,7 @@ class EndlessWorker:
         self.released = 0
         self.silent_after: int | None = None
 
-    def open(self, *wanted: Wanted) -> EndlessWorker:
+    def open(self, client: str, *wanted: Wanted) -> EndlessWorker:
         self.sent = 0
         return self
 
@@ -316,7 +316,7 @@ async def with_endless_worker(
     worker: EndlessWorker, use: Callable[[asyncio.StreamReader], Any], **limits: float
 ) -> None:
     """Stream from a gateway in this process, configured as the real one is."""
-    gateway = Gateway(worker, Path("endless"), "127.0.0.1", **limits)  # type: ignore[arg-type]
+    gateway = Gateway(Models([worker]), "127.0.0.1", **limits)  # type: ignore[list-item]
     runner = web.AppRunner(gateway.app, handler_cancellation=True, access_log=None)
     await runner.setup()
     with listen("127.0.0.1", 0) as listener:
@@ -358,37 +358,13 @@ def test_a_silent_stream_carries_comments() -> None:
 # -- the worker --------------------------------------------------------------------------------------------------------
 
 
-def test_more_requests_than_may_wait_are_refused(own_home: Home, checkpoints: dict[str, Path]) -> None:
-    async def fill() -> None:
-        worker = Worker(own_home, checkpoints["stacked"], budget="64MiB", queue_limit=2)
-        wanted = chat.parse({"model": "m", "messages": HELLO, "max_tokens": 2})
-        try:
-            await worker.start()
-            with pytest.raises(WorkerUnavailable, match="loading"):
-                worker.open(wanted)
-            assert (await worker.ready()).context == 32768
-            first, second = worker.open(wanted), worker.open(wanted)
-            with pytest.raises(QueueFull):
-                worker.open(wanted)
-            for answers in (first, second):
-                with answers:
-                    while not answers.ended:
-                        await answers.receive(1.0)
-            with worker.open(wanted):
-                pass
-        finally:
-            await worker.stop()
-
-    asyncio.run(fill())
-
-
 def test_a_full_queue_and_a_missing_worker_are_worth_another_try() -> None:
     class Full(EndlessWorker):
         def __init__(self, error: ExpertdError) -> None:
             super().__init__()
             self.error = error
 
-        def open(self, *wanted: Wanted) -> EndlessWorker:
+        def open(self, client: str, *wanted: Wanted) -> EndlessWorker:
             raise self.error
 
     async def head(reader: asyncio.StreamReader) -> None:

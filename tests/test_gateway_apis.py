@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,32 @@ def test_tools_are_refused_where_the_template_knows_none(client: openai.OpenAI) 
             tools=[{"type": "function", "function": {"name": "f"}}],
         )
     assert (caught.value.param, caught.value.code) == ("tools", "parameter_unsupported")
+
+
+def test_a_prompt_in_and_text_out(served: Served) -> None:
+    def ask(**fields: Any) -> tuple[int, Any]:
+        body = json.dumps({"prompt": "def f(", "max_tokens": 6} | fields).encode()
+        return served.request("POST", "/generate", body)[::2]
+
+    status, whole = ask()
+    assert status == 200
+    assert {name: whole[name] for name in ("model", "reason", "completion_tokens")} == {
+        "model": "demo",
+        "reason": "length",
+        "completion_tokens": 6,
+    }
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+        body = json.dumps({"prompt": "def f(", "max_tokens": 6, "stream": True}).encode()
+        head = f"POST /generate HTTP/1.0\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        stream = connection.makefile().read().split("\n\n")
+    events = [json.loads(event.partition("data: ")[2]) for event in stream if "{" in event]
+    assert "".join(event.get("text", "") for event in events) == whole["text"]
+    assert events[-1]["completion_tokens"] == 6
+    assert stream[-2:] == ["data: [DONE]", ""]
+    for fields, param in ({"prompt": 5}, "prompt"), ({"n": 2}, "n"), ({"messages": []}, "messages"):
+        status, refused = ask(**fields)
+        assert (status, refused["error"]["param"]) == (400, param)
 
 
 def test_raw_completions_of_text_and_tokens(client: openai.OpenAI) -> None:

@@ -51,8 +51,9 @@ SILENCE_S = 2.0
 STOP_S = 2 * SILENCE_S
 LIMITS = f"""
 import functools
-from expertd.clients.gateway import lifetime
-lifetime.serve = functools.partial(lifetime.serve, silence_s={SILENCE_S}, stall_s={SILENCE_S})
+from expertd.clients.gateway import lifetime, served
+lifetime.serve = functools.partial(lifetime.serve, stall_s={SILENCE_S})
+served.Limits = functools.partial(served.Limits, silence_s={SILENCE_S})
 """
 FILES = 112
 FEW_FILES = f"""
@@ -242,7 +243,7 @@ def test_a_worker_that_hangs_is_killed_and_another_started(client: openai.OpenAI
 
 
 @pytest.mark.parametrize("when", ["waiting", "loading"])
-@pytest.mark.parametrize("how", ["drain", "stop", "kill"])
+@pytest.mark.parametrize("how", ["end", "stop", "kill"])
 def test_nothing_is_left_of_a_worker_that_is_ended_before_it_is_back(
     own_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, how: str
 ) -> None:
@@ -256,7 +257,7 @@ if not started.exists():
     started.touch()
     link = zmq.Context.instance().socket(zmq.DEALER)
     link.connect(sys.argv[sys.argv.index("--gateway") + 1])
-    link.send(encode(WorkerReady(pid=os.getpid(), model="m", context=8)))
+    link.send(encode(WorkerReady(pid=os.getpid(), model="m", context=8, at_once=1)))
 time.sleep({DEADLINE_S})
 """)
     command.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
@@ -279,8 +280,8 @@ time.sleep({DEADLINE_S})
                     await asyncio.sleep(0.01)
                 with pytest.raises(WorkerUnavailable, match="killed by signal 9"):
                     worker.check()
-                if how == "drain":
-                    await worker.drain(DEADLINE_S)
+                if how == "end":
+                    worker.end()
                 elif how == "kill":
                     worker.kill()
                 await worker.stop()
@@ -355,9 +356,9 @@ asyncio.run(main())
 
 def hostile_frames(worker: int) -> list[list[bytes]]:
     others: list[Message] = [
-        WorkerReady(pid=worker, model="m", context=1),
+        WorkerReady(pid=worker, model="m", context=1, at_once=1),
         WorkerFailed(pid=worker, code="internal", message="no"),
-        WorkerReady(pid=1, model="m", context=1),
+        WorkerReady(pid=1, model="m", context=1, at_once=1),
         Delta(request=1, text="x", tokens=1),
         Finished(request=1, reason="stop", prompt_tokens=1, completion_tokens=1),
         Cancel(request=1),

@@ -28,6 +28,7 @@ from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 from tests.gateway_stage import ENDLESS, say, serving
 from tests.test_homes import expertd
 from tools.stage import ask_status
+from tools.terminal import Terminal
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) \w+\[\d+\] .+")
 
@@ -451,6 +452,29 @@ def test_events_of_several_logs_are_shown_in_their_order(home: Home) -> None:
         "time": "2026-11-29T14:03:01.000", "level": "INFO", "process": "daemon", "pid": 5, "event": "one",
         "traceback": "indented",
     }  # fmt: skip
+
+
+def test_facts_of_a_line_are_fields_again(home: Home) -> None:
+    log = 'session opened: session=3 model=org/name part=0.25 ok=True why="two: \\"words\\"" empty="" version=0.1.0'
+    home.daemon_log.write_text(f"{line(1, log)}\n{line(2, 'no facts: only words')}\n{line(3, 'why: not=')}\n")
+    found = [json.loads(text) for text in expertd("logs", "--json").stdout.splitlines()]
+    assert [(event["event"], event.get("facts")) for event in found] == [
+        ("session opened", {"session": 3, "model": "org/name", "part": 0.25, "ok": True,
+                            "why": 'two: "words"', "empty": "", "version": "0.1.0"}),
+        ("no facts: only words", None),
+        ("why: not=", None),
+    ]  # fmt: skip
+
+
+def test_a_line_fits_the_terminal_and_stays_whole_in_a_pipe(home: Home) -> None:
+    long = line(1, "what happened: " + " ".join(f"fact{n}={n}" for n in range(30)))
+    home.daemon_log.write_text(f"{long}\n    a traceback stays as it is: {'x' * 90}\n")
+    assert expertd("logs").stdout.splitlines()[0] == long
+    with Terminal("logs", columns=80) as terminal:
+        assert terminal.ended() == 0
+        *shown, last = terminal.text.splitlines()
+    assert all(len(text) <= 80 for text in shown) and len(shown) > 3
+    assert " ".join(text.strip() for text in shown) == long and last.endswith("x" * 90)
 
 
 def test_where_nothing_is_written_logs_says_so(home: Home) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -273,6 +274,13 @@ def test_verify_says_that_a_store_is_right(model: Path, home: Home) -> None:
     assert (done.exit_code, done.stdout) == (
         0, f"{path} is right: {BLOCKS} blocks fit their checksums and the model\n"
     )  # fmt: skip
+
+
+def test_as_json_pack_and_verify_tell_the_store(model: Path, home: Home) -> None:
+    told = [json.loads(pack(model, *options, "--json").stdout) for options in ([], [], ["--verify"])]
+    store = store_of(model, home.packed)
+    same = {"model": str(model), "store": str(store), "blocks": BLOCKS, "bytes": store.stat().st_size}
+    assert told == [same | {"written": True}, same | {"written": False}, same | {"right": True}]
 
 
 def test_verify_without_a_store_says_how_to_write_one(model: Path, home: Home) -> None:

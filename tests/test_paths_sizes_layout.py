@@ -88,7 +88,7 @@ def _home_of_length(length: int) -> Home:
     return Home(Path("/" + "h" * (length - 1)))
 
 
-ROOM = SOCKET_PATH_BYTES - len("/run/gateway-4194304.sock")
+ROOM = SOCKET_PATH_BYTES - len("/run/gateway-4194304-99.sock")
 
 
 def test_the_longest_home_whose_sockets_fit_is_taken() -> None:

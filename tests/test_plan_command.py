@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from expertd.clients.cli.plan import _curve, _up
+from expertd.clients.cli.plan import _computing, _curve, _up
 from expertd.clients.planning.shape import read_shape
 from expertd.protocol.pace import Pace, write_pace
 from expertd.protocol.paths import Home
@@ -37,6 +37,17 @@ def plan(*arguments: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def test_everything_resident_is_never_slower_than_less() -> None:
+    """Medians of different days: the machine was busier while everything was resident."""
+    shape = read_shape(DEMO)
+    pace = Pace(folder="/m", files=(), complete_us=9000, partial_us=7000, fetch_us=100)
+    found = _computing(shape, pace)
+    assert (found.complete_s, found.partial_s, found.fetch_s) == (0.007, 0.007, 0.0001)
+    assert "on a busier machine when everything was resident" in found.source
+    usual = _computing(shape, replace(pace, complete_us=5000))
+    assert (usual.complete_s, usual.partial_s, usual.source) == (0.005, 0.007, "measured when the model ran here")
 
 
 def test_a_plan_needs_no_daemon_and_leaves_no_trace(home: Home) -> None:

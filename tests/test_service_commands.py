@@ -6,6 +6,7 @@ import json
 import plistlib
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,14 @@ def test_uninstall_leaves_nothing_but_the_log(service: Stage) -> None:
 
 def test_a_gateway_comes_and_goes_with_its_flag(service: Stage, checkpoints: dict[str, Path]) -> None:
     model = checkpoints["stacked"]
-    said = service.done("service", "install", "--gateway", str(model), "--port", "18089", "--host", "localhost")
+    named = ("--gateway", str(model), "--port", "18089", "--host", "localhost", "--alias", "gpt-4o")
+    said = service.done("service", "install", *named)
     assert "the gateway answers at http://localhost:18089/v1 as soon as it has loaded stacked" in said
     log = service.home.service_gateway_log
     wait_for(lambda: "expertd: serving stacked at http://localhost:18089/v1" in log.read_text())
     assert "started a daemon" not in log.read_text(), "it uses the service's"
+    with urllib.request.urlopen("http://localhost:18089/v1/models") as answer:
+        assert [one["id"] for one in json.load(answer)["data"]] == ["stacked", "gpt-4o"]
     assert status(service)["gateway"] == {"models": [str(model)], "url": "http://localhost:18089/v1"}
     daemon, gateway = service.pid(), service.pid("gateway")
 
@@ -193,9 +197,9 @@ def test_a_gateway_comes_and_goes_with_its_flag(service: Stage, checkpoints: dic
     [
         (["--gateway"], "--gateway needs the model that it should serve: --gateway MODEL"),
         (["/some/model"], "name the models of a gateway after --gateway"),
-        (["--port", "9000"], "--port and --host are a gateway's: use them with --gateway MODEL"),
+        (["--port", "9000"], "--port, --host, --alias and --pin are a gateway's: use them with --gateway MODEL"),
+        (["--gateway", "models/demo", "--alias", "a=/other"], "--alias: /other is none of the models"),
         (["--gateway", "/nowhere"], "/nowhere does not exist; give the folder of an mlx-lm checkpoint"),
-        (["--gateway", "/a", "/b"], "a gateway serves 1 model; name one after --gateway"),
     ],
 )
 def test_a_gateway_that_cannot_be_is_told_before_anything_is_done(
@@ -392,6 +396,11 @@ def test_logs_shows_the_end_and_what_comes(launchctl: Stage) -> None:
     log.write_text("".join(f"line {number}\n" for number in range(100)))
     assert launchctl.done("service", "logs", "-n", "2") == ["line 98", "line 99"]
     assert len(launchctl.done("service", "logs")) == 40
+    log.write_text("2026-11-29 14:03:01.000 INFO daemon[5] session opened: session=3\nline 99\n")
+    assert [json.loads(text) for text in launchctl.done("service", "logs", "--json")] == [
+        {"time": "2026-11-29T14:03:01.000", "level": "INFO", "process": "daemon", "pid": 5, "event": "session opened",
+         "facts": {"session": 3}, "traceback": "line 99"},
+    ]  # fmt: skip
     command = [sys.executable, "-m", "expertd.clients.cli", "service", "logs", "-f", "-n", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=launchctl.environment) as following:
         try:

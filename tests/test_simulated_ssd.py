@@ -13,7 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 import expertd
-from expertd.clients.cli.status import table
+from expertd.clients.terminal.figures import table
 from expertd.daemon.simulated_ssd import SimulatedSsd, Ssd, parse_ssd
 from expertd.protocol.errors import SizeInvalid
 from expertd.protocol.paths import Home

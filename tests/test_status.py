@@ -6,26 +6,35 @@ All figures (``--verbose``, ``--layers``, ``--journal``, ``--json``) are in ``te
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from expertd.clients.terminal.figures import table
 from expertd.clients.terminal.glance import PLAIN_BLOCKS, bar, duration, glance, percent
 from expertd.clients.terminal.programs import program, programs
 from expertd.protocol import PROTOCOL
-from expertd.protocol.messages import DaemonStatus, ModelStatus, SessionStatus, Status
-from tests.conftest import StartDaemon
+from expertd.protocol.messages import DaemonStatus, DeviceStatus, JournalEntry, ModelStatus, SessionStatus, Status
+from expertd.protocol.paths import Home
+from expertd.protocol.quick import STATUS_TOKEN, quick_status
+from tests.conftest import StartDaemon, wait_for
 from tests.programs import Program
+from tools.stage import ask_status
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo"
 NOT_IMPORTED = (
     "mlx", "mlx_lm", "numpy", "aiohttp", "asyncio", "rich", "psutil", "subprocess", "importlib.metadata", "hashlib",
-    "logging", "expertd.worker", "expertd.daemon", "expertd.clients.gateway", "expertd.protocol.config",
+    "logging", "shutil", "textwrap", "click", "zmq", "msgspec", "expertd.worker", "expertd.daemon",
+    "expertd.clients.cli", "expertd.clients.gateway", "expertd.protocol.config", "expertd.protocol.errors",
+    "expertd.protocol.messages", "expertd.protocol.paths",
 )  # fmt: skip
 
 
@@ -202,17 +211,102 @@ def test_the_programs_of_processes_are_found_as_on_macos(monkeypatch: pytest.Mon
     assert programs([41]) == {}
 
 
-def test_status_imports_nothing_that_it_can_do_without(start_daemon: StartDaemon) -> None:
-    start_daemon("64MB")
+def imported_by(arguments: list[str]) -> set[str]:
+    """What the shell's ``expertd`` has imported when it is done with ``arguments``, beyond a bare interpreter."""
     code = (
-        "import sys\nfrom expertd.clients.cli import main\n"
-        "main(['status'], standalone_mode=False)\n"
-        "print('imported:', *sorted(sys.modules))"
+        "import sys\nbefore = set(sys.modules)\nfrom expertd.clients.entry import main\n"
+        f"sys.argv[1:] = {arguments!r}\nmain()\nprint('imported:', *sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    imported = done.stdout.splitlines()[-1].split()
-    assert imported[0] == "imported:" and "expertd.clients.cli.status" in imported
-    assert sorted(set(NOT_IMPORTED) & set(imported)) == []
+    first, *names = done.stdout.splitlines()[-1].split()
+    assert first == "imported:" and "expertd.clients.quick_status" in names
+    return set(names)
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["status", "--json"], ["status", "-v", "--layers", "--journal"]])
+def test_status_imports_nothing_that_it_can_do_without(arguments: list[str], start_daemon: StartDaemon) -> None:
+    start_daemon("64MB")
+    assert sorted(set(NOT_IMPORTED) & imported_by(arguments)) == []
+
+
+def both_ways(*arguments: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """``expertd`` as the shell has it, which may take the short way, and by the ordinary one."""
+    installed = str(Path(sys.executable).with_name("expertd"))
+    return [
+        subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+        )
+        for command in ([installed], [sys.executable, "-m", "expertd.clients.cli"])
+    ]
+
+
+def test_both_ways_show_the_same(home: Home, start_daemon: StartDaemon) -> None:
+    def steady(text: str) -> str:  # without what has changed in the meantime
+        text = re.sub(r"(up|for) (\d+ min )?\d+ s", r"\1 0 s", text)
+        return re.sub(r'("(?:uptime_s|rss_bytes|pressure_figure)": ).+', r"\1", text)
+
+    def tokens(home: Home) -> int:
+        (session,) = ask_status(home).models[0].sessions
+        return session.prompt_tokens + session.decode_tokens
+
+    start_daemon("2MB")
+    with Program(DEMO) as user:
+        user.run(12)
+        wait_for(lambda: tokens(home) == 17 + 12)  # an idle session reports what it has not told yet
+        for options in ([], ["--json"], ["-v"], ["--verbose", "--layers", "--journal"], ["--journal", "--json"]):
+            for width in ("80", ""):
+                short, ordinary = both_ways("status", *options, COLUMNS=width)
+                assert (short.returncode, short.stderr) == (ordinary.returncode, ordinary.stderr) == (0, "")
+                assert steady(short.stdout) == steady(ordinary.stdout)
+                assert short.stdout.count("tests.programs") == (0 if options else 1)
+
+
+def test_every_figure_fits_the_terminal() -> None:
+    devices = [DeviceStatus(name="nvme0n1", reads=123456, bytes=10**12, p50_us=181, p95_us=900, p99_us=5800,
+                            depth_mean=1.6, depth_max=9)]  # fmt: skip
+    why = "only 12 % of the memory of this machine is available, and what expertd holds is the most of it"
+    entries = [JournalEntry(at=0.0, pressure="critical", why=why, before_bytes=10**10, after_bytes=0)]
+    left = session(42, left_behind=True, held_bytes=1_200_000_000)
+    found = status(model(sessions=[session(), left]), devices=devices, journal=entries, tracing="/a/folder " * 9)
+    whole = table(found, layers=True, journal=True)
+    assert max(map(len, whole)) > 80
+    assert table(found, width=200, layers=True, journal=True) == whole
+    lines = table(found, width=80, layers=True, journal=True)
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()) == " ".join(" ".join(whole).split()), "nothing is lost"
+    assert all(line.startswith(" " * 10) for line in lines[3:4]), "what belongs to a line stands below it"
+
+
+def test_both_ways_fail_alike(home: Home) -> None:
+    for arguments, status in ((["status"], 3), (["status", "--nope"], 2), (["status", "--help"], 0), (["sttus"], 2)):
+        short, ordinary = both_ways(*arguments)
+        assert short.returncode == ordinary.returncode == status
+        assert (short.stdout, short.stderr) == (ordinary.stdout, ordinary.stderr)
+    home.root.chmod(0o777)  # somebody else may have put a daemon's socket there
+    short, ordinary = both_ways("status")
+    assert short.stderr == ordinary.stderr and short.stderr.endswith("[home_invalid]\n")
+
+
+@pytest.mark.parametrize("answer", [b"\x01", b"", b'{"protocol": 4, "daem', b'{"models": []}\n'])
+def test_a_daemon_that_does_not_know_the_question_is_asked_the_ordinary_way(answer: bytes, home: Home) -> None:
+    """It greets as it greets a session; one that hangs up in the middle of its answer has told nothing either."""
+    said = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(home.lifeline_socket))
+        listener.listen()
+
+        def daemon() -> None:
+            line, _ = listener.accept()
+            with line:
+                said.append(line.recv(64))
+                line.sendall(answer)
+
+        thread = threading.Thread(target=daemon)
+        thread.start()
+        found = quick_status(str(home.root))
+        thread.join()
+    assert said == [PROTOCOL.to_bytes(4, "little") + STATUS_TOKEN]
+    assert found == (answer if answer.endswith(b"\n") else None)
 
 
 def test_status_names_who_uses_the_model(start_daemon: StartDaemon) -> None:

@@ -383,10 +383,12 @@ def test_an_interrupted_recording_is_a_finished_trace(
         so_far = expertd("trace", "show", out, "--replay", "10")
         assert "(not finished: what its recorder has written so far)" in so_far.stdout
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode != 0
-    assert "Traceback" not in said
+        told, said = process.communicate(timeout=DEADLINE_S)
     found = read_trace(out)
+    assert process.returncode == 130
+    assert told.startswith(f"{out}: {found.info.tokens:,} tokens (")
+    assert said.splitlines()[-1] == "expertd: interrupted; the trace has what was computed until then"
+    assert "Traceback" not in said
     assert found.finished
     assert found.info.tokens > 300
     assert found.pos.tolist() == list(range(found.info.tokens))

@@ -6,6 +6,7 @@ Runs the real commands on the demo model, in a throw-away home, in terminals of 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -74,7 +75,12 @@ SCENES: dict[str, Callable[[str, int], str]] = {
 
 def main() -> None:
     """See the module."""
-    wanted = sys.argv[1:] or list(SCENES)
+    scenes = ", ".join(SCENES)
+    parser = argparse.ArgumentParser(prog="python -m tools.captures", description="Draw what commands show.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {scenes}; all of them, if none is given")
+    wanted = parser.parse_args().names or list(SCENES)
+    if unknown := [name for name in wanted if name not in SCENES]:
+        parser.error(f"there is no {unknown[0]!r}; there are: {scenes}")
     PICTURES.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(temporary_home())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from expertd.clients.cli.status import screen
+from expertd.clients.terminal.screens import screen
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.sizes import show_size
 from tools.stage import ask_status, running_daemon, temporary_home

@@ -87,6 +87,11 @@ class _Request:
     unreported: int = field(default=0)
 
     @property
+    def progress(self) -> str:
+        """How far it is, in words for the log."""
+        return "in its prompt" if self.prefilling else f"after {self.tokens} tokens"
+
+    @property
     def growth(self) -> Growth:
         """Tokens in its cache (none are counted until the prompt is done), and the most that it was asked for."""
         now = 0 if self.prefilling else len(self.prompt) + self.tokens
@@ -166,6 +171,11 @@ class Engine:
         self._outbox: list[Event] = []
 
     @property
+    def at_once(self) -> int:
+        """Answers that are computed at a time."""
+        return 1 if isinstance(self._generator, SequentialGenerator) else DECODE_REQUESTS
+
+    @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
         return bool(self._waiting or self._running or self._outbox)
@@ -195,9 +205,12 @@ class Engine:
     def cancel(self, request: int) -> None:
         """Forget a request: no event about it follows.  An unknown one has just ended, which is no error."""
         self._outbox = [event for event in self._outbox if event.request != request]
+        if any(waiting.id == request for waiting in self._waiting):
+            log.debug("request %d was cancelled while it waited", request)
         self._waiting = deque(waiting for waiting in self._waiting if waiting.id != request)
         running = [uid for uid, running in self._running.items() if running.id == request]
         if running:
+            log.debug("request %d was cancelled %s", request, self._running[running[0]].progress)
             self._drop(running)
             self._buffers.after_request(idle=not self._running)
 

@@ -165,7 +165,7 @@ class _Worker:
             signal.signal(number, self._on_signal)
         name, seconds = shown_name(folder), round(time.monotonic() - began, 1)
         log.info("the worker is ready", model=name, mode=events.session.mode, context=engine.context, seconds=seconds)
-        self._send(WorkerReady(pid=os.getpid(), model=name, context=engine.context))
+        self._send(WorkerReady(pid=os.getpid(), model=name, context=engine.context, at_once=engine.at_once))
         gauge = events.session.pressure
         gauge.on_change = self._bell.ring
         self._pass_on(gauge)  # what was said while the model was loaded
@@ -215,6 +215,7 @@ class _Worker:
     def _handle(self, engine: Engine, message: Message) -> None:
         match message:
             case Generate():
+                log.debug("a request came", request=message.request)
                 engine.submit(message)
             case Cancel():
                 engine.cancel(message.request)

@@ -75,6 +75,6 @@ class _Commands(Program):
 def main() -> None:
     """One warm cache of Mixture-of-Experts weights for every app on the machine.
 
-    Whatever goes wrong is one line on stderr, 'expertd: SENTENCE [CODE]', or with --json an object; the exit statuses
-    are in docs/cli.md.
+    Whatever goes wrong is one line on stderr, 'expertd: SENTENCE [CODE]', or with --json an object.  'expertd COMMAND
+    --help' tells all of a command, its exit statuses too.
     """

@@ -1,16 +1,17 @@
 """``expertd chat MODEL``: a conversation in the terminal, through a worker in this process.
 
-Answers go to standard output.  On a terminal a line of figures follows each; in a pipe, where each line that is read
-is one turn, they go to standard error.
+Answers go to standard output.  On a terminal a line of figures follows each; in a pipe they go to standard error.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
-import shutil
+import select
 import signal
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -28,7 +29,8 @@ from expertd.clients.terminal.conversation import (
     printable,
     read_message,
 )
-from expertd.clients.terminal.glance import percent, wrapped
+from expertd.clients.terminal.fit import columns, wrapped
+from expertd.clients.terminal.glance import percent
 from expertd.clients.terminal.rates import rates
 from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError
@@ -62,7 +64,9 @@ def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: 
     '/help' lists what can be typed besides messages.  Ctrl-C stops an answer, Ctrl-D leaves.  What was said stays
     computed, so an answer waits only for what is new.
 
-    In a pipe each line of standard input is one turn; the first error ends it.
+    In a pipe each line of standard input is one turn, or several as they are typed in a terminal: between lines of
+    \"\"\", or each but the last with \\ at its end.  The first answer that fails ends it.  Exits with 2 if a line was a
+    command that there is not, with 1 if the chat could not be saved.
     """
     config = read_config(Home.current(), **flags)
     folder = find_or_pull(model)  # before mlx is imported, which takes a second
@@ -70,16 +74,19 @@ def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: 
     from expertd.worker.turns import Turns
 
     loaded, tokenizer = expertd.load(folder, budget=budget)
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:
         turns = Turns(loaded, tokenizer, kv_bits=config.generate_kv_bits.value)
         temperature = config.generate_temperature.value
         talk = _Talk(shown_name(folder), loaded, tokenizer, turns, system, max_tokens, temperature)
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if on_terminal:
             _at_terminal(talk)
         else:
             _in_pipe(talk)
     finally:
         expertd.unload(loaded)
+    if talk.failed_commands and not on_terminal:
+        sys.exit(talk.failed_commands[0])
 
 
 class _Stop:
@@ -115,6 +122,8 @@ class _Talk:
     ) -> None:
         self.name = name
         self.said = Conversation(system)
+        self.failed_commands: list[int] = []
+        """The exit status that each command deserves which could not be obeyed."""
         self._model = model
         self._tokenizer = tokenizer
         self._turns = turns
@@ -211,12 +220,24 @@ class _Figures:
 
 
 def _in_pipe(talk: _Talk) -> None:
-    for line in sys.stdin:
-        typed = parse(line)
+    lines = iter(sys.stdin.readline, "")
+
+    def more() -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    while True:
+        try:
+            first = more()
+        except EOFError:
+            return
+        typed = parse(first)
         if isinstance(typed, Command):
             if not _obey(talk, typed):
                 return
-        elif typed:
+        elif typed := read_message(first, more).strip():
             figures = talk.answer(typed, _show)
             click.echo()
             click.echo(f"expertd: {figures}", err=True)
@@ -229,6 +250,8 @@ def _at_terminal(talk: _Talk) -> None:
     click.secho(f"{talk.name}: type a message.  /help lists what else there is; Ctrl-D leaves.", dim=True)
     while True:
         try:
+            if _left_already():
+                raise EOFError
             first = input(ASK)
             typed = parse(first)
             if isinstance(typed, Command):
@@ -244,6 +267,17 @@ def _at_terminal(talk: _Talk) -> None:
             continue
         if typed:
             _turn(talk, typed)
+
+
+def _left_already() -> bool:
+    """Whether Ctrl-D was typed before there was a prompt; it is taken then.
+
+    What edits lines would not see it: the terminal has turned it into an end of what is read, and not into a key.
+    """
+    if not select.select([sys.stdin], [], [], 0)[0]:
+        return False
+    typed = fcntl.ioctl(sys.stdin, termios.FIONREAD, bytes(4))
+    return not int.from_bytes(typed, sys.byteorder) and not os.read(sys.stdin.fileno(), 1)
 
 
 def _turn(talk: _Talk, text: str) -> None:
@@ -263,7 +297,7 @@ def _turn(talk: _Talk, text: str) -> None:
         return
     click.echo()
     for sentence in [*heard.getvalue().splitlines(), figures]:
-        for line in wrapped(sentence, shutil.get_terminal_size().columns):
+        for line in wrapped(sentence, columns()):
             click.secho(line, dim=True)
     click.echo()
 
@@ -294,10 +328,13 @@ def _obey(talk: _Talk, command: Command) -> bool:
                 talk.said.save(path, talk.name)
             except SaveFailed as error:
                 click.echo(f"expertd: {error}", err=True)
+                talk.failed_commands.append(ExpertdError.exit_status)
             else:
                 click.echo(f"saved {len(talk.said.messages)} messages to {path}")
         case "save":
             click.echo("expertd: /save needs a name: /save FILE", err=True)
+            talk.failed_commands.append(click.UsageError.exit_code)
         case name:
             click.echo(f"expertd: there is no /{name}; /help lists what there is", err=True)
+            talk.failed_commands.append(click.UsageError.exit_code)
     return True

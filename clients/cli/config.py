@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import click
 
 from expertd.clients.cli.group import Group
 from expertd.clients.cli.parameters import json_option
+from expertd.clients.terminal.fit import beside, folded, width_of
 from expertd.protocol.config import KEYS, Config, Key, Setting, Source, near, read_config
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import IDLE_EXIT_S
@@ -28,8 +30,7 @@ def config() -> None:
     """Show the settings, and where each comes from.
 
     A flag of a command comes before a variable of the environment, that before the file, and that before the default.
-    The file is config.toml in the home (EXPERTD_HOME); 'expertd config show' names it.  docs/cli.md has a table of all
-    settings.
+    The file is config.toml in the home (EXPERTD_HOME); 'expertd config show' names it, and lists all settings.
     """
 
 
@@ -46,23 +47,26 @@ def show(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(as_object(home, found), indent=2))
         return
-    for line in table(home, found):
+    for line in table(home, found, width_of(sys.stdout)):
         click.echo(line)
 
 
 @config.command()
-def path() -> None:
+@json_option()
+def path(as_json: bool) -> None:
     """Print where config.toml is.
 
     It need not be there: $EDITOR "$(expertd config path)" begins one.
     """
     home = Home.current()
     home.check()
-    click.echo(home.config)
+    found = {"file": str(home.config), "exists": home.config.exists()}
+    click.echo(json.dumps(found, indent=2) if as_json else home.config)
 
 
 @config.command()
-def check() -> None:
+@json_option()
+def check(as_json: bool) -> None:
     """Say whether all settings can be used.
 
     So a mistake is found before something is started with it.  A variable that looks like a setting but is none is
@@ -70,13 +74,22 @@ def check() -> None:
     """
     home = Home.current()
     found = read_config(home)
-    for name, meant in misspelt(os.environ):
-        click.echo(f"expertd: the variable {name} is not a setting; did you mean {meant}?", err=True)
-    if not home.config.exists():
-        click.echo(f"{home.config} is not there, and need not be: all else can be used")
-        return
+    near_misses, exists = misspelt(os.environ), home.config.exists()
     said = sum(setting.source is Source.FILE for _, setting in _settings(found))
-    click.echo(f"{home.config} can be used ({said} {'setting' if said == 1 else 'settings'})")
+    if as_json:
+        names = [{"variable": name, "meant": meant} for name, meant in near_misses]
+        shown = {"file": str(home.config), "exists": exists, "settings_in_file": said, "misspelt": names}
+        click.echo(json.dumps(shown, indent=2))
+        return
+    for name, meant in near_misses:
+        click.echo(f"expertd: the variable {name} is not a setting; did you mean {meant}?", err=True)
+    words = (
+        f"can be used ({said} {'setting' if said == 1 else 'settings'})"
+        if exists
+        else "is not there, and need not be: all else can be used"
+    )
+    for line in folded(f"{home.config} {words}", width_of(sys.stdout)):
+        click.echo(line)
 
 
 def misspelt(environment: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -102,17 +115,17 @@ def as_object(home: Home, found: Config) -> dict[str, object]:
     return {"file": str(home.config), "settings": settings}
 
 
-def table(home: Home, found: Config) -> list[str]:
-    """The settings as lines for a person."""
+def table(home: Home, found: Config, columns: int | None = None) -> list[str]:
+    """The settings as lines for a person, as wide as ``columns`` (None: a line each)."""
     there = "" if home.config.exists() else ", which is not there"
     width = max(len(key.dotted) for key in KEYS.values())
-    lines = [f"{'file':{width}}  {home.config}{there}"]
+    lines = beside(f"{'file':{width}}  ", f"{home.config}{there}", columns)
     for key, setting in _settings(found):
         origin = {Source.ENVIRONMENT: key.variable, Source.FILE: "config.toml"}.get(setting.source, setting.source)
         shown = key.shown(setting.value)
         if key.name == "idle_exit" and setting.source is Source.DEFAULT:
             shown += f"; a daemon that is started on demand: {IDLE_EXIT_S} s"
-        lines.append(f"{key.dotted:{width}}  {shown}  ({origin})")
+        lines += beside(f"{key.dotted:{width}}  ", f"{shown}  ({origin})", columns)
     return lines
 
 

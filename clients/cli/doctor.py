@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 import click
 
 from expertd.clients.cli.parameters import json_option
-from expertd.protocol.errors import DaemonNotRunning, ExpertdError, HomeError
+from expertd.protocol.errors import ConfigInvalid, DaemonNotRunning, ExpertdError, HomeError
 from expertd.protocol.messages import Status
 from expertd.protocol.paths import Home
-from expertd.protocol.sizes import parse_budget
 
 if TYPE_CHECKING:
     from expertd.clients.doctor import Finding, Surroundings
@@ -104,6 +103,7 @@ def surroundings() -> Surroundings:
         shm=None if mac else Path("/dev/shm"),
         requirement=requirement,
         alias=alias,
+        settings=lambda: settings(home),
         budget=functools.cache(lambda: budget(home)),
         pressure=pressure,
         space=space,
@@ -143,8 +143,21 @@ def alias() -> str:
     return done.stdout.strip()
 
 
+def settings(home: Home) -> list[tuple[str, str]]:
+    """Variables that are no settings and look as if they were meant so.
+
+    Raises:
+        ConfigInvalid, HomeError: a setting cannot be used.
+    """
+    from expertd.clients.cli.config import misspelt
+    from expertd.protocol.config import read_config
+
+    read_config(home)
+    return misspelt(os.environ)
+
+
 def budget(home: Home) -> Budget:
-    """What a daemon that starts would take."""
+    """What a daemon that starts would take; the default, where the setting cannot be used (another check tells)."""
     from expertd.clients.doctor.surroundings import Budget
     from expertd.daemon.machine import default_budget, this_machine
     from expertd.protocol.config import read_config
@@ -152,8 +165,8 @@ def budget(home: Home) -> Budget:
     default = default_budget(this_machine())
     try:
         setting = read_config(home).budget.value
-    except HomeError:  # that is told by its own check
-        setting = parse_budget(os.environ.get("EXPERTD_BUDGET") or "auto")
+    except (HomeError, ConfigInvalid):
+        setting = None
     return Budget(setting or default.size, default.size, tuple(default.why))
 
 

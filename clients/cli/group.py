@@ -1,7 +1,8 @@
 """How all commands behave: help without a command, the nearest name for a wrong one, errors as one line.
 
 An ``ExpertdError`` ends a command with one line on stderr, ``expertd: SENTENCE [CODE]``, and the exit status of its
-class.  With ``--json`` that line is an object: ``{"error": {"code", "message", "exit_status"}}``.
+class.  With ``--json`` that line is an object: ``{"error": {"code", "message", "exit_status"}}``.  On a terminal it
+takes as many lines as it needs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import click
 
+from expertd.clients.terminal.fit import folded, width_of, wrapped
 from expertd.protocol.errors import ExpertdError
 
 INTERRUPTED = 130
@@ -64,7 +66,7 @@ class Program(Group):
             _tell(error.message, error.code, error.exit_status, as_json)
         except click.ClickException as error:
             if not as_json:
-                raise
+                raise _fitting(error) from None
             _tell(error.format_message(), USAGE, error.exit_code, as_json)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EIO):
@@ -76,9 +78,19 @@ class Program(Group):
             sys.exit(INTERRUPTED)
 
 
+def _fitting(error: click.ClickException) -> click.ClickException:
+    """What click refuses, with its sentence in the width of the terminal."""
+    text = error.format_message()
+    width = width_of(sys.stderr)
+    if width is None or not isinstance(error, click.UsageError) or len(text) <= width - len("Error: "):
+        return error
+    return click.UsageError("\n".join(wrapped(text, width - len("Error: "))), error.ctx)
+
+
 def _tell(message: str, code: str, status: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"error": {"code": code, "message": message, "exit_status": status}}), err=True)
     else:
-        click.echo(f"expertd: {message} [{code}]", err=True)
+        for line in folded(f"expertd: {message} [{code}]", width_of(sys.stderr)):
+            click.echo(line, err=True)
     sys.exit(status)

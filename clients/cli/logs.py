@@ -10,6 +10,7 @@ import heapq
 import json
 import os
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,9 @@ from typing import BinaryIO
 import click
 
 from expertd.clients.cli.parameters import json_option
+from expertd.clients.terminal.fit import folded, width_of
 from expertd.protocol.errors import ExpertdError
+from expertd.protocol.logs import split_facts
 from expertd.protocol.paths import Home
 
 FOLLOW_S = 0.25
@@ -63,7 +66,12 @@ def logs(follow: bool, count: int, daemon: bool, gateway: bool, worker: int | No
 
 def _show(shown: Iterable[Event], as_json: bool) -> None:
     for event in shown:
-        click.echo(event.as_json() if as_json else event.text)
+        if as_json:
+            click.echo(event.as_json())
+            continue
+        first, *rest = event.text.split("\n")
+        for line in [*folded(first, width_of(sys.stdout), indent=4), *rest]:
+            click.echo(line)
 
 
 @dataclass(frozen=True, order=True)
@@ -81,7 +89,9 @@ class Event:
         match = _TEXT.fullmatch(first)
         found: dict[str, object] = {"event": first}
         if match is not None:
+            words, facts = split_facts(match["event"])
             found = {**match.groupdict(), "pid": int(match["pid"]), "time": match["time"].replace(" ", "T")}
+            found |= {"event": words, "facts": facts} if facts else {}
         if rest:
             found["traceback"] = "\n".join(line.strip() for line in rest)
         return json.dumps(found, ensure_ascii=False)

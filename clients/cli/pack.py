@@ -5,6 +5,7 @@ Output: one line on stdout that names the store; how far it is goes to stderr.  
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from expertd.clients.cli.group import INTERRUPTED
-from expertd.clients.cli.parameters import complete_model
+from expertd.clients.cli.parameters import complete_model, json_option
 from expertd.clients.cli.progress import Progress
 from expertd.protocol.errors import PackFailed, StoreInvalid
 from expertd.protocol.manifest import Manifest
@@ -36,7 +37,8 @@ Fill = Callable[[int, int, Sequence[memoryview]], None]
     help="Folder for the store; a link in the home leads to it.  [default: the folder 'packed' in the home]",
 )  # fmt: skip
 @click.option("--verify", is_flag=True, help="Compare a store that exists with its checksums and the model.")
-def pack(model: str, output: Path | None, verify: bool) -> None:
+@json_option()
+def pack(model: str, output: Path | None, verify: bool, as_json: bool) -> None:
     """Write a packed store of MODEL, a checkpoint's folder or the name of one ('expertd models').
 
     A store holds all experts once more, each in one piece and with a checksum, and takes as much space as they do.  The
@@ -64,9 +66,10 @@ def pack(model: str, output: Path | None, verify: bool) -> None:
     layout = layout_of(header_of(manifest))
     found = _existing(places, manifest)
     if verify:
-        _verify(found, layout, fill)
+        _verify(found, layout, fill, as_json)
         return
     _prepare(home)
+    written = found is None
     if found is None:
         found = places[-1]
         _write(layout, found, fill)
@@ -74,7 +77,15 @@ def pack(model: str, output: Path | None, verify: bool) -> None:
     else:
         done = f"{manifest.folder} is packed already"
     _link(places[0], found)
+    if as_json:
+        click.echo(json.dumps({**_as_object(found, layout), "written": written}, indent=2))
+        return
     click.echo(f"{done}: {layout.header.blocks} blocks, {show_size(layout.size)}, in {found}")
+
+
+def _as_object(store: Path, layout: StoreLayout) -> dict[str, object]:
+    header = layout.header
+    return {"model": header.folder, "store": str(store), "blocks": header.blocks, "bytes": layout.size}
 
 
 def _filler(loaded: LazyModel) -> Fill:
@@ -126,7 +137,7 @@ def _write(layout: StoreLayout, path: Path, fill: Fill) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _verify(path: Path | None, layout: StoreLayout, fill: Fill) -> None:
+def _verify(path: Path | None, layout: StoreLayout, fill: Fill, as_json: bool) -> None:
     from expertd.worker.store import verify_store
 
     folder = layout.header.folder
@@ -134,6 +145,9 @@ def _verify(path: Path | None, layout: StoreLayout, fill: Fill) -> None:
         raise StoreInvalid(f"there is no packed store of {folder} that fits it; write one with: expertd pack {folder}")
     with Progress("verified", layout.record_bytes) as progress:
         verify_store(layout, path, fill, progress.moved)
+    if as_json:
+        click.echo(json.dumps({**_as_object(path, layout), "right": True}, indent=2))
+        return
     click.echo(f"{path} is right: {layout.header.blocks} blocks fit their checksums and the model")
 
 

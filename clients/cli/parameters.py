@@ -6,6 +6,7 @@ What a setting is called and what it may be is the table in ``expertd.protocol.c
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import click
 from expertd.protocol.config import KEYS
 from expertd.protocol.errors import ExpertdError, ModelIncomplete, ModelNotHere
 from expertd.protocol.model_names import find_model, hub_id
+from expertd.protocol.paths import Home
 from expertd.protocol.sizes import parse_budget, show_size
 
 if TYPE_CHECKING:
@@ -59,9 +61,24 @@ def _checked(ctx: click.Context, param: click.Parameter, budget: str | None) -> 
     return budget
 
 
-budget_option = config_option(
-    "budget", note="; if this starts a daemon", callback=_checked
-)
+def _checked_and_told(ctx: click.Context, param: click.Parameter, budget: str | None) -> str | None:
+    """As ``_checked``; and say so where a daemon runs already, with another budget, because that one stays."""
+    if _checked(ctx, param, budget) is None or ctx.resilient_parsing:
+        return budget
+    from expertd.protocol.quick import quick_status
+
+    answer = quick_status(str(Home.current().root))
+    if answer is not None and (has := json.loads(answer)["budget_bytes"]) != parse_budget(str(budget)):
+        click.echo(
+            f"expertd: --budget {budget} changes nothing: a daemon runs already, with {show_size(has)}; "
+            f"change it with: expertd budget {budget}", err=True,
+        )  # fmt: skip
+    return budget
+
+
+budget_option = config_option("budget", note="; if this starts a daemon", callback=_checked_and_told)
+worker_budget_option = config_option("budget", note="; if this starts a daemon", callback=_checked)
+"""The same for a gateway's worker, whose gateway has told it."""
 
 
 def find_or_pull(model: str) -> Path:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from expertd.clients.cli.parameters import find_or_pull, json_option
-from expertd.protocol.checkpoint import weight_files
+from expertd.clients.cli.parameters import json_option
+from expertd.clients.cli.serve import alias_option, named_models, pin_option
 from expertd.protocol.config import KEYS, read_config, variable
 from expertd.protocol.connection import Connection, package_version
 from expertd.protocol.errors import DaemonNotRunning, ProtocolMismatch, ServiceFailed, ServiceNotInstalled
@@ -51,17 +52,27 @@ def service() -> None:
 
 
 @service.command()
-@click.option("--gateway/--no-gateway", default=None, help="Keep 'expertd serve MODEL' too, or do not any more.")
+@click.option("--gateway/--no-gateway", default=None, help="Keep 'expertd serve MODEL...' too, or do not any more.")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help=f"The gateway's.  [default: {PORT}]")
 @click.option("--host", metavar="ADDRESS", help=f"Address that the gateway listens on.  [default: {HOST}]")
+@alias_option
+@pin_option
 @dry_run_option
-def install(gateway: bool | None, models: tuple[str, ...], port: int | None, host: str | None, dry_run: bool) -> None:
+def install(
+    gateway: bool | None,
+    models: tuple[str, ...],
+    port: int | None,
+    host: str | None,
+    aliases: tuple[str, ...],
+    pins: tuple[str, ...],
+    dry_run: bool,
+) -> None:
     """Install the service, or bring one that is installed up to date.
 
     \b
     expertd service install                     the daemon
-    expertd service install --gateway MODEL     an OpenAI API over MODEL too
+    expertd service install --gateway MODEL...  an OpenAI API over models too
 
     What is not named stays as it is.  EXPERTD_HOME, HF_HOME and [serve] of config.toml are taken over as they are now;
     what the daemon should be started with is read from config.toml at each start: see 'expertd config show'.
@@ -71,7 +82,7 @@ def install(gateway: bool | None, models: tuple[str, ...], port: int | None, hos
         home.prepare()
     read_config(home)  # a mistake is better told now than by a log
     before = read_service(home)
-    wished = _gateway(before.gateway if before else None, gateway, models, port, host)
+    wished = _gateway(before.gateway if before else None, gateway, models, port, host, aliases, pins)
     site = _Site.current(home, wished)
     record = Service(FORMAT, site.manager.name, package_version(), site.start_command, gateway=wished)
 
@@ -164,7 +175,8 @@ def status(as_json: bool) -> None:
     "-n", "--lines", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="How many lines to show."
 )
 @click.option("--gateway", is_flag=True, help="The gateway's log, not the daemon's.")
-def logs(follow: bool, lines: int, gateway: bool) -> None:
+@json_option("Print one JSON object for each event.")
+def logs(follow: bool, lines: int, gateway: bool, as_json: bool) -> None:
     """Show the end of the daemon's log."""
     home = Home.current()
     home.check()
@@ -172,9 +184,15 @@ def logs(follow: bool, lines: int, gateway: bool) -> None:
     if not path.exists() and not follow:
         name = "gateway" if gateway else "daemon"
         raise ServiceNotInstalled(f"there is no log of a {name} yet ({path}); it begins when one is started")
+    from expertd.clients.cli.logs import events
+
     try:
         for text in tail(path, lines, follow):
-            click.echo(text, nl=False)
+            if as_json:
+                for event in events(text.splitlines()):
+                    click.echo(event.as_json())
+            else:
+                click.echo(text, nl=False)
     except KeyboardInterrupt:
         return
 
@@ -262,8 +280,9 @@ def _tell_result(site: _Site, done: str) -> None:
     click.echo(f"{done}: {site.manager.name} keeps the daemon ({place})")
     record = read_service(site.home)
     if record is not None and record.gateway is not None and len(site.wanted) > 1:
-        names = ", ".join(Path(model).name for model in record.gateway.models)
-        click.echo(f"the gateway answers at {_url(record.gateway)} as soon as it has loaded {names}")
+        models = record.gateway.models
+        when = f"as soon as it has loaded {Path(models[0]).name}" if len(models) == 1 else "in a moment"
+        click.echo(f"the gateway answers at {_url(record.gateway)} {when}")
 
 
 def _await_daemon(site: _Site) -> int:
@@ -287,31 +306,44 @@ def _await_daemon(site: _Site) -> int:
 
 
 def _gateway(
-    before: Gateway | None, wished: bool | None, models: tuple[str, ...], port: int | None, host: str | None
+    before: Gateway | None,
+    wished: bool | None,
+    models: tuple[str, ...],
+    port: int | None,
+    host: str | None,
+    aliases: tuple[str, ...],
+    pins: tuple[str, ...],
 ) -> Gateway | None:
     """The gateway that is wished, where ``before`` is the one that there is."""
-    from expertd.clients.cli.serve import serve
-
     if models and not wished:
         raise click.UsageError("name the models of a gateway after --gateway")
     if wished and not models and before is None:
         raise click.UsageError("--gateway needs the model that it should serve: --gateway MODEL")
-    most = serve.params[0].nargs
-    if 0 < most < len(models):
-        raise click.UsageError(f"a gateway serves {most} model; name one after --gateway")
     if wished is False or (before is None and not wished):
-        if port is not None or host is not None:
-            raise click.UsageError("--port and --host are a gateway's: use them with --gateway MODEL")
+        if port is not None or host is not None or aliases or pins:
+            raise click.UsageError(
+                "--port, --host, --alias and --pin are a gateway's: use them with --gateway MODEL"
+            )
         return None
-    named = tuple(_lasting_name(model) for model in models)
     config = read_config(Home.current())
     had = before or Gateway((), config.serve_host.value, config.serve_port.value or PORT)
-    return Gateway(named or had.models, host or had.host, port or had.port)
+    if models:
+        named_models(models, aliases, pins)
+        # Other models have other names: what was said of the former ones is not taken over.
+        had = Gateway(tuple(map(_lasting_name, models)), had.host, had.port, tuple(map(_lasting_alias, aliases)),
+                      tuple(map(_lasting_name, pins)))  # fmt: skip
+    elif aliases or pins:
+        raise click.UsageError("--alias and --pin are of models: name these after --gateway, too")
+    return msgspec.structs.replace(had, host=host or had.host, port=port or had.port)
+
+
+def _lasting_alias(alias: str) -> str:
+    name, equals, model = alias.partition("=")
+    return f"{name}={_lasting_name(model)}" if equals else name
 
 
 def _lasting_name(model: str) -> str:
     """What a service should call ``model``: an id of the hub as it is, to find the newest; a folder in full."""
-    weight_files(find_or_pull(model))
     path = Path(model).expanduser()
     return str(path.absolute()) if path.exists() else model
 

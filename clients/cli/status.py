@@ -1,24 +1,17 @@
 """``expertd status``: what the daemon holds and how well it does.
 
-The screen that it shows by default is ``expertd.clients.terminal.glance``; what is here shows every figure.
+What it shows is ``expertd.clients.terminal.glance``, or ``figures`` there, which has every figure.  Called without more
+than its own options, ``expertd status`` in the shell takes a shorter way than this (``expertd.clients.quick_status``).
 """
 
 from __future__ import annotations
 
-import shutil
-import sys
-import time
-from pathlib import Path
-
 import click
 
-from expertd.clients.terminal.glance import BLOCKS, PLAIN_BLOCKS, glance
-from expertd.clients.terminal.programs import programs
-from expertd.protocol.messages import AheadStatus, AskStatus, ModelStatus, SessionStatus, Status
-from expertd.protocol.model_names import shown_path
+from expertd.clients.terminal.screens import every_figure, screen
+from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
-from expertd.protocol.sizes import show_size
 
 
 def ask_status(home: Home) -> Status:
@@ -57,133 +50,6 @@ def status(verbose: bool, layers: bool, journal: bool, as_json: bool) -> None:
 
         click.echo(json.dumps(as_object(found), indent=2))
         return
-    figures = verbose or layers or journal
-    for line in table(found, layers=layers, journal=journal) if figures else screen(found):
+    every = verbose or layers or journal
+    for line in every_figure(found, layers=layers, journal=journal) if every else screen(found):
         click.echo(line)
-
-
-def screen(found: Status) -> list[str]:
-    """The state at a glance, for this terminal."""
-    pids = [session.pid for model in found.models for session in model.sessions]
-    columns = shutil.get_terminal_size().columns
-    return glance(found, programs(pids), columns, blocks(), str(Path.home()))
-
-
-def blocks() -> str:
-    """The characters of bars that standard output can show."""
-    try:
-        BLOCKS.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return PLAIN_BLOCKS
-    return BLOCKS
-
-
-def table(found: Status, *, layers: bool = False, journal: bool = False) -> list[str]:
-    """Every figure, as lines; on demand with one for each MoE layer, or with the journal."""
-    minutes, seconds = divmod(round(found.daemon.uptime_s), 60)
-    lines = [
-        f"daemon    process {found.daemon.pid}, up {minutes} min {seconds} s, home {found.home}",
-        f"budget    {show_size(found.budget_bytes)}, in use {show_size(found.used_bytes)}, pressure {found.pressure}",
-    ]
-    if found.limit_bytes < found.budget_bytes:
-        why = "growing again" if found.pressure == "normal" else found.pressure_figure
-        lines.append(f"limit     {show_size(found.limit_bytes)} because of memory pressure: {why}")
-    if found.simulated_ssd:
-        lines.append(f"disk      slowed down to {found.simulated_ssd} (--simulate-ssd)")
-    lines += _reads(found)
-    if journal:
-        lines += _journal(found)
-    if found.frames_dropped:
-        lines.append(f"dropped   {found.frames_dropped} messages that were not understood; the daemon's log names them")
-    if found.tracing:
-        lines.append(f"tracing   into {found.tracing}; end it with: expertd trace stop")
-    for model in found.models:
-        lines += ["", *_model(model)]
-        if layers:
-            lines += _layers(model)
-    if not found.models:
-        lines.append("models    none yet")
-    return lines
-
-
-def _reads(found: Status) -> list[str]:
-    lines = [
-        f"reads     {device.name}: {device.reads} reads, {show_size(device.bytes)}, half of them within "
-        f"{_time(device.p50_us)}, 99 % within {_time(device.p99_us)}, {device.depth_mean:.1f} at once"
-        for device in found.devices
-    ]
-    if found.fetch_to_read_us is not None and found.fetch_to_read_us.p50:
-        begin, most = _time(found.fetch_to_read_us.p50), _time(found.fetch_to_read_us.p99)
-        lines.append(f"fetches   begin to read after {begin}, 99 % within {most}")
-    return lines
-
-
-def _time(us: int) -> str:
-    return f"{us} us" if us < 1000 else f"{us / 1000:.1f} ms"
-
-
-def _journal(found: Status) -> list[str]:
-    lines = [
-        f"  {time.strftime('%d %b %H:%M:%S', time.localtime(entry.at))}  {entry.pressure:8}  "
-        f"{show_size(entry.before_bytes)} -> {show_size(entry.after_bytes)}: {entry.why}"
-        for entry in found.journal
-    ]
-    return ["journal   changes of the limit, the newest last", *lines] if lines else ["journal   nothing has changed"]
-
-
-def _model(model: ModelStatus) -> list[str]:
-    looked = model.hits + model.misses
-    rate = f"{100 * model.hits / looked:.1f} % hits" if looked else "no lookup yet"
-    share = 100 * model.resident_blocks / model.blocks
-    lines = [
-        f"model     {shown_path(model.path)} ({model.family})",
-        f"  experts   {model.moe_layers} layers x {model.experts}, {model.top_k} a token, "
-        f"{show_size(model.block_bytes)} each",
-        f"  resident  {model.resident_blocks} of {model.blocks} blocks ({share:.0f} %), room for {model.slots}, "
-        f"{show_size(model.pool_bytes)}",
-        f"  lookups   {rate} ({model.hits} hits, {model.misses} misses), {model.evictions} evictions, "
-        f"{show_size(model.bytes_read)} read",
-    ]
-    lines += [f"  ahead     {_ahead(kind)}" for kind in model.ahead if kind.announced]
-    if model.packed:
-        lines.append(f"  packed    {model.packed}")
-    if model.moves:
-        lines.append(
-            f"  moves     {model.moves} new generations of pools, {model.blocks_copied} blocks copied for them"
-        )
-    lines += [f"  session   {_session(session)}" for session in model.sessions]
-    if not model.sessions:
-        lines.append("  session   none")
-    return lines
-
-
-def _ahead(kind: AheadStatus) -> str:
-    name = f"{kind.kind}:"
-    found = f"{name:18} {100 * kind.useful:.0f} % used (shuffled {100 * kind.shuffled:.0f} %)"
-    if kind.useful_bytes or kind.wasted_bytes:
-        found += f", {show_size(kind.useful_bytes)} useful, {show_size(kind.wasted_bytes)} wasted"
-    return found + ("" if kind.reading else ", off now")
-
-
-def _layers(model: ModelStatus) -> list[str]:
-    if not model.layers:
-        return ["  layers    unknown to this daemon, which is older than this command"]
-    rows = [["layer", "pool", "pool slots", "resident", "hits", "misses", "evictions", "bytes read"]]
-    for number, layer in enumerate(model.layers):
-        share = 100 * layer.bytes_read / max(1, model.bytes_read)
-        counts = (layer.pool, layer.pool_slots, layer.resident_blocks, layer.hits, layer.misses, layer.evictions)
-        rows.append([str(number), *map(str, counts), f"{share:.1f} %"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.rjust, row, widths)) for row in rows]
-
-
-def _session(session: SessionStatus) -> str:
-    if session.left_behind:
-        return (
-            f"process {session.pid} does not answer and holds {show_size(session.held_bytes)}; "
-            f"continue it (kill -CONT {session.pid}) or end it"
-        )
-    waits = ", waits for a read" if session.waiting else ""
-    tokens = f", {session.decode_tokens} + {session.prompt_tokens} tokens (answers + prompts)"
-    counted = tokens if session.decode_tokens or session.prompt_tokens else ""
-    return f"process {session.pid}, mode {session.mode}, {session.fetches} fetches{counted}{waits}"

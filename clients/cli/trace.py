@@ -11,8 +11,9 @@ from typing import Any
 import click
 import msgspec
 
-from expertd.clients.cli.group import Group
+from expertd.clients.cli.group import INTERRUPTED, Group
 from expertd.clients.cli.parameters import budget_option, complete_model, json_option
+from expertd.clients.terminal.fit import folded, width_of
 from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, TraceStopped
 from expertd.protocol.model_names import find_model
 from expertd.protocol.paths import Home
@@ -62,7 +63,7 @@ def record(
 ) -> None:  # fmt: skip
     """Generate answers to prompts with MODEL (a checkpoint's folder or name), and record its routing.
 
-    Ctrl-C ends it early; what was recorded until then is kept.
+    Ctrl-C ends it early; what was recorded until then is kept, and told.
     """
     from expertd.clients.traces.prompts import read_prompts
     from expertd.worker.answers import answer_all, encode_prompt
@@ -74,15 +75,25 @@ def record(
     texts = read_prompts(prompts)
     loaded, tokenizer = load(folder, budget=budget)
     encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in texts]
-    with (
-        recording(loaded, output, scores=scores) as recorder,
-        click.progressbar(length=len(encoded), label="prompts", show_pos=True, file=sys.stderr) as bar,
-    ):
-        for _ in answer_all(loaded, tokenizer, encoded, max_tokens, temperature, seed, parallel):
-            bar.update(1)
-            recorder.check()
+    interrupted = False
+    with recording(loaded, output, scores=scores) as recorder:
+        try:
+            with click.progressbar(length=len(encoded), label="prompts", show_pos=True, file=sys.stderr) as bar:
+                for _ in answer_all(loaded, tokenizer, encoded, max_tokens, temperature, seed, parallel):
+                    bar.update(1)
+                    recorder.check()
+        except KeyboardInterrupt:
+            interrupted = True
     unload(loaded)
-    click.echo(_told(output, recorder.info))
+    _tell(output, recorder.info)
+    if interrupted:
+        click.echo("expertd: interrupted; the trace has what was computed until then", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _tell(path: Path, info: TraceInfo) -> None:
+    for line in folded(_told(path, info), width_of(sys.stdout)):
+        click.echo(line)
 
 
 def _told(path: Path, info: TraceInfo) -> str:
@@ -141,7 +152,7 @@ def stop() -> None:
 @click.argument("path", type=_file, metavar="OUT.npz")
 def recover(path: Path) -> None:
     """Make a trace of what a recorder that was killed, or had no room, has left."""
-    click.echo(_told(path, recover_trace(path)))
+    _tell(path, recover_trace(path))
 
 
 @trace.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from expertd.clients.doctor.findings import Finding, Verdict, note
-from expertd.clients.doctor.home import check_daemon, check_home, check_leftovers, check_service
+from expertd.clients.doctor.home import check_daemon, check_home, check_leftovers, check_service, check_settings
 from expertd.clients.doctor.models import check_hub, check_lm_studio
 from expertd.clients.doctor.service import check_denied, check_environment
 from expertd.clients.doctor.surroundings import Surroundings
@@ -36,6 +36,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("disk", check_disk),
     ("open files", check_files),
     ("home", check_home),
+    ("settings", check_settings),
     ("leftovers", check_leftovers),
     ("daemon", check_daemon),
     ("service", check_service),

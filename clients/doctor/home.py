@@ -30,6 +30,22 @@ def check_home(at: Surroundings) -> Finding:
     return ok(f"{at.home.root}{there}, sockets of at most {longest} of {SOCKET_PATH_BYTES} bytes")
 
 
+def check_settings(at: Surroundings) -> Finding:
+    """Whether all settings can be used, of the file and of the environment."""
+    try:
+        misspelt = at.settings()
+    except HomeError:
+        return note("they cannot be looked for, because the home cannot be used")
+    except ExpertdError as error:
+        sentence, _, todo = error.message.partition("; ")
+        return problem(sentence, todo or "expertd config check")
+    if misspelt:
+        names = ", ".join(f"{name} (did you mean {meant}?)" for name, meant in misspelt)
+        return note(f"not a setting: {names}", "correct the variable's name, or unset it")
+    there = "can be used" if at.home.config.exists() else "is not there, and need not be"
+    return ok(f"{at.home.config} {there}")
+
+
 def check_leftovers(at: Surroundings) -> Finding:
     """Sockets, logs and unfinished files whose processes are gone."""
     found = leftovers(at)

@@ -50,6 +50,8 @@ class Surroundings:
         shm: where shared memory is a file system, None where it is none.
         requirement: what expertd takes of a package, for example ``>=1.2,<2``, and the version that is installed.
         alias: why MLX cannot compute out of shared pages; empty if it can.
+        settings: variables that look like settings and are none, each with the one that may be meant; raises what is
+            wrong with a setting.
         budget, pressure: see ``Budget``; the level in a word and the figure that decided it.
         space: of the file system of a path.
         speed: of the disk of the first of these files that can be measured, None if none can.
@@ -70,6 +72,7 @@ class Surroundings:
     shm: Path | None
     requirement: Callable[[str], tuple[str, str | None]]
     alias: Callable[[], str]
+    settings: Callable[[], list[tuple[str, str]]]
     budget: Callable[[], Budget]
     pressure: Callable[[], tuple[str, str]]
     space: Callable[[Path], Space]

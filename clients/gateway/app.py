@@ -1,6 +1,6 @@
 """The HTTP side: routes, OpenAI-shaped errors, streaming.
 
-Turns requests into calls of ``expertd.clients.gateway.workers``; what each API reads and writes is in a module of its
+Turns requests into calls of ``expertd.clients.gateway.served``; what each API reads and writes is in a module of its
 own (``chat``, ``completions``, ``responses``, ``anthropic``).  It starts and stops nothing: see
 ``expertd.clients.gateway.lifetime``.  No CORS headers are sent, and a ``Host`` that is not this machine's is refused,
 so that a web page cannot reach the API through a name of its own (DNS rebinding).
@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,16 +22,16 @@ from urllib.parse import urlsplit
 import msgspec
 from aiohttp import web
 
-from expertd.clients.gateway import anthropic, awake, chat, completions, responses
+from expertd.clients.gateway import anthropic, awake, chat, completions, plain, responses
 from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.served import Answers, Models, Served
 from expertd.clients.gateway.stored import Stored
-from expertd.clients.gateway.wanted import ANY_MODEL, Wanted
-from expertd.clients.gateway.workers import Answers, Worker
+from expertd.clients.gateway.wanted import Wanted
+from expertd.protocol import VERSION
 from expertd.protocol.errors import (
     ExpertdError,
     MemoryPressure,
     MethodNotAllowed,
-    ModelNotFound,
     ParameterUnsupported,
     QueueFull,
     RequestInvalid,
@@ -41,8 +40,7 @@ from expertd.protocol.errors import (
     WorkerUnavailable,
 )
 from expertd.protocol.logs import Log
-from expertd.protocol.messages import Delta, Finished
-from expertd.protocol.model_names import shown_name
+from expertd.protocol.messages import Delta, Finished, Pressure
 
 __all__ = ["BODY_LIMIT", "STALL_S", "Gateway", "error_body"]
 
@@ -54,6 +52,7 @@ KEEPALIVE_S = 10.0
 """A stream is never silent for longer, however long a prompt takes."""
 STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
+LEVELS = ("normal", "warning", "critical")
 RETRY_QUEUE_S, RETRY_S, RETRY_MEMORY_S = 1, 5, 10
 
 FACTS: ContextVar[dict[str, Any]] = ContextVar("facts")
@@ -63,23 +62,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Gateway:
-    """The application for one model."""
+    """The application over ``models``."""
 
     def __init__(
-        self,
-        worker: Worker,
-        model: Path,
-        host: str,
-        aliases: Sequence[str] = (),
-        *,
-        keepalive_s: float = KEEPALIVE_S,
-        stall_s: float = STALL_S,
+        self, models: Models, host: str, *, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S
     ) -> None:
-        """Serve ``model`` by its hub id, or else its folder's name, and by ``aliases``.
-
-        ``host`` is what the gateway listens on, and so a ``Host`` that it takes.
-        """
-        self.name = shown_name(model.resolve())
+        """``host`` is what the gateway listens on, and so a ``Host`` that it takes."""
         self.app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
         self.app.add_routes(
             [
@@ -92,17 +80,17 @@ class Gateway:
                 web.delete("/v1/responses/{id}", self._forget),
                 web.post("/v1/responses/{id}/cancel", self._cancel),
                 web.get("/v1/responses/{id}/input_items", self._input_items),
+                web.post("/generate", self._generate),
                 web.post("/v1/messages", self._message),
                 web.post("/v1/messages/count_tokens", self._count),
-                web.get("/v1/models", self._models),
+                web.get("/v1/models", self._list),
                 web.get("/v1/models/{id:.+}", self._model),
+                web.get("/health", self._health),
                 web.get("/health/live", self._live),
                 web.get("/health/ready", self._ready),
             ]
         )
-        self._worker = worker
-        self._listed = list(dict.fromkeys([self.name, *aliases]))
-        self._names = {*self._listed, self.name.rpartition("/")[2], str(model), str(model.resolve())}
+        self._models = models
         self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
         self._any_address = _is_wildcard(host)
         self._keepalive_s = keepalive_s
@@ -116,17 +104,21 @@ class Gateway:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         wanted = chat.parse(await self._body(request))
-        return await self._compute(request, [wanted], chat.Rendering(wanted, self.name, int(time.time())))
+        served = self._served(wanted.model)
+        return await self._compute(request, served, [wanted], chat.Rendering(wanted, served.name, int(time.time())))
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         wanted = completions.parse(await self._body(request))
-        return await self._compute(request, wanted, completions.Rendering(wanted, self.name, int(time.time())))
+        served = self._served(wanted[0].model)
+        rendering = completions.Rendering(wanted, served.name, int(time.time()))
+        return await self._compute(request, served, wanted, rendering)
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
         wanted = responses.parse(await self._body(request))
+        served = self._served(wanted.wanted.model)
         earlier = self._stored.items(wanted.previous)
-        rendering = responses.Rendering(wanted, self.name, int(time.time()))
-        answer = await self._compute(request, [wanted.with_messages(earlier)], rendering)
+        rendering = responses.Rendering(wanted, served.name, int(time.time()))
+        answer = await self._compute(request, served, [wanted.with_messages(earlier)], rendering)
         if wanted.store and rendering.ended:
             self._stored.keep(rendering.response(), wanted.given, earlier)
         return answer
@@ -153,14 +145,19 @@ class Gateway:
         """What would else be taken for the id of a response."""
         raise _no_route(request.path)
 
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        wanted = plain.parse(await self._body(request))
+        served = self._served(wanted.model)
+        return await self._compute(request, served, [wanted], plain.Rendering(served.name))
+
     async def _message(self, request: web.Request) -> web.StreamResponse:
         wanted = anthropic.parse(await self._body(request))
-        return await self._compute(request, [wanted], anthropic.Rendering(self.name))
+        served = self._served(wanted.model)
+        return await self._compute(request, served, [wanted], anthropic.Rendering(served.name))
 
     async def _count(self, request: web.Request) -> web.Response:
         wanted = replace(anthropic.parse_count(await self._body(request)), count=True, stream=False)
-        self._check_model(wanted.model)
-        with self._worker.open(wanted) as answers:
+        with self._served(wanted.model).open(_client(request), wanted) as answers:
             while (received := await answers.receive(self._keepalive_s)) is None or not isinstance(
                 received[1], Finished
             ):
@@ -169,15 +166,20 @@ class Gateway:
 
     async def _body(self, request: web.Request) -> Any:
         """The decoded body of a request for text, which the log has a line of."""
-        FACTS.get()["model"] = self.name
+        FACTS.get()["model"] = None
         return _decode(await request.read())
 
+    def _served(self, name: str) -> Served:
+        """The model that is asked for, which the log tells."""
+        served = self._models.find(name)
+        FACTS.get()["model"] = served.name
+        return served
+
     async def _compute(
-        self, request: web.Request, wanted: Sequence[Wanted], rendering: Renderer
+        self, request: web.Request, served: Served, wanted: Sequence[Wanted], rendering: Renderer
     ) -> web.StreamResponse:
-        """Have ``wanted`` computed, and write it as ``rendering`` says."""
-        self._check_model(wanted[0].model)
-        with self._worker.open(*wanted) as answers:
+        """Have ``wanted`` computed by ``served``, and write it as ``rendering`` says."""
+        with served.open(_client(request), *wanted) as answers:
             told = [Told() for _ in range(answers.count)]
             if wanted[0].stream:
                 response = await self._stream(request, answers, rendering, told)
@@ -250,25 +252,57 @@ class Gateway:
         for data in rendering.end():
             yield data
 
-    async def _models(self, request: web.Request) -> web.Response:
-        return _json({"object": "list", "data": [self._model_object(name) for name in self._listed]})
+    async def _list(self, request: web.Request) -> web.Response:
+        names = [name for served in self._models.all for name in served.names]
+        return _json({"object": "list", "data": [self._model_object(name) for name in names]})
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
-        self._check_model(name)
-        return _json(self._model_object(name if name in self._listed else self.name))
+        served = self._models.find(name)
+        return _json(self._model_object(name if name in served.names else served.name))
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """All that is known of how it goes; says nothing by its status."""
+        models = {
+            one.name: {"state": one.state, "running": one.running, "waiting": one.waiting} for one in self._models.all
+        }
+        told = self._pressure()
+        status = {"status": "ok", "version": VERSION, "pressure": told.level, "figure": told.figure, "models": models}
+        try:
+            self._check_ready()
+        except ExpertdError as error:
+            status |= {"status": "not ready", "error": error_body(error)["error"]}
+        return _json(status)
 
     async def _live(self, request: web.Request) -> web.Response:
         return _json({"status": "live"})
 
     async def _ready(self, request: web.Request) -> web.Response:
-        told = self._worker.pressure
+        told = self._pressure()
         pressure = {"pressure": told.level, "figure": told.figure}
         try:
-            self._worker.check()
+            self._check_ready()
         except ExpertdError as error:
             return _error_response(error, self._retry_after_s(error), {"status": "not ready"} | pressure)
         return _json({"status": "ready"} | pressure)
+
+    def _check_ready(self) -> None:
+        """Whether any model would take a request.
+
+        Raises:
+            ExpertdError: why the first one does not.
+        """
+        errors = []
+        for served in self._models.all:
+            try:
+                return served.check_ready()
+            except ExpertdError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _pressure(self) -> Pressure:
+        """How short of memory the machine is: as the worker tells who finds it worst."""
+        return max((served.pressure for served in self._models.all), key=lambda told: LEVELS.index(told.level))
 
     # -- what all routes share -----------------------------------------------------------------------------------------
 
@@ -329,7 +363,11 @@ class Gateway:
             return RETRY_QUEUE_S
         if isinstance(error, MemoryPressure):
             return RETRY_MEMORY_S
-        return self._worker.retry_after_s() if isinstance(error, WorkerUnavailable) else RETRY_S
+        if isinstance(error, WorkerUnavailable):
+            # Of the one that was asked for, or else of who is there soonest.
+            asked = FACTS.get().get("model")
+            return min(one.retry_after_s() for one in self._models.all if asked in (None, one.name))
+        return RETRY_S
 
     def _check_host(self, header: str) -> None:
         host = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
@@ -346,10 +384,6 @@ class Gateway:
         host = urlsplit(header).hostname or ""
         if host not in self._hosts and not (self._any_address and _is_address(host)):
             raise RequestInvalid(f"pages of '{header}' may not use this gateway; no page of another site may")
-
-    def _check_model(self, name: str) -> None:
-        if name not in self._names and name != ANY_MODEL:
-            raise ModelNotFound(f"the model '{name}' is not served here; '{self.name}' is", param="model")
 
     def _model_object(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "expertd"}
@@ -424,6 +458,13 @@ def _decode(body: bytes) -> Any:
 
 def _json(body: dict[str, Any], status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
+
+
+def _client(request: web.Request) -> str:
+    """Whose request it is, to be fair between clients: programs on one machine differ by their key or their name."""
+    headers = request.headers
+    key = headers.get("Authorization") or headers.get("x-api-key") or ""
+    return f"{request.remote} {hash(key)} {headers.get('User-Agent', '')}"
 
 
 def _is_address(host: str) -> bool:

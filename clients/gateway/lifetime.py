@@ -1,4 +1,4 @@
-"""A gateway from its start to its end: the port, the worker, the signals, the order in which things stop."""
+"""A gateway from its start to its end: the port, the workers, the signals, the order in which things stop."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 from aiohttp import web
 
 from expertd.clients.gateway.app import STALL_S, Gateway
 from expertd.clients.gateway.connections import connection_limit, take_connections
-from expertd.clients.gateway.workers import SILENCE_S, Worker
-from expertd.protocol.errors import ExpertdError, PortInUse
+from expertd.clients.gateway.served import Models
+from expertd.protocol.errors import ConfigInvalid, PortInUse
 from expertd.protocol.logs import Log
-from expertd.protocol.paths import Home
 
 __all__ = ["listen", "serve"]
 
@@ -38,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises:
         PortInUse: somebody else listens there.
-        ExpertdError: the address is not one of this machine's, or not allowed.
+        ConfigInvalid: there is no such address, it is not one of this machine's, or not allowed.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -55,39 +53,37 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"{host}:{port} is taken; choose another port with --port, or 0 for any") from error
-        raise ExpertdError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); check --host and --port"
+        raise ConfigInvalid(
+            f"{host}:{port} cannot be listened on ({error.strerror}); --host takes an address or a name of this "
+            "machine, as 127.0.0.1, and --port a number that you may use"
         ) from error
+    except UnicodeError as error:
+        raise ConfigInvalid(f"{host[:80]!r} cannot be a name; --host takes one, or an address") from error
     return listener
 
 
 async def serve(
     listener: socket.socket,
     host: str,
-    model: Path,
+    models: Callable[[], Models],
     *,
-    home: Home,
-    aliases: Sequence[str] = (),
-    budget: str | None = None,
-    silence_s: float = SILENCE_S,
     stall_s: float = STALL_S,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve ``model`` on ``listener`` until SIGTERM, SIGINT or SIGHUP; a second signal kills the worker at once.
+    """Serve models on ``listener`` until SIGTERM, SIGINT or SIGHUP; a second signal kills the workers at once.
 
-    From the first moment it answers: health says whether it is ready.  ``ready`` is called with the API's URL once the
-    model is loaded; a worker that dies later is started again.
+    From the first moment it answers: health says whether it is ready.  ``ready`` is called with the API's URL once
+    those models are loaded that always are; a worker that dies later is started again.
 
     Args:
-        aliases: further names that the model is served under.
-        silence_s: a worker that was asked and says nothing for so long is killed.
+        models: makes them; called within the loop.
         stall_s: how long a client may leave a full buffer unread.
 
     Raises:
-        ExpertdError: the model could not be loaded.
+        ExpertdError: a model that always has to be there could not be loaded.
     """
-    worker = Worker(home, model, budget=budget, silence_s=silence_s)
-    gateway = Gateway(worker, model, host, aliases, stall_s=stall_s)
+    served = models()
+    gateway = Gateway(served, host, stall_s=stall_s)
     runner = web.AppRunner(
         gateway.app,
         handler_cancellation=True,
@@ -96,27 +92,35 @@ async def serve(
         keepalive_timeout=KEEP_OPEN_S,
     )
     url = _url(host, listener)
-    with _stop_signals(worker) as told_to_stop:
+    with _stop_signals(served) as told_to_stop:
         try:
             await runner.setup()
             assert runner.server is not None
             async with _background(take_connections(listener, runner.server, gateway.busy, connection_limit())):
-                await worker.start()
-                loaded, stopped = asyncio.create_task(worker.ready()), asyncio.create_task(told_to_stop.wait())
-                await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
-                if loaded.done():
-                    loaded.result()
-                    log.info("the gateway is ready", model=gateway.name, url=url)
+                for one in served.all:
+                    one.start()
+                loads = asyncio.ensure_future(_loaded(served))
+                stopped = asyncio.create_task(told_to_stop.wait())
+                await asyncio.wait([loads, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if loads.done():
+                    loads.result()
+                    log.info("the gateway is ready", models=[one.name for one in served.all], url=url)
                     ready(url)
                     await stopped
-                loaded.cancel()
+                loads.cancel()
                 stopped.cancel()
+                await asyncio.wait([loads, stopped])
             listener.close()
-            await worker.drain(DRAIN_S)
+            await asyncio.gather(*[one.drain(DRAIN_S) for one in served.all])
         finally:
             await runner.cleanup()
-            await worker.stop()
+            await asyncio.gather(*[one.stop() for one in served.all])
             log.info("the gateway has ended")
+
+
+async def _loaded(models: Models) -> None:
+    """Wait until all are loaded that always have to be there."""
+    await asyncio.gather(*[one.loaded() for one in models.all if one.always])
 
 
 @contextlib.asynccontextmanager
@@ -131,14 +135,15 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_signals(worker: Worker) -> Iterator[asyncio.Event]:
+def _stop_signals(models: Models) -> Iterator[asyncio.Event]:
     loop = asyncio.get_running_loop()
     told_to_stop = asyncio.Event()
 
     def on_signal(number: signal.Signals) -> None:
         log.info("the gateway was told to end", signal=number.name)
         if told_to_stop.is_set():
-            worker.kill()
+            for one in models.all:
+                one.kill()
         told_to_stop.set()
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -1,8 +1,8 @@
-"""The gateway's worker: its requests, and its process, which is started again when it has died.
+"""A model's worker: what it is sent and tells, and its process, which is started again when it has died.
 
 One asyncio loop owns everything here.  When a process is started again, and after how long, is
-``expertd.clients.gateway.supervision``; frames are ``expertd.clients.gateway.link``.  What a worker does is
-``expertd.worker``, which is never imported here.
+``expertd.clients.gateway.supervision``; frames are ``expertd.clients.gateway.link``; which answer is sent when is
+``expertd.clients.gateway.served``.  What a worker does is ``expertd.worker``, which is never imported here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from expertd.clients.gateway import awake
 from expertd.clients.gateway.link import Link
@@ -46,11 +45,10 @@ from expertd.protocol.messages import (
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
 
-__all__ = ["SILENCE_S", "Answers", "Worker"]
+__all__ = ["BEING_STOPPED", "SILENCE_S", "Event", "Worker"]
 
 log = Log(__name__)
 
-QUEUE_LIMIT = 64
 SILENCE_S = 300.0
 """A worker with work that says nothing for so long counts as hung: even a piece of a prompt does not take that long."""
 LAST_WORDS_S = 1.0
@@ -61,75 +59,16 @@ BEING_STOPPED = "the gateway is being stopped"
 NORMAL = Pressure(level="normal", figure="")
 
 
-Events = asyncio.Queue[tuple[int, Delta | Finished | ExpertdError]]
-
-
-class Answer:
-    """One answer's events, on their way to whoever asked for it."""
-
-    def __init__(self, request: int, place: int, events: Events) -> None:
-        self._place, self._events = place, events
-        self.request = request
-        self.begun = False
-        """Whether the worker has said anything about it."""
-        self.ended = False
-
-    def put(self, event: Delta | Finished | ExpertdError) -> None:
-        """Hand over the next event.  What comes after the last one is not taken."""
-        if self.ended:
-            return
-        self.begun = True
-        self.ended = not isinstance(event, Delta)
-        self._events.put_nowait((self._place, event))
-
-
-class Answers:
-    """The answers to one request, as they come.  Leaving its ``with`` block early cancels what still runs.
-
-    Attributes:
-        count: how many there are.
-    """
-
-    def __init__(self, worker: Worker, answers: Sequence[Answer], events: Events) -> None:
-        self._worker, self._answers, self._events = worker, answers, events
-        self.count = len(answers)
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more comes."""
-        return all(answer.ended for answer in self._answers) and self._events.empty()
-
-    async def receive(self, timeout_s: float) -> tuple[int, Delta | Finished] | None:
-        """The next event and the place of its answer, or None after ``timeout_s``.
-
-        Raises:
-            ExpertdError: what the worker refused the request with.
-            WorkerUnavailable: the worker died, hung, or is being stopped.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                place, event = await self._events.get()
-        except TimeoutError:
-            return None
-        if isinstance(event, ExpertdError):
-            raise event
-        return place, event
-
-    def __enter__(self) -> Answers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for answer in self._answers:
-            self._worker.release(answer)
+Event = Delta | Finished | ExpertdError
+Put = Callable[[Event], None]
+"""Takes the next event of an answer; what is no Delta is its last."""
 
 
 class Worker:
     """One model's worker, which is one process after the other and never two.
 
-    Use ``start``, then ``ready``, then ``open``; at the end ``drain`` and ``stop``.  A model that cannot be loaded the
-    first time is given up; after that every end of the process but ours is followed by a new start.
+    Use ``start``, then ``ready``, then ``submit``; at the end ``end`` and ``stop``.  A model that cannot be loaded
+    the first time is given up; after that every end of the process but ours is followed by a new start.
     """
 
     def __init__(
@@ -137,18 +76,27 @@ class Worker:
         home: Home,
         model: Path,
         *,
-        budget: str | None = None,
-        queue_limit: int = QUEUE_LIMIT,
+        number: int = 0,
+        options: Sequence[str] = (),
         silence_s: float = SILENCE_S,
+        on_ready: Callable[[WorkerReady], None] = lambda ready: None,
     ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            number: tells this gateway's workers apart.
+            options: of ``expertd worker``, beside those that this class gives.
+            silence_s: how long a worker that was asked may say nothing.
+            on_ready: called whenever a process takes requests.
+        """
         self._home = home
         self._model = model
-        self._budget = budget
-        self._queue_limit = queue_limit
+        self._options = tuple(options)
         self._silence_s = silence_s
-        self._link = Link(home.gateway_socket(os.getpid()))
+        self._told_ready = on_ready
+        self._link = Link(home.gateway_socket(os.getpid(), number))
         self._supervision = Supervision()
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, Put] = {}
         self._requests = 0
         self._process: asyncio.subprocess.Process | None = None
         self._spoken = asyncio.Event()  # Whether this process has told how its loading went.
@@ -202,66 +150,51 @@ class Worker:
         """After how many seconds a request that found no worker may find one."""
         return self._supervision.retry_after_s(_now())
 
-    def open(self, *wanted: Wanted) -> Answers:
-        """Send a request to the worker: for all answers to the first prompt, then the next.
+    @property
+    def is_loading(self) -> bool:
+        """Whether the model is being loaded for the first time."""
+        return not self._first.done()
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether there is a process that has loaded the model."""
+        return self._peer is not None
+
+    def submit(self, wanted: Wanted, answer: int, put: Put) -> int:
+        """Send the request for one answer of ``wanted``; return its number.  ``put`` gets all that comes of it.
 
         Raises:
-            WorkerUnavailable, MemoryPressure: see ``check``.
-            QueueFull: ``queue_limit`` requests wait already, or the worker reads nothing.
-            RequestTooLarge: the messages do not fit into a frame.
+            WorkerUnavailable: it is loading, or dead.
+            QueueFull: the worker reads nothing.
+            RequestInvalid: the request cannot be written as a message.
+            RequestTooLarge: the message does not fit into a frame.
         """
-        self.check()
-        waiting = sum(not answer.begun for answer in self._answers.values())
-        if waiting >= self._queue_limit:
-            raise QueueFull(f"{waiting} requests wait already, which is the limit; try again later")
-        events: Events = asyncio.Queue()
-        answers: list[Answer] = []
-        try:
-            for one in wanted:
-                for number in range(one.answers):
-                    answers.append(self._open(one, number, len(answers), events))
-        except BaseException:
-            for answer in answers:
-                self.release(answer)
-            raise
-        return Answers(self, answers, events)
-
-    def _open(self, wanted: Wanted, number: int, place: int, events: Events) -> Answer:
         self._requests += 1
         try:
-            frame = encode(wanted.generate(self._requests, number))
+            frame = encode(wanted.generate(self._requests, answer))
         except (OverflowError, TypeError, ValueError) as error:
             raise RequestInvalid(f"the request holds what cannot be passed on ({error})") from error
         if len(frame) > FRAME_LIMIT:
             raise RequestTooLarge(f"the messages take {len(frame)} bytes, more than the {FRAME_LIMIT} that are allowed")
         self._send(frame)
-        if not self._is_asked():
+        if not self._answers:
             self._silent_pieces = 0
-        answer = Answer(self._requests, place, events)
-        self._answers[answer.request] = answer
-        return answer
+        self._answers[self._requests] = put
+        return self._requests
 
-    def release(self, answer: Answer) -> None:
-        """Forget a request, and cancel it where it still runs."""
-        self._answers.pop(answer.request, None)
-        if not answer.ended:
-            self._cancel(answer.request)
+    def cancel(self, request: int) -> None:
+        """Forget a request.  One that has ended is unknown, which is no error."""
+        if self._answers.pop(request, None) is not None:
+            self._cancel(request)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Take no more requests; wait until those that run have ended, and end the rest after ``timeout_s``.
-
-        A worker that dies from now on is not started again.
-        """
-        self._end()
-        with contextlib.suppress(TimeoutError):
-            async with awake.timeout(timeout_s):
-                while self._answers:
-                    await asyncio.sleep(0.02)
-        self._fail_all(BEING_STOPPED)
+    def end(self) -> None:
+        """From here on nothing is started; what runs goes on."""
+        self._why_not = BEING_STOPPED
+        self._ending.set()
 
     async def stop(self, timeout_s: float = END_S) -> None:
         """End the process, with a kill after ``timeout_s``; leave no socket behind."""
-        self._end()
+        self.end()
         self._ask_to_end()
         if self._life is not None:
             try:
@@ -282,14 +215,10 @@ class Worker:
 
     def kill(self) -> None:
         """End the process without asking, and for good."""
-        self._end()
+        self.end()
         self._kill()
 
     # -- requests ------------------------------------------------------------------------------------------------------
-
-    def _is_asked(self) -> bool:
-        """Whether anybody waits for the worker to say something."""
-        return any(not answer.ended for answer in self._answers.values())
 
     def _send(self, frame: bytes) -> None:
         if self._peer is None:
@@ -320,9 +249,10 @@ class Worker:
             raise MessageInvalid("a message came from somebody who is not the worker")
         elif isinstance(message, Delta | Finished | Refused):
             self._silent_pieces = 0
-            # One that is unknown was released a moment ago, and its Cancel is under way.
-            if (answer := self._answers.get(message.request)) is not None:
-                answer.put(_error(message) if isinstance(message, Refused) else message)
+            # One that is unknown was cancelled a moment ago, and its Cancel is under way.
+            take = self._answers.get if isinstance(message, Delta) else self._answers.pop
+            if (put := take(message.request, None)) is not None:
+                put(_error(message) if isinstance(message, Refused) else message)
             late, self._late_cancels = self._late_cancels, []
             for request in late:
                 self._cancel(request)
@@ -339,8 +269,9 @@ class Worker:
             log.warning("requests are taken again")
 
     def _fail_all(self, why: str) -> None:
-        for answer in self._answers.values():
-            answer.put(WorkerUnavailable(why))
+        failed, self._answers = self._answers, {}
+        for put in failed.values():
+            put(WorkerUnavailable(why))
 
     # -- the process ---------------------------------------------------------------------------------------------------
 
@@ -389,8 +320,7 @@ class Worker:
         """In a process group of its own: Ctrl-C is the gateway's to handle."""
         command = [sys.executable, "-m", "expertd.clients.cli", "worker", str(self._model)]
         command += ["--gateway", self._link.address, "--parent", str(os.getpid())]
-        if self._budget is not None:
-            command += ["--budget", self._budget]
+        command += self._options
         return await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -410,8 +340,10 @@ class Worker:
             self._first.set_result(message)
         elif not self._ending.is_set():
             log.warning("the worker is ready again (process %d)", message.pid)
+            self._told_ready(message)
             return
         log.info("worker ready", model=self._model.name, worker=message.pid)
+        self._told_ready(message)
 
     def _lose(self, why: str) -> None:
         """There is no worker any more to send to or to hear from."""
@@ -427,16 +359,11 @@ class Worker:
         most, piece_s = awake.pieces(self._silence_s)
         while True:
             await asyncio.sleep(piece_s)
-            self._silent_pieces = self._silent_pieces + 1 if self._peer is not None and self._is_asked() else 0
+            self._silent_pieces = self._silent_pieces + 1 if self._peer is not None and self._answers else 0
             if self._silent_pieces >= most:
                 self._cause = WorkerUnavailable(f"the worker said nothing for {self._silence_s:.0f} s and was killed")
                 self._lose(self._cause.message)
                 self._kill()
-
-    def _end(self) -> None:
-        """From here on nothing is started."""
-        self._why_not = BEING_STOPPED
-        self._ending.set()
 
     def _ask_to_end(self) -> None:
         try:
@@ -466,7 +393,7 @@ def _error(refused: Refused) -> ExpertdError:
 def _remove_dead_sockets(home: Home) -> None:
     """Remove what gateways left that were killed: zmq binds over a dead file, but nobody else would ever remove it."""
     for path in home.run.glob("gateway-*.sock"):
-        pid = path.stem.removeprefix("gateway-")
+        pid = path.stem.removeprefix("gateway-").partition("-")[0]
         try:
             os.kill(int(pid), 0)
         except (ProcessLookupError, ValueError):

@@ -1,16 +1,19 @@
 """A daemon's state at a glance: one calm screen in plain words, for somebody who has read nothing about expertd.
 
-Pure: lines from a ``Status`` and the names of programs.  All other figures are in ``expertd.clients.cli.status``.
+Pure: lines from a ``Status`` and the names of programs.  All other figures are in
+``expertd.clients.terminal.figures``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from expertd.clients.terminal.fit import wrapped
+from expertd.protocol.shown import show_size, shown_name
 
-from expertd.protocol.messages import ModelStatus, SessionStatus, Status
-from expertd.protocol.model_names import shown_name
-from expertd.protocol.sizes import show_size
+TYPE_CHECKING = False  # see terminal.fit
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from expertd.protocol.messages import ModelStatus, SessionStatus, Status
 
 LABEL = 11
 """Columns before what is told."""
@@ -88,8 +91,7 @@ def _model(
     held = percent(model.resident_blocks, model.blocks)
     there = f"{held} of its experts are in memory, {show_size(model.pool_bytes)}"
     found = f"{percent(model.hits, looked)} were there when they were needed" if looked else "not used yet"
-    folder = Path(model.path)
-    name, parent = shown_name(folder), f"{folder.parent}/"
+    name, parent = shown_name(model.path), model.path.rpartition("/")[0] + "/"
     if user_home and parent.startswith(f"{user_home}/"):
         parent = f"~{parent.removeprefix(user_home)}"
     where = "" if "/" in name else _shortened(f"  {parent}", width - len(name))  # an id says all
@@ -156,17 +158,6 @@ def _notes(found: Status) -> list[str]:
     if found.tracing:
         notes.append(f"routing is recorded into {found.tracing}; end that with: expertd trace stop")
     return notes
-
-
-def wrapped(text: str, width: int, indent: int = 0) -> list[str]:
-    """``text`` in lines of at most ``width``; a longer word stays whole.  Later lines are indented."""
-    lines = [""]
-    for word in text.split(" "):
-        if len(lines[-1]) + len(word) + 1 > width and lines[-1].strip():
-            lines.append(" " * indent + word)
-        else:
-            lines[-1] += (" " if lines[-1] else "") + word
-    return [line.rstrip() for line in lines]
 
 
 def _shortened(text: str, width: int) -> str:

@@ -6,13 +6,13 @@ none.
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+
+TYPE_CHECKING = False  # see terminal.fit
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 CLI_MODULE = "expertd.clients.cli"
-_PYTHON = re.compile(r"python[\d.]*w?", re.IGNORECASE)
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 _PS_S = 2.0
 
@@ -25,8 +25,8 @@ def program(arguments: Sequence[str]) -> str:
     """
     if not arguments:
         return ""
-    name, rest = Path(arguments[0]).name, list(arguments[1:])
-    if _PYTHON.fullmatch(name):
+    name, rest = _last(arguments[0]), list(arguments[1:])
+    if name.lower().removesuffix("w").rstrip(".0123456789") == "python":
         name, rest = _of_python(name, rest)
     if name in ("expertd", CLI_MODULE):
         command = next((word for word in rest if not word.startswith("-")), "")
@@ -44,8 +44,12 @@ def _of_python(name: str, rest: list[str]) -> tuple[str, list[str]]:
         if word in _WITH_VALUE:
             rest = rest[1:]
         elif not word.startswith("-"):
-            return Path(word).name, rest
+            return _last(word), rest
     return name, []
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def programs(pids: Iterable[int]) -> dict[int, str]:
@@ -61,7 +65,8 @@ def _from_proc(pids: Sequence[int]) -> dict[int, list[str]]:
     found = {}
     for pid in pids:
         try:
-            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123, see terminal.fit
+                line = file.read()
         except OSError:
             continue
         found[pid] = line.decode(errors="replace").rstrip("\0").split("\0")
