@@ -563,7 +563,8 @@ class Generate(Message):
     """Start generating.
 
     Exactly one of the three is given: ``messages``, chat messages as the tokenizer's template takes them (with
-    ``tools``, and ``template`` for its further variables); ``text``, a prompt as it is; ``tokens``, one in tokens.
+    ``tools``, and ``template`` and ``hints`` for its further variables: an unknown one of ``template`` is an error, of
+    ``hints`` it is left out); ``text``, a prompt as it is; ``tokens``, one in tokens.
     ``tool_choice`` required: one of the tools has to be called; without ``parallel_calls`` a call ends the answer.
     ``goes_on``: the answer is the rest of the last message, which the assistant has begun.
 
@@ -581,6 +582,7 @@ class Generate(Message):
     tool_choice: Literal["auto", "required"] = "auto"
     parallel_calls: bool = True
     template: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     goes_on: bool = False
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     stop: list[Name] = []

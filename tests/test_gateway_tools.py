@@ -166,12 +166,13 @@ def test_a_message_begins_with_how_long_its_prompt_is(claude: anthropic.Anthropi
     assert usage.input_tokens == 1, "the second time all but the last token is there already"
 
 
-def test_effort_is_refused_where_the_template_knows_none_but_counts_the_same(claude: anthropic.Anthropic) -> None:
-    config: Any = {"effort": "low"}
-    counted = claude.messages.count_tokens(model=MODEL, messages=ASK, output_config=config)
-    assert counted == claude.messages.count_tokens(model=MODEL, messages=ASK)
-    with pytest.raises(anthropic.BadRequestError, match="knows no 'reasoning_effort'"):
-        claude.messages.create(model=MODEL, messages=ASK, max_tokens=1, output_config=config)
+def test_what_claude_code_always_sends_is_taken(claude: anthropic.Anthropic) -> None:
+    ask: dict[str, Any] = {"model": MODEL, "messages": ASK, "max_tokens": 1, "output_config": {"effort": "high"}}
+    edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    assert claude.messages.create(**ask, thinking={"type": "adaptive"}, extra_body={"context_management": edits})
+    edits["edits"][0]["keep"] = "none"
+    with pytest.raises(anthropic.BadRequestError, match="'context_management' is not supported"):
+        claude.messages.create(**ask, extra_body={"context_management": edits})
     with pytest.raises(anthropic.BadRequestError, match=r"'output_config\.effort' has to be one of low"):
         claude.messages.create(model=MODEL, messages=ASK, max_tokens=1, output_config={"effort": "most"})  # type: ignore[typeddict-item]
 

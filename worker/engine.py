@@ -49,8 +49,9 @@ log = logging.getLogger(__name__)
 Event = Delta | Finished | Refused
 
 DEFAULT_CONTEXT = 32768
-PREFILL_TOKENS = 512
-"""Longest piece of a prompt that one step computes, so that a cancel never waits for more than that."""
+PREFILL_TOKENS = 512 if mx.metal.is_available() else 32
+"""Longest piece of a prompt that one step computes, so that a cancel never waits for more than that.  A CPU takes as
+long for each token however many there are, so short pieces cost it nothing."""
 PREFILL_REQUESTS = 4
 """Prompts that are computed side by side: they share each expert that a step fetches."""
 DECODE_REQUESTS = 32
@@ -332,10 +333,8 @@ class Engine:
         else:
             said = [one.get("content") for one in message.messages or [] if isinstance(one, dict)]
             self._check_length(said, "messages")
-            # Where tokens are only counted, what the template does not know adds none.
-            unknown_ok = message.count
             prompt = encode_chat(
-                self._tokenizer, message.messages or [], message.tools, message.template, message.goes_on, unknown_ok
+                self._tokenizer, message.messages or [], message.tools, message.template, message.goes_on, message.hints
             )
             param = "messages"
         if not prompt:

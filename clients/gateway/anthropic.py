@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from expertd.clients.gateway.answers import Told, sse
@@ -50,6 +50,12 @@ BILLING = re.compile(r"^x-anthropic-billing-header:[^\n]*\n?", re.MULTILINE)
 """A line that Claude Code puts in front of each request's system prompt, another one each time: nothing that a model
 should read, and with it no two prompts would begin alike."""
 
+_NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
+    "speed": lambda value: value == "standard",
+    "context_management": lambda value: isinstance(value, dict) and all(map(_keeps_all, value.get("edits") or [])),
+}
+"""Parameters that are not supported, each with the test of the value that changes nothing."""
+
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
           413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
@@ -84,7 +90,7 @@ def error_body(error: ExpertdError) -> dict[str, Any]:
 
 def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
     for name, value in body.items():
-        neutral = value is None or (name == "speed" and value == "standard")
+        neutral = value is None or (name in _NEUTRAL and _NEUTRAL[name](value))
         if name not in _HONOURED and name not in IGNORED and not neutral:
             unsupported(name)
     temperature = within(body, "temperature", 0.0, HOTTEST, 1.0)
@@ -100,7 +106,8 @@ def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
         tools=tools,
         tool_choice=choice,
         parallel_calls=several,
-        template=_thinking(body.get("thinking")) | _effort(body.get("output_config")),
+        template=_thinking(body.get("thinking")),
+        hints=_effort(body.get("output_config")),
         max_tokens=max_tokens,
         stop=stops(body.get("stop_sequences"), "stop_sequences"),
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=whole(body, "top_k", 0) or 0),
@@ -108,6 +115,11 @@ def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
         stream=boolean(body, "stream"),
         include_usage=True,
     )
+
+
+def _keeps_all(edit: object) -> bool:
+    """Whether an edit of the context leaves all in it, as the one does that Claude Code asks for."""
+    return isinstance(edit, dict) and edit.get("type") == "clear_thinking_20251015" and edit.get("keep") == "all"
 
 
 def _thinking(value: object) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def _output_config(value: object) -> str | None:
 
 
 def _effort(value: object) -> dict[str, Any]:
-    """What the template is told, where it knows of effort; else the worker refuses it by this name."""
+    """What the template is told if it knows of effort.  If not it means nothing: Claude Code always sends one."""
     effort = value.get("effort") if isinstance(value, dict) else None
     if effort is None:
         return {}

@@ -39,7 +39,7 @@ Items = list[dict[str, Any]]
 
 IGNORED = frozenset(
     {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
-)
+) | {"client_metadata"}
 """Parameters that only mean something to OpenAI's own service; ``metadata`` is told again."""
 
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",

@@ -39,7 +39,7 @@ class Wanted:
         messages, text, tokens: the prompt, in one of three forms (``messages.Generate``).
         tools: what may be called, as OpenAI describes tools; empty: nothing.
         tool_choice: "auto", or "required": one has to be; ``parallel_calls``: several may be, one after the other.
-        template: further variables of the chat template.
+        template: further variables of the chat template; ``hints``: those that matter only if it knows them.
         goes_on: whether the answer is the rest of the last message, which the assistant has begun.
         max_tokens: None: as many as fit into the context.
         schema: a JSON schema, itself JSON, that the answer has to fit.
@@ -57,6 +57,7 @@ class Wanted:
     tool_choice: Literal["auto", "required"] = "auto"
     parallel_calls: bool = True
     template: dict[str, Any] = field(default_factory=dict)
+    hints: dict[str, Any] = field(default_factory=dict)
     goes_on: bool = False
     max_tokens: int | None = None
     stop: list[str] = field(default_factory=list)
@@ -82,6 +83,7 @@ class Wanted:
             tool_choice=self.tool_choice,
             parallel_calls=self.parallel_calls,
             template=self.template,
+            hints=self.hints,
             goes_on=self.goes_on,
             max_tokens=self.max_tokens,
             stop=self.stop,

@@ -44,6 +44,9 @@ LLM_MODELS = """
 CODEX = """
 model = "{model}"
 model_provider = "expertd"
+web_search = "disabled"
+[features]
+multi_agent = false
 [model_providers.expertd]
 name = "expertd"
 base_url = "{url}"
@@ -169,7 +172,8 @@ def _claude(place: Place) -> list[Step]:
 def _claude_settings(place: Place) -> Mapping[str, str]:
     return {
         "ANTHROPIC_BASE_URL": place.url.removesuffix("/v1"), "ANTHROPIC_API_KEY": "none",
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "ANTHROPIC_DEFAULT_HAIKU_MODEL": place.model,
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }  # fmt: skip
 
 
