@@ -166,13 +166,15 @@ def _codex(place: Place) -> list[Step]:
 
 
 def _claude(place: Place) -> list[Step]:
-    return [Step([place.bin("claude"), "-p", QUESTION, "--model", place.model], "streamed")]
+    # Its own system prompt has some ten thousand tokens, which a CPU needs minutes for.
+    brief = ["--system-prompt", "Answer in one sentence."]
+    return [Step([place.bin("claude"), "-p", QUESTION, "--model", place.model, *brief], "streamed")]
 
 
 def _claude_settings(place: Place) -> Mapping[str, str]:
     return {
         "ANTHROPIC_BASE_URL": place.url.removesuffix("/v1"), "ANTHROPIC_API_KEY": "none",
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "ANTHROPIC_DEFAULT_HAIKU_MODEL": place.model,
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "4096", "ANTHROPIC_DEFAULT_HAIKU_MODEL": place.model,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }  # fmt: skip
 
