@@ -6,13 +6,16 @@ BIN := .venv/bin
 # Temporary files, MLX's compiled kernels among them, stay in the repository (homes with sockets are short-lived in /tmp).
 export TMPDIR := $(CURDIR)/.tmp
 
-.PHONY: demo demo-large test check conformance clients bench clean
+.PHONY: demo demo-large demo-warmth test check conformance clients bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo
 
 demo-large: .venv/ready
 	$(BIN)/python -m tools.demo --large
+
+demo-warmth: .venv/ready
+	$(BIN)/python -m tools.demo_warmth
 
 # Files of tests run side by side; the tests of one share what they have started.
 test: .venv/ready

@@ -55,7 +55,8 @@ def run(*, simulate_pressure: Path | None = None, simulate_ssd: str | None = Non
 
     Args:
         simulate_pressure: a script of memory pressure (``daemon.pressure.scripted``), in the place of the system's.
-        simulate_ssd: ``RATE[,LATENCY]`` of an SSD that reads are slowed down to (``daemon.simulated_ssd``).
+        simulate_ssd: ``RATE[,LATENCY]`` of an SSD that reads are slowed down to (``daemon.simulated_ssd``); without it
+            what EXPERTD_SIMULATE_SSD says, for daemons that start on demand.
         flags: settings by their names in ``protocol.config``; what is None or missing is as the environment or the
             home's config file says, else as is the default.
 
@@ -67,6 +68,7 @@ def run(*, simulate_pressure: Path | None = None, simulate_ssd: str | None = Non
     config = read_config(home, **flags)
     size = config.budget.value or default_budget(this_machine()).size
     pressure = system_source() if simulate_pressure is None else ScriptedSource(simulate_pressure)
+    simulate_ssd = simulate_ssd or os.environ.get("EXPERTD_SIMULATE_SSD") or None
     ssd = None if simulate_ssd is None else SimulatedSsd(parse_ssd(simulate_ssd))
     logs.set_up("daemon", home.daemon_log, home, config)
     raise_file_limit()
@@ -77,7 +79,7 @@ def run(*, simulate_pressure: Path | None = None, simulate_ssd: str | None = Non
             home, size, POLICIES[config.policy.value],
             idle_exit_s=config.idle_exit.value, keep_alive_s=config.keep_alive.value, pressure=pressure,
             read=ssd or os.preadv, simulated_ssd=str(ssd or ""), background_rate=config.background_rate.value,
-            reads_ahead=config.read_ahead.value,
+            reads_ahead=config.read_ahead.value, remembers=config.remember.value,
         ).run()  # fmt: skip
 
     asyncio.run(serve())

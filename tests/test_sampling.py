@@ -354,6 +354,27 @@ def test_a_long_prompt_is_looked_up_by_its_beginning_only() -> None:
     assert cache.take([*tokens[:50_000], -1])[0] is None, "its end cannot be taken off"
 
 
+def test_a_turn_takes_the_place_of_the_one_before_although_its_end_is_written_otherwise() -> None:
+    class Trimmable(Layer):
+        def is_trimmable(self) -> bool:
+            return True
+
+        def trim(self, count: int) -> int:
+            return count
+
+    cache = PromptCache(1000)
+    turn = list(range(100))
+    cache.keep([*turn, 777], [Trimmable(10)])
+    cache.keep([*turn, 888, 5, 6], [Trimmable(10)])
+    assert cache.size == 10
+    assert cache.take([*turn, 888, 5, 6, 7])[1] == [7]
+    cache.keep([*turn[:50], 999], [Trimmable(10)])
+    assert cache.size == 20, "another conversation"
+    cache.keep([1, 2, 3], [Trimmable(10)])
+    cache.keep([1, 2, 4, 5], [Trimmable(10)])
+    assert cache.size == 40, "of a few tokens a few are much"
+
+
 def test_nothing_is_kept_where_nothing_may_be() -> None:
     cache = PromptCache(0)
     cache.keep([1], [Layer(1)])

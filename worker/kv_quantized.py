@@ -23,7 +23,7 @@ GROUP_SIZE = 64
 """Numbers that share a scale, as in mlx-lm."""
 
 
-class QuantizedCache(QuantizedKVCache):
+class QuantizedCache(QuantizedKVCache):  # type: ignore[misc]
     """mlx-lm's, which can join a batch."""
 
     def size(self) -> int:

@@ -23,6 +23,9 @@ __all__ = ["PromptCache"]
 
 MOST = 256
 """Caches that are kept."""
+NEARLY = 16
+"""Tokens at its end, a quarter of all at most, in which a cache may differ from a longer one that takes its place:
+how a turn ends is often written in other tokens than the model has ended it with."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,10 @@ class PromptCache:
         kept = _Kept(np.array(tokens, np.int64), cache, size)
         trims = can_trim_prompt_cache(cache)
         for number, other in list(self._kept.items()):
-            whole = other.common(kept.tokens) == len(other.tokens)
-            if whole and (trims or len(other.tokens) == len(kept.tokens)):
+            length = len(other.tokens)
+            common, grown = other.common(kept.tokens), len(kept.tokens) > length
+            nearly = length - min(NEARLY, length // 4) if trims and grown else length
+            if common >= nearly and (trims or not grown):
                 self._forget(number)
         self._number += 1
         self._kept[self._number] = kept
