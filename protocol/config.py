@@ -24,6 +24,9 @@ from expertd.protocol.sizes import AUTO, parse_budget, parse_rate, parse_size, s
 POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
 """Of ``expertd.daemon.policy.POLICIES``; the first is the default, the others are there to be compared with."""
 
+KV_BITS = ("4", "8", "16")
+NOT_QUANTIZED = "16"
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
@@ -178,6 +181,12 @@ def _temperature(value: object) -> float:
     raise ConfigInvalid(f"{value!r} is not a temperature; write 0 or more (0 is greedy)")
 
 
+def _kv_bits(value: object) -> int | None:
+    if _is_whole(value) and str(value) in KV_BITS:
+        return None if str(value) == NOT_QUANTIZED else int(str(value))
+    raise ConfigInvalid(f"{value!r} is not a number of bits; write 8 or 4, or 16 to quantize nothing")
+
+
 def _log_size(value: object) -> int:
     if isinstance(value, str | int) and not isinstance(value, bool):
         size = parse_size(str(value))
@@ -247,6 +256,10 @@ def _shown_seconds(forever: str) -> Callable[[Any], str]:
 
 def _shown_number(value: Any) -> str:
     return f"{value:.12g}"
+
+
+def _shown_kv_bits(value: Any) -> str:
+    return f"{NOT_QUANTIZED}: not quantized" if value is None else str(value)
 
 
 def _shown_folders(value: Any) -> str:
@@ -397,6 +410,10 @@ class Config:
         _origins, (), "Site whose pages may use the gateway, for example https://chat.example.org.",
         section="serve", form="URL", example='["https://chat.example.org"]', read=_words, shown=_shown_words,
     ))  # fmt: skip
+    serve_kv_bits: Setting[int | None] = field(metadata=_key(
+        _kv_bits, None, "Bits of the KV cache's numbers; 8 and 4 take less memory, but tokens are no longer exact.",
+        section="serve", form="BITS", example="8", read=_whole, shown=_shown_kv_bits,
+    ))  # fmt: skip
     serve_ttl: Setting[float | None] = field(metadata=_key(
         _seconds, 900.0, "End the worker of one of several models when nobody has asked it for so long.",
         section="serve", form="SECONDS", example="900", read=_number, shown=_shown_seconds("never"),
@@ -411,6 +428,10 @@ class Config:
     generate_temperature: Setting[float] = field(metadata=_key(
         _temperature, 0.0, "How freely tokens are chosen; 0 is greedy.",
         section="generate", form="NUMBER", example="0.7", read=_number, shown=_shown_number,
+    ))  # fmt: skip
+    generate_kv_bits: Setting[int | None] = field(metadata=_key(
+        _kv_bits, None, "Bits of the KV cache's numbers; 8 and 4 take less memory, but tokens are no longer exact.",
+        section="generate", form="BITS", example="8", read=_whole, shown=_shown_kv_bits,
     ))  # fmt: skip
     log_level: Setting[str] = field(metadata=_key(
         _choice("level", LOG_LEVELS), "info", "What is written into the logs, and all that is worse.",

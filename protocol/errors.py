@@ -39,6 +39,7 @@
     |-- SessionUnknown                session_unknown
     |-- SessionClosed                 session_closed
     |-- AliasFailed                   alias_failed
+    |-- KvBitsUnsupported             kv_bits_unsupported
     |-- TraceInvalid                  trace_invalid
     |-- TraceWriteFailed              trace_write_failed
     |-- ProfileInvalid                profile_invalid
@@ -365,6 +366,14 @@ class AliasFailed(ExpertdError):
     """Shared pages could not be made into MLX arrays, and copying was not allowed."""
 
     code = "alias_failed"
+
+
+class KvBitsUnsupported(ExpertdError):
+    """The model's KV caches cannot be quantized."""
+
+    code = "kv_bits_unsupported"
+    exit_status = 2
+    http_status = 400
 
 
 class TraceInvalid(ExpertdError):

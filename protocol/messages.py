@@ -604,7 +604,8 @@ class Generate(Message):
     """Start generating.
 
     Exactly one of the three is given: ``messages``, chat messages as the tokenizer's template takes them (with
-    ``tools``, and ``template`` for its further variables); ``text``, a prompt as it is; ``tokens``, one in tokens.
+    ``tools``, and ``template`` and ``hints`` for its further variables: an unknown one of ``template`` is an error, of
+    ``hints`` it is left out); ``text``, a prompt as it is; ``tokens``, one in tokens.
     ``tool_choice`` required: one of the tools has to be called; without ``parallel_calls`` a call ends the answer.
     ``goes_on``: the answer is the rest of the last message, which the assistant has begun.
 
@@ -622,6 +623,7 @@ class Generate(Message):
     tool_choice: Literal["auto", "required"] = "auto"
     parallel_calls: bool = True
     template: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     goes_on: bool = False
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     stop: list[Name] = []
@@ -664,6 +666,7 @@ class Delta(Message):
     """More of an answer (no text while a character is incomplete); ``tokens`` counts those since the last.
 
     ``reasoning``: what comes before the answer itself, without its markers; ``calls``: tools that it calls.
+    ``prompt_tokens`` and ``cached_tokens`` are told once, in the first of an answer, and are 0 in all others.
     """
 
     request: Count
@@ -672,6 +675,8 @@ class Delta(Message):
     reasoning: Text = ""
     calls: list[ToolCall] = []
     logprobs: list[TokenLogprob] = []
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
 
 
 class Finished(Message):

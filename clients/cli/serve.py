@@ -19,7 +19,7 @@ import click
 
 from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull, log_options
 from expertd.protocol.checkpoint import weight_files
-from expertd.protocol.config import Config, read_config
+from expertd.protocol.config import KEYS, NOT_QUANTIZED, Config, read_config
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
@@ -56,6 +56,7 @@ pin_option = click.option(
 @config_option("serve_api_key_file")
 @config_option("serve_allow_hosts", note="; may be given several times")
 @config_option("serve_allow_origins", note="; may be given several times")
+@config_option("serve_kv_bits")
 @budget_option
 @alias_option
 @pin_option
@@ -156,6 +157,7 @@ def _serve(
     check_exposure(host, key_file is not None)
     keys = None if key_file is None else KeyFile(key_file)
     access = Access(host, config.serve_allow_hosts.value, config.serve_allow_origins.value, keys)
+    os.environ[KEYS["serve_kv_bits"].variable] = str(config.serve_kv_bits.value or NOT_QUANTIZED)  # for its worker
     home.prepare()
     logs.set_up("gateway", home.gateway_log(os.getpid()), home, config)
     os.environ.update(logs.environment(config))  # its workers, and the daemon if there is none, log as it does
