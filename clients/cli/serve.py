@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull, log_options
+from expertd.clients.cli.wrap import note
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.config import Config, read_config
 from expertd.protocol.errors import ExpertdError
@@ -151,7 +152,7 @@ def _serve(
     logs.set_up("gateway", home.gateway_log(os.getpid()), home, config)
     os.environ.update(logs.environment(config))  # its workers, and the daemon if there is none, log as it does
     if host not in ("127.0.0.1", "localhost", "::1"):
-        click.echo(f"expertd: there is no key: whoever can reach {host} can use the model, and your machine", err=True)
+        note(f"there is no key: whoever can reach {host} can use the model, and your machine")
     # The port comes first: whoever cannot listen should not have started anything.
     with lifetime.listen(host, port) as listener:
         connection, started = connect_or_start(
