@@ -15,7 +15,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,10 @@ import zmq
 import zmq.asyncio
 
 from expertd.daemon import memory_watch
+from expertd.daemon.bases import SharedBases
 from expertd.daemon.blocks import OpenFiles
 from expertd.daemon.core import Core, events, instructions, warmth
+from expertd.daemon.core.bases import Base
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
 from expertd.daemon.diary import Diary
@@ -39,15 +41,17 @@ from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Block, Forecast, PolicyFactory
-from expertd.daemon.pools import SharedPool, create_pool
+from expertd.daemon.pools import SharedPool, close_all, create_pool, handed_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
+from expertd.daemon.remembering import Remembering, recall, record_of
 from expertd.daemon.status import as_line, daemon_status
 from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waits
+from expertd.daemon.warm_record import WarmRecord, write
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -115,6 +119,7 @@ class Server:
         simulated_ssd: str = "",
         reads_ahead: bool = True,
         background_rate: int | None = None,
+        remembers: bool = True,
     ) -> None:
         """Not started yet.
 
@@ -125,6 +130,7 @@ class Server:
             simulated_ssd: how slow, for the status.
             reads_ahead: read what sessions will need soon, where that pays.
             background_rate: bytes a second that are read at most while nobody waits for them; None: no limit.
+            remembers: record what is worth keeping, and bring it in again when a model comes back.
         """
         self._home = home
         # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
@@ -133,6 +139,7 @@ class Server:
         self._idleness = Idleness(time.monotonic(), exit_s=idle_exit_s, keep_alive_s=keep_alive_s)
         self._reader = Reader(read=read, background_rate=background_rate, hot=system_thermal())
         self._simulated_ssd = simulated_ssd
+        self._policy_name = getattr(policy, "__name__", "")
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended, lambda: as_line(self._status()))
         self._pools: dict[int, SharedPool] = {}
         self._large_pages = LargePages(system_collapse(), short=lambda: self._memory.pressure.level != "normal")
@@ -148,10 +155,13 @@ class Server:
         self._numbers = itertools.count(secrets.randbits(48))
         self._tasks: set[asyncio.Task[None]] = set()
         self._creating = asyncio.Lock()
+        name = segment_name(home.root)
+        self._bases = SharedBases(name, self._reader, self._creating, self._large_pages, self._share_out)
         self._ending = asyncio.Event()
         self._fault: BaseException | None = None  # an error in ourselves, which ends us
         self._began = time.monotonic()
         self._diary = Diary()
+        self._remembering = Remembering() if remembers else None
         self._why_ended = ""
         self._attaching = 0  # sessions whose headers are being read
         self._frame_at: float | None = None  # when the frame came that is being handled
@@ -187,6 +197,7 @@ class Server:
             self._spawn(self._watch_idle())
             self._spawn(self._watch_sessions())
             self._spawn(self._watch_memory())
+            self._spawn(self._watch_warmth())
             try:
                 await self._ending.wait()
             finally:
@@ -199,6 +210,10 @@ class Server:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._remembering is not None and self._fault is None:  # else nobody knows what is true
+            changed = self._remembering.changed(self._core.models.values())
+            self._record(record_of(model, time.time()) for model in changed)
+        await self._bases.close()
         await asyncio.to_thread(self._reader.close)
         await asyncio.to_thread(self._large_pages.close)
         self._lifelines.close()
@@ -335,7 +350,7 @@ class Server:
                 self._take_session(identity, message)
 
     def _set_budget(self, identity: bytes, wanted: int | None) -> None:
-        needed, before = self._core.smallest_budget, self._memory.governor.budget
+        needed, before = self._core.smallest_budget + self._bases.known.in_use, self._memory.governor.budget
         budget = default_budget(this_machine()).size if wanted is None else wanted
         if budget < needed:
             raise BudgetTooSmall(
@@ -343,7 +358,7 @@ class Server:
             )
         log.info("budget changed", before=show_size(before), now=show_size(budget))
         self._memory.set_budget(budget, "the budget was changed")
-        self._feed(events.BudgetChanged(self._memory.governor.limit, most=budget))
+        self._share_out()
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
 
     def _loaded(self, name: str) -> Model:
@@ -360,7 +375,7 @@ class Server:
         if model.in_use:
             users = ", ".join(str(session.pid) for session in model.sessions.values())
             raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
-        size = model.size + model.extra
+        size = model.size + model.extra + sum(base.size for base in self._bases.known.of_model(model.key))
         self._feed(events.Unwanted(model.key))
         self._send(identity, messages.Unloaded(path=folder, bytes=size))
 
@@ -412,6 +427,8 @@ class Server:
         self._send(identity, welcome)
 
     async def _attach(self, identity: bytes, message: messages.Attach) -> None:
+        base: Base | None = None
+        handed: list[tuple[messages.PoolInfo, SharedPool]] = []
         try:
             if not self._lifelines.known(message.token):
                 raise MessageInvalid("an Attach came whose lifeline is not open")
@@ -419,21 +436,94 @@ class Server:
                 raise MessageInvalid("an Attach came from a socket that is not named after its lifeline")
             self._check_limits(message.manifest.key)
             index = await self._index(message.manifest)
+            left = await self._recall(message.manifest)
+            handed = await self._handed(message)
+            base = await self._share_base(message.manifest, index)
+            self._open(identity, message, index, base, left, handed)
+            handed = []
         except ExpertdError as error:
             self._send(identity, messages.Error.of(error))
-            return
         finally:
+            close_all(handed)
             self._attaching -= 1
+            if base is not None:
+                base.opening -= 1
+                self._share_out()
+
+    async def _share_base(self, manifest: Manifest, index: BlockIndex) -> Base | None:
+        """The base weights of a model that is being opened, if they can be shared; see ``SharedBases.share``."""
+        model = self._core.models.get(manifest.key)
+        most, needed = self._memory.governor.budget, self._core.smallest_budget
+        return await self._bases.share(manifest, index, most, needed, model is not None and model.in_use)
+
+    def _open(
+        self,
+        identity: bytes,
+        message: messages.Attach,
+        index: BlockIndex,
+        base: Base | None,
+        left: events.Recall | None,
+        handed: list[tuple[messages.PoolInfo, SharedPool]],
+    ) -> None:
+        """Have the core open a session, whose model's files, base weights and past were looked at.
+
+        Raises:
+            MessageInvalid: its lifeline is another session's.
+        """
         number = next(self._numbers)
         if not self._lifelines.bind(message.token, number):
-            # It died while the headers were read (and nobody hears this), or it has a session already.
-            taken = MessageInvalid("an Attach came whose lifeline has a session already")
-            self._send(identity, messages.Error.of(taken))
-            return
+            # It died meanwhile (and nobody hears this), or it has a session already.
+            raise MessageInvalid("an Attach came whose lifeline has a session already")
         self._peers[number] = _Peer(message.token, message.pid, message.mode)
+        if base is not None:
+            base.users.add(number)
         files = self._files.setdefault(message.manifest.key, OpenFiles(index))
         files.use(index.store)
+        known = message.manifest.key in self._core.models
         self._feed(events.Attach(number, message.pid, message.mode, message.manifest))
+        if left is not None and not known:
+            self._feed(left)
+        if known:
+            close_all(handed)
+        elif handed:
+            self._adopt(message.manifest, handed)
+
+    async def _handed(self, message: messages.Attach) -> list[tuple[messages.PoolInfo, SharedPool]]:
+        """The pools of an earlier daemon that a session hands back of a model that is not here, if they are good."""
+        if not message.held or message.manifest.key in self._core.models:
+            return []
+        came = await self._lifelines.handed(message.token, [info.segment for info in message.held])
+        good = []
+        for info in message.held:
+            if info.segment in came:
+                pool = handed_pool(message.manifest, info, *came.pop(info.segment))
+                if isinstance(pool, SharedPool):
+                    good.append((info, pool))
+                else:
+                    log.warning("a pool that a session handed back is not used: %s", pool, pid=message.pid)
+        for _, descriptor in came.values():
+            os.close(descriptor)
+        return good
+
+    def _adopt(self, manifest: Manifest, handed: list[tuple[messages.PoolInfo, SharedPool]]) -> None:
+        """Let the core copy from them."""
+        pools = []
+        for info, pool in handed:
+            number = self._core.number_segment()
+            self._pools[number] = pool
+            where = {(info.layers[row], expert): int(pool.table[row, expert]) for row, expert in pool.resident}
+            pools.append(events.Handed(number, tuple(info.layers), pool.layout, where))
+        log.info(
+            "a session handed back what an earlier daemon held",
+            model=shown_name(Path(manifest.folder)), blocks=sum(len(pool.where) for pool in pools),
+        )  # fmt: skip
+        self._feed(events.HandedBack(manifest.key, tuple(pools)))
+
+    async def _recall(self, manifest: Manifest) -> events.Recall | None:
+        """What there is to bring in of a model that comes, if it is not here already."""
+        if manifest.key in self._core.models:
+            return None
+        return await asyncio.to_thread(recall, self._home, manifest, self._policy_name, self._remembering is not None)
 
     def _check_limits(self, key: str) -> None:
         if len(self._peers) + self._attaching > SESSION_LIMIT:
@@ -466,7 +556,9 @@ class Server:
             self._waits.ended(session)
             self._tokens.ended(session)
             self._lifelines.close_line(peer.token)
+            self._bases.known.ended(session)
             self._feed(events.Ended(session))
+            self._share_out()
 
     # -- what goes out -------------------------------------------------------------------------------------------------
 
@@ -482,12 +574,25 @@ class Server:
             for key in self._files.keys() - self._core.models.keys():
                 self._files.pop(key).close()
             self._diary.models_kept(self._core.models.keys())
+            self._drop_bases()
         except Exception as error:
             # What the core believes is no longer what is: end, so that nobody computes on it.
             log.critical("the daemon has an error in itself and ends", exc_info=True)
             self._fault = error
             self._end_because("an error in itself")
             raise
+
+    def _drop_bases(self) -> None:
+        """Give back the base weights whose model is gone; what they took is there for pools."""
+        if self._bases.sweep(self._core.models.keys()):
+            self._share_out()
+
+    def _share_out(self, drop: bool = False) -> None:
+        """Give the core what base weights leave of the memory that may be used, if that has changed."""
+        governor, known = self._memory.governor, self._bases.known
+        limit, most = max(1, governor.limit - known.used), max(1, governor.budget - known.in_use)
+        if (limit, most, known.in_use) != (self._core.budget, self._core.most, self._core.beside):
+            self._feed(events.BudgetChanged(limit, drop, most, known.in_use))
 
     def _carry_out(self, what: instructions.Instruction) -> None:
         match what:
@@ -566,6 +671,7 @@ class Server:
         peer = self._peers.get(grant.session)
         if peer is None:
             return
+        base = self._hand_over_base(grant.session)
         self._diary.session_opened(grant.session, peer.pid, peer.mode, self._core.models[grant.model])
         attached = messages.Attached(
             session=grant.session,
@@ -573,6 +679,7 @@ class Server:
             version=grant.version,
             announce=grant.announce,
             pools=[pool for pool in pools if pool is not None],
+            base=base,
         )
         self._to_control(grant.session, attached)
         if self._memory.pressure.level != "normal":
@@ -595,12 +702,25 @@ class Server:
             return None
         return msgspec.structs.replace(info, nonce=pool.nonce)
 
+    def _hand_over_base(self, session: int) -> messages.BaseInfo | None:
+        """Send the descriptor of the session's base weights, if it has any."""
+        base = self._bases.known.of_session(session)
+        if base is None:
+            return None
+        token, descriptor = self._peers[session].token, self._bases.descriptor(base)
+        try:
+            self._lifelines.send_segment(token, base.segment, base.size, descriptor)
+        except OSError as error:
+            self._end(session, f"it took no segment ({error})")
+            return None
+        return self._bases.info(base)
+
     async def _create_pool(self, what: instructions.CreatePool) -> None:
         event: events.Event
         name = segment_name(self._home.root)
         async with self._creating:  # segments share that name while they are created
             try:
-                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation)
+                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation, what.model, what.layers)
             except ExpertdError as error:
                 log.warning("a pool could not be created: %s", error)
                 event = events.PoolFailed(what.segment, error)
@@ -644,8 +764,8 @@ class Server:
         packed = {key: files.packed for key, files in self._files.items()}
         reads = self._reader.devices()
         return daemon_status(
-            self._home, self._core, self._memory, waited, self._tokens.all(), uptime_s, folder, dropped, ssd, reads,
-            packed,
+            self._home, self._core, self._memory, self._bases.known, waited, self._tokens.all(), uptime_s, folder,
+            dropped, ssd, reads, packed,
         )  # fmt: skip
 
     async def _watch_sessions(self) -> None:
@@ -663,14 +783,33 @@ class Server:
         """Let the limit follow the machine's pressure, and tell sessions of it."""
         while True:
             await asyncio.sleep(memory_watch.TICK_S if self._core.used else memory_watch.IDLE_TICK_S)
-            change, news = self._memory.tick(self._core.used, self._core.floor)
+            bases = self._bases.known
+            used, floor = self._core.used + bases.used, self._core.floor + bases.in_use
+            change, news = self._memory.tick(used, floor, bases.used)
             if change is not None:
-                self._feed(events.BudgetChanged(change.after, change.drop, self._memory.governor.budget))
+                self._share_out(change.drop)
             elif self._memory.asks_again(self._core.used > self._core.budget):
                 self._feed(events.MemoryWanted())
             if news is not None:
                 for session in self._peers:
                     self._to_control(session, news)
+
+    async def _watch_warmth(self) -> None:
+        """Record what is worth keeping, and tell when what was recorded is back."""
+        while True:
+            await asyncio.sleep(1.0)
+            models = self._core.models.values()
+            self._diary.recalled(models)
+            due = self._remembering.due(models, time.monotonic()) if self._remembering is not None else ()
+            if not due:
+                continue
+            records = [record_of(model, time.time()) for model in due]
+            await asyncio.to_thread(self._record, records)
+
+    def _record(self, records: Iterable[WarmRecord | None]) -> None:
+        for record in records:
+            if record is not None:
+                write(self._home, record)
 
     async def _watch_idle(self) -> None:
         """Give back models that nobody has used for the time that they are kept; end when nobody was here for long."""

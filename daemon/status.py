@@ -12,8 +12,9 @@ import msgspec
 import psutil
 
 from expertd.daemon.core import Core, warmth
+from expertd.daemon.core.bases import Bases
 from expertd.daemon.core.foresight import Kind
-from expertd.daemon.core.state import Model, Session
+from expertd.daemon.core.state import Model, Recalled, Session
 from expertd.daemon.devices import ReadStatistics
 from expertd.daemon.files import device_name
 from expertd.daemon.memory_watch import MemoryWatch
@@ -28,6 +29,7 @@ from expertd.protocol.messages import (
     FetchToRead,
     LayerStatus,
     ModelStatus,
+    RecalledStatus,
     SessionStatus,
     Status,
 )
@@ -52,6 +54,7 @@ def daemon_status(
     home: Home,
     core: Core,
     memory: MemoryWatch,
+    bases: Bases,
     waited: Mapping[int, Waited],
     tokens: Mapping[int, Tokens],
     uptime_s: float,
@@ -78,8 +81,8 @@ def daemon_status(
         home=str(home.root),
         daemon=daemon,
         budget_bytes=memory.governor.budget,
-        used_bytes=core.used,
-        limit_bytes=core.budget,
+        used_bytes=core.used + bases.used,
+        limit_bytes=memory.governor.limit,
         pressure=memory.pressure.level,
         pressure_figure=memory.pressure.figure,
         journal=memory.journal,
@@ -88,7 +91,9 @@ def daemon_status(
         simulated_ssd=simulated_ssd,
         devices=_devices(reads),
         fetch_to_read_us=FetchToRead(p50=round(reads.fetch_to_read_p50_us), p99=round(reads.fetch_to_read_p99_us)),
-        models=[model_status(model, waited, packed.get(model.key, ""), tokens) for model in core.models.values()],
+        models=[
+            model_status(model, waited, packed.get(model.key, ""), tokens, bases) for model in core.models.values()
+        ],
     )
 
 
@@ -120,9 +125,12 @@ def model_status(
     waited: Mapping[int, Waited] = NOBODY_WAITED,
     packed: str = "",
     tokens: Mapping[int, Tokens] = NOTHING_COMPUTED,
+    bases: Bases | None = None,
 ) -> ModelStatus:
     """One model's figures.  ``experts`` and ``block_bytes`` are the largest of its layers where they differ."""
     layers = model.manifest.layers
+    known = bases or Bases(0)
+    shared = known.of_model(model.key)
     return ModelStatus(
         id=model.key,
         path=model.manifest.folder,
@@ -140,7 +148,10 @@ def model_status(
         evictions=model.evictions,
         pool_bytes=model.size + model.extra,
         sessions=[
-            _session(model, session, waited.get(session.number, Waited()), tokens.get(session.number, Tokens()))
+            _session(
+                model, session, waited.get(session.number, Waited()), tokens.get(session.number, Tokens()),
+                known.of_session(session.number) is not None,
+            )
             for session in model.sessions.values()
         ],
         layers=_layers(model),
@@ -150,6 +161,18 @@ def model_status(
         ahead=_ahead(model),
         warming=warmth.wished(model),
         pinned=len(model.pinned),
+        recalled=_recalled(model.recalled),
+        base_bytes=sum(base.size for base in shared),
+        base_read=sum(base.read for base in shared),
+        base_problem=known.problems.get(model.key, ""),
+    )
+
+
+def _recalled(left: Recalled | None) -> RecalledStatus | None:
+    if left is None:
+        return None
+    return RecalledStatus(
+        recorded_at=left.recorded_at, blocks=len(left.blocks), back=len(left.back), adopted=left.adopted
     )
 
 
@@ -169,7 +192,7 @@ def _ahead(model: Model) -> list[AheadStatus]:
     ]
 
 
-def _session(model: Model, session: Session, waited: Waited, tokens: Tokens) -> SessionStatus:
+def _session(model: Model, session: Session, waited: Waited, tokens: Tokens, shares_base: bool) -> SessionStatus:
     return SessionStatus(
         id=session.number,
         pid=session.pid,
@@ -182,6 +205,7 @@ def _session(model: Model, session: Session, waited: Waited, tokens: Tokens) -> 
         read_wait_s=round(waited.read_s, 6),
         decode_tokens=tokens.decode,
         prompt_tokens=tokens.prompt,
+        shares_base=shares_base,
     )
 
 

@@ -1,8 +1,16 @@
-"""The shared-memory layout of a pool segment (PROTOCOL.md, section "Shared memory").
+"""The shared-memory layout of pool and base segments (PROTOCOL.md, section "Shared memory").
+
+A pool:
 
     offset 0            header: magic, layout version, nonce, generation
+    offset 40           contents: key of the model, checksum of the layers' numbers, slots
     offset 64           table: int32 slot[layer of the pool, expert], -1 absent
     then, each on 16 KiB, one slab a part: [slots, *shape]
+
+Base weights, which are never written once their segment was handed over:
+
+    offset 0            header: as above, generation 0
+    then, each on 16 KiB, one tensor after the other
 
 Table and slabs share one segment, so that a slot number can never be read against the slabs of another generation.
 Both sides compute the offsets from the same few numbers; nothing but those numbers crosses the wire.
@@ -12,11 +20,12 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertd.protocol.checkpoint import ITEM_BYTES
-from expertd.protocol.manifest import Part
+from expertd.protocol.manifest import BaseTensor, Part
 
 PAGE = 16384
 """Slabs start and end on this many bytes: Apple silicon's page, and a multiple of everybody else's."""
@@ -26,7 +35,11 @@ SLAB_ELEMENTS = 2**31 - 1
 
 LAYOUT = 1
 ABSENT = -1
+BASE_GENERATION = 0
+"""In the header of base weights, which have no generations; those of pools count from 1."""
 _HEADER = struct.Struct("<8sI16sQ")
+_CONTENTS = struct.Struct("<16sII")
+_CONTENTS_OFFSET = 40
 _MAGIC = b"expertd\0"
 _TABLE_OFFSET = 64
 
@@ -100,6 +113,16 @@ def slot_limit(parts: Sequence[Part]) -> int:
     return min(SLAB_ELEMENTS // math.prod(part.shape) for part in parts)
 
 
+def base_layout(tensors: Sequence[BaseTensor]) -> tuple[list[int], int]:
+    """Where each of ``tensors`` lies in the segment of base weights, and the bytes of that segment."""
+    offset = _up(_HEADER.size)
+    offsets = []
+    for tensor in tensors:
+        offsets.append(offset)
+        offset = _up(offset + tensor.bytes)
+    return offsets, offset
+
+
 def write_header(view: memoryview, nonce: bytes, generation: int) -> None:
     """Fill the header of a new segment (``nonce``: 16 bytes by which a worker knows the segment that was announced)."""
     _HEADER.pack_into(view, 0, _MAGIC, LAYOUT, nonce, generation)
@@ -109,3 +132,17 @@ def read_header(view: memoryview) -> tuple[bytes, int] | None:
     """``(nonce, generation)`` of a segment, or None if it is none of ours."""
     magic, version, nonce, generation = _HEADER.unpack_from(view, 0)
     return (nonce, generation) if magic == _MAGIC and version == LAYOUT else None
+
+
+def write_contents(view: memoryview, model: str, layers: Sequence[int], slots: int) -> None:
+    """Write down what a new segment is for: the model's key, which of its MoE layers, and how many slots."""
+    _CONTENTS.pack_into(view, _CONTENTS_OFFSET, *_contents(model, layers, slots))
+
+
+def has_contents(view: memoryview, model: str, layers: Sequence[int], slots: int) -> bool:
+    """Whether a segment was made for just that."""
+    return _CONTENTS.unpack_from(view, _CONTENTS_OFFSET) == _contents(model, layers, slots)
+
+
+def _contents(model: str, layers: Sequence[int], slots: int) -> tuple[bytes, int, int]:
+    return model.encode("ascii").ljust(16, b"\0"), zlib.crc32(struct.pack(f"<{len(layers)}I", *layers)), slots

@@ -71,15 +71,6 @@ class Error(Message):
 # -- a session: worker <-> daemon --------------------------------------------------------------------------------------
 
 
-class Attach(Message):
-    """Open a session for a model.  ``token`` is the one that the lifeline was opened with."""
-
-    token: Token
-    pid: Count
-    mode: AliasMode
-    manifest: Manifest
-
-
 class PoolInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One pool as a worker needs to know it.  Its segment's descriptor comes over the lifeline under ``segment``."""
 
@@ -91,14 +82,39 @@ class PoolInfo(msgspec.Struct, frozen=True, kw_only=True):
     nonce: Token
 
 
+class Attach(Message):
+    """Open a session for a model.  ``token`` is the one that the lifeline was opened with.
+
+    ``held``: pools of an earlier daemon whose descriptors were sent over the lifeline, under ``segment``.
+    """
+
+    token: Token
+    pid: Count
+    mode: AliasMode
+    manifest: Manifest
+    held: Annotated[list[PoolInfo], Meta(max_length=1024)] = []
+
+
+class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Base weights in shared memory, for good.  The segment's descriptor comes over the lifeline under ``segment``."""
+
+    segment: Count
+    size: Count
+    nonce: Token
+
+
 class Attached(Message):
-    """A session is open.  ``version`` is the table's at this moment, and counts as acked."""
+    """A session is open.  ``version`` is the table's at this moment, and counts as acked.
+
+    ``base`` has the tensors of ``Manifest.base``; None: the worker reads them itself.
+    """
 
     session: Count
     model: Name
     version: Count
     pools: list[PoolInfo]
     announce: Announce = -1
+    base: BaseInfo | None = None
 
 
 class Fetch(Message):
@@ -258,7 +274,8 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One session, as ``expertd status --json`` prints it.
 
     What has a default may be left out, as by daemons of this version of the protocol that do not measure it.  Tokens
-    are those that the session has reported: it does so with its Fetches, and now and then.
+    are those that the session has reported: it does so with its Fetches, and now and then.  ``shares_base``: it
+    computes with the base weights in shared memory, and not with its own.
     """
 
     id: int
@@ -272,6 +289,7 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     read_wait_s: float = 0.0
     decode_tokens: int = 0
     prompt_tokens: int = 0
+    shares_base: bool = False
 
 
 class LayerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -309,12 +327,28 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
     waits: float = 0.0
 
 
+class RecalledStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What an earlier daemon has left of a model, as ``expertd status --json`` prints it.
+
+    ``recorded_at`` is in seconds since 1970, 0 if it is what a profile names; ``blocks`` were worth keeping, ``back``
+    of them have come since, ``adopted`` of these without a read, because a session still had them.
+    """
+
+    recorded_at: float
+    blocks: int
+    back: int
+    adopted: int = 0
+
+
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event.
 
     ``layers`` and all that follows ``sessions`` may be left out, as by daemons of this version of the protocol that do
     not know them.  ``packed`` is the store that blocks are read from, empty if there is none; ``warming``: blocks that
-    are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay.
+    are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay;
+    ``recalled``: what came of what an earlier daemon held, None if it left nothing.
+    ``base_bytes``: base weights in shared memory; ``base_read``: bytes read for them; ``base_problem``: why they are
+    not shared, "" if they are, or nobody wanted that.
     """
 
     id: str
@@ -340,6 +374,10 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ahead: list[AheadStatus] = []
     warming: int = 0
     pinned: int = 0
+    recalled: RecalledStatus | None = None
+    base_bytes: int = 0
+    base_read: int = 0
+    base_problem: str = ""
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):

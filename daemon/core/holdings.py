@@ -34,6 +34,7 @@ class Holdings:
             move, by one event of one session for each pool of a model that comes meanwhile, or that has to go on
             without a silent session, and by what silent sessions keep.
         most: bytes that the user allows; more than the budget under memory pressure.
+        beside: bytes that the user allows beyond that, and that base weights have.
         models: by key, in the order in which they came.
         sessions: by number, those that are open.
     """
@@ -42,6 +43,7 @@ class Holdings:
         self, budget: int, policy: PolicyFactory = Forecast, *, first_segment: int = 1, reads_ahead: bool = True
     ) -> None:
         self.budget = self.most = budget
+        self.beside = 0
         self.models: dict[str, Model] = {}
         self.sessions: dict[int, Session] = {}
         self._pools: dict[int, tuple[Model, Pool]] = {}
@@ -91,13 +93,13 @@ class Holdings:
         manifest, copies = event.manifest, 2 if event.mode == "copy" else 1
         wanted, needed = largest(manifest) * copies, smallest(manifest) * copies
         if needed > self.most - self.smallest_budget:
-            raise memory.no_room(self.most, self.smallest_budget, manifest, needed)
+            raise memory.no_room(self.most, self.smallest_budget, manifest, needed, self.beside)
         self._drop_idle(wanted)
         should_have = max(needed, memory.make_room(self.budget, self.models.values(), wanted))
         plans = plan_pools(manifest, should_have // copies)
         pools = []
         for plan, layout in beginning(manifest, plans, (self.budget - self.used) // copies):
-            pools.append(self._new_pool(1, plan.layers, layout))
+            pools.append(self._new_pool(manifest.key, 1, plan.layers, layout))
             pools[-1].quota = plan.layout.size if layout.slots < plan.layout.slots else None
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
         layers = manifest.layers
@@ -109,9 +111,13 @@ class Holdings:
             self._pools[pool.segment] = (model, pool)
         return model
 
-    def _new_pool(self, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
-        segment = next(self._segments)
-        self._out.append(instructions.CreatePool(segment, generation, layout))
+    def number_segment(self) -> int:
+        """A number for one more segment."""
+        return next(self._segments)
+
+    def _new_pool(self, model: str, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
+        segment = self.number_segment()
+        self._out.append(instructions.CreatePool(segment, generation, layout, model, layers))
         return Pool(segment, generation, layers, layout)
 
     def _idle(self) -> list[Model]:
