@@ -179,7 +179,7 @@ async def _measure(gateway: psutil.Process, port: int, cancels: Path, clients: i
         "send_to_receive_us": alone_us,
         "transport_us": transport,
         "overhead_loaded_us": median_us(out.lags_ns),
-        "gateway_cpu_us_per_token": round(1e6 * cpu_s / max(1, len(out.lags_ns)), 1),
+        "gateway_cpu_us_per_token": round(1e6 * cpu_s / max(1, len(out.lags_ns)), 1),  # whatever else it did, too
         "cancel_ms_max": round(max(_cancels_ms(cancel_alone, cancels), default=0.0), 1),
         "cancels_measured": len(_cancels_ms(cancel_alone, cancels)),
         "cancel_loaded_ms_median": round(statistics.median(loaded or [0.0]), 1),
