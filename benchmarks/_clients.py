@@ -57,6 +57,7 @@ class Behaviour:
     tokens: int
     slow: bool = False
     hangs_up: bool = False
+    endless: bool = False  # the tokens that end an answer of the demo model are never chosen
 
 
 def behaviours(chance: random.Random) -> Behaviour:
@@ -74,6 +75,8 @@ async def ask(port: int, model: str, client: Behaviour, seed: int, out: Outcomes
     body["max_output_tokens" if client.api == "responses" else "max_tokens"] = client.tokens
     if client.api != "messages":  # Anthropic's has no seed, so its cancels are not measured
         body["seed"] = seed
+    if client.endless:
+        body["logit_bias"] = {"0": -100, "2": -100}
     prompt: Any = [{"role": "user", "content": f"{text} ({seed})"}]
     name = {"completions": "prompt", "responses": "input"}.get(client.api, "messages")
     body[name] = prompt[0]["content"] if client.api == "completions" else prompt
