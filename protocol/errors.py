@@ -21,6 +21,7 @@
     |-- BudgetTooSmall                budget_too_small
     |-- SizeInvalid                   size_invalid
     |-- ConfigInvalid                 config_invalid
+    |   `-- KeyFileInvalid            key_file_invalid
     |-- SegmentFailed                 segment_failed
     |-- HomeError                     home_invalid
     |   `-- HomeTooLong               home_too_long
@@ -51,6 +52,7 @@
     |   |-- ServiceManagerMissing     service_manager_missing
     |   `-- ServiceNotInstalled       service_not_installed
     |-- RequestInvalid                request_invalid
+    |   |-- KeyInvalid                invalid_api_key
     |   |-- ParameterUnsupported      parameter_unsupported
     |   |-- ModelNotFound             model_not_found
     |   |-- ResponseNotFound          response_not_found
@@ -233,6 +235,13 @@ class ConfigInvalid(ExpertdError):
 
     code = "config_invalid"
     exit_status = 2
+
+
+class KeyFileInvalid(ConfigInvalid):
+    """The file of API keys cannot be read, others can read it, or it has no usable key."""
+
+    code = "key_file_invalid"
+    http_status = 503
 
 
 class SegmentFailed(ExpertdError):
@@ -445,6 +454,13 @@ class RequestInvalid(ExpertdError):
 
     code = "request_invalid"
     http_status = 400
+
+
+class KeyInvalid(RequestInvalid):
+    """The gateway needs an API key, and the request has none or a wrong one.  The code is OpenAI's."""
+
+    code = "invalid_api_key"
+    http_status = 401
 
 
 class ParameterUnsupported(RequestInvalid):

@@ -346,6 +346,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ``layers`` and all that follows ``sessions`` may be left out, as by daemons of this version of the protocol that do
     not know them.  ``packed`` is the store that blocks are read from, empty if there is none; ``warming``: blocks that
     are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay;
+    ``waited_s`` and ``read_wait_s`` are the sums of its sessions', those that have ended included;
     ``recalled``: what came of what an earlier daemon held, None if it left nothing.
     ``base_bytes``: base weights in shared memory; ``base_read``: bytes read for them; ``base_problem``: why they are
     not shared, "" if they are, or nobody wanted that.
@@ -374,6 +375,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ahead: list[AheadStatus] = []
     warming: int = 0
     pinned: int = 0
+    waited_s: float = 0.0
+    read_wait_s: float = 0.0
     recalled: RecalledStatus | None = None
     base_bytes: int = 0
     base_read: int = 0

@@ -180,6 +180,14 @@ IN_FILE = f" in {PATH}: "
         ({"serve": {"port": True}}, "True is not a port"),
         ({"serve": {"port": "8080"}}, "'8080' is not a port"),
         ({"serve": {"host": ""}}, "'' is not an address to listen on"),
+        ({"serve": {"api_key_file": 5}}, "5 is not a file; write its path as text"),
+        ({"serve": {"api_key_file": "keys"}}, "'keys' is relative, but to what?"),
+        ({"serve": {"allow_hosts": "a.local"}}, "'a.local' is not a list of host names"),
+        ({"serve": {"allow_hosts": ["http://a.local"]}}, "'http://a.local' is not the name of a host"),
+        ({"serve": {"allow_hosts": ["*"]}}, "'*' is not the name of a host"),
+        ({"serve": {"allow_origins": ["*"]}}, "'*' would let every page that you visit use your models"),
+        ({"serve": {"allow_origins": ["https://a.example/x"]}}, "'https://a.example/x' is not an origin"),
+        ({"serve": {"allow_origins": ["a.example"]}}, "'a.example' is not an origin"),
         ({"generate": {"max_tokens": 0}}, "0 is not a number of tokens"),
         ({"generate": {"kv_bits": 3}}, "3 is not a number of bits; write 8 or 4, or 16 to quantize nothing"),
         ({"serve": {"kv_bits": True}}, "True is not a number of bits"),
@@ -384,6 +392,9 @@ def test_each_setting_has_a_section_a_flag_and_a_variable_of_its_own() -> None:
     assert {key.dotted: (key.flag, key.variable) for key in KEYS.values() if key.section} == {
         "serve.host": ("--host", "EXPERTD_SERVE_HOST"),
         "serve.port": ("--port", "EXPERTD_SERVE_PORT"),
+        "serve.api_key_file": ("--api-key-file", "EXPERTD_SERVE_API_KEY_FILE"),
+        "serve.allow_hosts": ("--allow-host", "EXPERTD_SERVE_ALLOW_HOSTS"),
+        "serve.allow_origins": ("--allow-origin", "EXPERTD_SERVE_ALLOW_ORIGINS"),
         "serve.kv_bits": ("--kv-bits", "EXPERTD_SERVE_KV_BITS"),
         "serve.ttl": ("--ttl", "EXPERTD_SERVE_TTL"),
         "serve.deadline": ("--deadline", "EXPERTD_SERVE_DEADLINE"),
@@ -436,10 +447,11 @@ def test_serve_listens_where_the_file_says(home: Home, checkpoints: dict[str, Pa
 def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     home.config.write_text(
         'budget = "2GiB"\nidle_exit = 60\nbackground_rate = "200MB/s"\nmodel_folders = ["/a", "/b"]\n'
-        '[serve]\nport = 0\n[log]\nlevel = "debug"\n'
+        '[serve]\nport = 0\nallow_hosts = ["A.local", "b.local"]\n[log]\nlevel = "debug"\n'
     )
     monkeypatch.setenv("EXPERTD_IDLE_EXIT", "120")
     monkeypatch.setenv("EXPERTD_LOG", "warning")
+    monkeypatch.setenv("EXPERTD_SERVE_API_KEY_FILE", "/keys")
     assert expertd("config", "show").stdout.splitlines() == [
         f"file                  {home.config}",
         "budget                2.1 GB  (config.toml)",
@@ -451,6 +463,9 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
         "model_folders         /a, /b  (config.toml)",
         "serve.host            127.0.0.1  (default)",
         "serve.port            0  (config.toml)",
+        "serve.api_key_file    /keys  (EXPERTD_SERVE_API_KEY_FILE)",
+        "serve.allow_hosts     a.local, b.local  (config.toml)",
+        "serve.allow_origins   none  (default)",
         "serve.kv_bits         16: not quantized  (default)",
         "serve.ttl             900 s  (default)",
         "serve.deadline        no limit  (default)",
