@@ -55,7 +55,7 @@ def profile() -> None:
 @click.option(
     "--prompts", type=_file, metavar="FILE", help="Answer these: one a line, or .jsonl with 'prompt' or 'messages'."
 )
-@click.option("--trace", "traces", type=_file, multiple=True, metavar="OUT.npz", help="Count a trace; repeatable.")
+@click.option("--trace", "traces", type=_file, multiple=True, metavar="FILE", help="Count a trace; repeatable.")
 @click.option("--seconds", type=click.FloatRange(min=0), metavar="SECONDS", help="Watch live traffic for so long.")
 @click.option(
     "--max-tokens", default=128, show_default=True, type=click.IntRange(min=1), metavar="TOKENS", help="Longest answer."
