@@ -163,6 +163,15 @@ def read(home: Home, model: str) -> WarmRecord | None:
     return record
 
 
+def forget(home: Home, model: str) -> None:
+    """Remove the record of the model with that key, if there is one.  Never raises."""
+    path = home.warm_record(model)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("the record of what was warm could not be removed", path=path, why=error.strerror)
+
+
 def _remove_oldest(home: Home) -> None:
     """Keep the newest records."""
     paths = [(path.stat().st_mtime_ns, path) for path in home.warmth.glob("*.warm")]

@@ -318,7 +318,9 @@ def test_a_profile_from_its_recording_to_its_end(tmp_path: Path, home: Home, sta
     assert len(shown["by_layer"]) == 6
     assert len(expertd("profile", "show", "code").splitlines()) == 4 + 6
 
+    wait_for(lambda: list(home.warmth.glob("*")) != [])
     expertd("unload", model)
+    assert list(home.warmth.glob("*")) == [], "who unloads a model does not want it back by itself"
     expertd("profile", "use", model, "code")
     assert profiles_in_use(home) == {str(DEMO): "code"}
     assert "are resident" in expertd("warm", model, "--wait")

@@ -67,7 +67,9 @@ def record(
     name: str, model: str | None, prompts: Path | None, traces: tuple[Path, ...], seconds: float | None,
     max_tokens: int, raw: bool, replace: bool, budget: str | None,
 ) -> None:  # fmt: skip
-    """Make the profile NAME of what MODEL (a checkpoint's folder or name; else the one that is loaded) uses.
+    """Make the profile NAME of what MODEL uses.
+
+    MODEL is a checkpoint's folder or name; without it, it is the one that is loaded.
 
     Without --prompts or --trace it watches the live traffic of every process that uses the model, until Ctrl-C.
     """
