@@ -94,7 +94,8 @@ def test_one_that_is_not_there_is_named_with_those_that_are(home: Home) -> None:
     "spoilt",
     [
         b"", b"[]", b"{}", b'{"model": 1}', {"uses": [[1]]}, {"seen": [[1, 2, 3], [1]]},
-        {"uses": [[-1, 0, 0, 0], [0] * 4]},
+        {"uses": [[-1, 0, 0, 0], [0] * 4]}, {"uses": [[1 << 60, 0, 0, 0], [0] * 4]}, {"made_at": 1e300},
+        {"experts": [], "uses": [], "seen": []}, {"experts": [0, 4], "uses": [[], [1] * 4], "seen": [[], [1] * 4]},
     ],
 )
 def test_a_damaged_file_is_refused_and_says_what_to_do(home: Home, spoilt: bytes | dict[str, Any]) -> None:

@@ -61,6 +61,12 @@ def test_whatever_byte_is_damaged_it_is_told() -> None:
             decode(whole[:length])
 
 
+@pytest.mark.parametrize("at", [-1.0, 1e12, float("nan"), float("inf")])
+def test_a_date_that_is_none_is_told(at: float) -> None:
+    with pytest.raises(RecordDamaged, match="its date is none"):
+        decode(encode(record(at=at)))
+
+
 @pytest.mark.parametrize(
     "spoilt",
     [
