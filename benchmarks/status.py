@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.demo import expert_bytes  # asks another process: with mlx in this one, each fork would take longer
+from tools.demo import budget_of  # asks another process: with mlx in this one, each fork would take longer
 from tools.stage import ask_status, running_daemon, temporary_home
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def run(quick: bool = False, model: Path = DEMO) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
         temporary_home() as home,
-        running_daemon(home, int(SHARE * expert_bytes(model))),
+        running_daemon(home, budget_of(model, SHARE)),
     ):
         programs = _installed(Path(folder))
         commands = {

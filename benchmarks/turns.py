@@ -19,7 +19,7 @@ import psutil
 
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
-from tools.demo import DEMO_MODEL, Gateway, expert_bytes
+from tools.demo import DEMO_MODEL, Gateway, budget_of
 from tools.stage import ask_status, temporary_home
 
 SHARE = 0.5
@@ -58,7 +58,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     turns = TURNS // 2 if quick else TURNS
     with ExitStack() as stack:
         home = stack.enter_context(temporary_home())
-        home.config.write_text(f"budget = {int(expert_bytes(DEMO_MODEL) * SHARE)}\n")
+        home.config.write_text(f"budget = {budget_of(DEMO_MODEL, SHARE)}\n")
         stack.callback(stop_daemon, home, "benchmark")
         gateway = stack.enter_context(Gateway(DEMO_MODEL))
         messages: list[dict[str, str]] = []

@@ -1,4 +1,6 @@
-"""Where each block's bytes are: a manifest checked against the files' own headers, and its packed store if it has one.
+"""Where the bytes of blocks and base weights are: a manifest checked against the files' own headers.
+
+And the model's packed store, if it has one.
 
 Reads headers, never weights (that is ``expertd.daemon.blocks``).
 """
@@ -9,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertd.daemon.packed import StoreIndex, find_store
-from expertd.protocol.checkpoint import ITEM_BYTES, FileMark, Header, read_header
+from expertd.protocol.checkpoint import ITEM_BYTES, FileMark, Header, Tensor, read_header
 from expertd.protocol.errors import CheckpointError, DerivedExperts, FileChanged, HeaderInvalid
-from expertd.protocol.manifest import Layer, Manifest, Part
+from expertd.protocol.manifest import BaseTensor, Layer, Manifest, Part
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class Range:
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """The files of one model and the byte ranges of its blocks; ``store`` is the packed store that has them too."""
+    """The files of one model and the byte ranges of its blocks; ``store`` is the packed store that has them too.
+
+    ``base``: for each of the manifest's base tensors, where its bytes begin in its file.
+    """
 
     paths: tuple[Path, ...]
     marks: tuple[FileMark, ...]
@@ -34,6 +39,7 @@ class BlockIndex:
     _layers: tuple[Layer, ...]
     store: StoreIndex | None = None
     derived: bool = False  # some blocks are in the store only
+    base: tuple[int, ...] = ()
 
     def files_of(self, layer: int, expert: int) -> set[int]:
         """Numbers of the files that one block comes from: all of them if it was computed."""
@@ -78,7 +84,27 @@ def build_index(manifest: Manifest, packed: Path | None = None) -> BlockIndex:
             f"{folder}: mlx-lm computes its experts while it loads, so their bytes are not in the files; "
             f"compute and write them once with: expertd pack {folder}"
         )
-    return BlockIndex(paths, manifest.files, tuple(starts), manifest.layers, store, bool(manifest.derived_by))
+    base = tuple(_base_start(tensor, headers) for tensor in manifest.base)
+    return BlockIndex(paths, manifest.files, tuple(starts), manifest.layers, store, bool(manifest.derived_by), base)
+
+
+def _base_start(wanted: BaseTensor, headers: list[Header]) -> int:
+    tensor = _tensor(wanted.name, wanted.file, headers)
+    if (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
+        raise HeaderInvalid(
+            f"tensor {wanted.name} is {tensor.dtype} {list(tensor.shape)} "
+            f"where {wanted.dtype} {list(wanted.shape)} was expected"
+        )
+    return tensor.start
+
+
+def _tensor(name: str, file: int, headers: list[Header]) -> Tensor:
+    if not 0 <= file < len(headers):
+        raise HeaderInvalid(f"the manifest names file number {file} of {len(headers)}")
+    tensor = headers[file].tensors.get(name)
+    if tensor is None:
+        raise HeaderInvalid(f"{headers[file].path} holds no tensor {name}")
+    return tensor
 
 
 def _header(path: Path, mark: FileMark) -> Header:
@@ -104,11 +130,7 @@ def _starts(layer: Layer, part: Part, headers: list[Header], derived_by: str) ->
     expected = part.shape if count > 1 else (layer.experts, *part.shape)
     starts = []
     for name, file in zip(part.tensors, part.files, strict=True):
-        if not 0 <= file < len(headers):
-            raise HeaderInvalid(f"the manifest names file number {file} of {len(headers)}")
-        tensor = headers[file].tensors.get(name)
-        if tensor is None:
-            raise HeaderInvalid(f"{headers[file].path} holds no tensor {name}")
+        tensor = _tensor(name, file, headers)
         # One expert alone may be stored stacked or not: [1, ...] and [...] are the same bytes.
         same = tensor.shape == expected or (layer.experts == 1 and tensor.shape == part.shape)
         if tensor.dtype != part.dtype or not same:

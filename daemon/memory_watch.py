@@ -54,13 +54,17 @@ class MemoryWatch:
             for change in self.governor.journal
         ]
 
-    def tick(self, used: int, floor: int) -> tuple[Change | None, Pressure | None]:
-        """``used`` bytes are in use, ``floor`` are needed: how the limit changes, and what sessions are to be told."""
+    def tick(self, used: int, floor: int, fixed: int = 0) -> tuple[Change | None, Pressure | None]:
+        """How the limit changes, and what sessions are to be told.
+
+        Args:
+            used, floor, fixed: bytes, see ``Governor.tick``.
+        """
         reading = self._source.read()
         governor = self.governor
         quiet = reading.level is Level.NORMAL and governor.limit == governor.budget
         room = 0 if quiet else _room()  # nobody asks for it while nothing can change
-        change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, room)
+        change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, room, fixed)
         if change is not None:
             before, after = show_size(change.before), show_size(change.after)
             log.info("limit changed", before=before, now=after, why=change.why)

@@ -41,27 +41,29 @@ MERGED_BUFFERS = 512
 
 Done = Callable[[int, ExpertdError | None], None]
 Rows = Sequence[memoryview]
+Work = Callable[[Read], int]
+"""Reads with the ``preadv`` that it is given, or copies; returns the bytes that were read, and raises as reads do."""
 _Place = tuple[OpenFiles, int, int]
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A block that is to be read or copied: an opaque handle for whoever asked for it.
+    """A block that is to be read, or other ``work``: an opaque handle for whoever asked for it.
 
-    ``place`` is None for a copy, which comes from ``sources``.
+    ``place`` is None for other work.
     """
 
     place: _Place | None
-    sources: Rows
     rows: Rows
     done: Done
     priority: Priority
     asked_at: float | None = None
     size: int = 0
+    work: Work | None = None
 
     def forget(self) -> None:
         """Let go of the rows: as long as somebody holds them, their segment stays."""
-        self.sources = self.rows = ()
+        self.rows, self.work = (), None
 
 
 class Reader:
@@ -127,11 +129,15 @@ class Reader:
         Args:
             asked_at: when the Fetch came that waits for it (``time.monotonic``).
         """
-        return self._put(Job((files, layer, expert), (), rows, done, priority, asked_at, sum(map(len, rows))))
+        return self._put(Job((files, layer, expert), rows, done, priority, asked_at, sum(map(len, rows))))
 
     def copy(self, sources: Rows, rows: Rows, done: Done) -> Job:
         """Copy a block from ``sources`` into ``rows``."""
-        return self._put(Job(None, sources, rows, done, Priority.DEMAND))
+        return self.work(lambda _: copy_block(sources, rows), done)
+
+    def work(self, work: Work, done: Done) -> Job:
+        """Do something else that somebody waits for; whoever asks for much of it asks bit by bit."""
+        return self._put(Job(None, (), done, Priority.DEMAND, work=work))
 
     def promote(self, job: Job) -> None:
         """Somebody waits for this block now: if it has not begun, it is demand, behind all that is."""
@@ -297,8 +303,8 @@ class Reader:
     def _serve(self, batch: Sequence[Job]) -> bool:
         if not batch:
             return False
-        if batch[0].place is None:
-            results = [_outcome(partial(copy_block, batch[0].sources, batch[0].rows))]
+        if batch[0].work is not None:
+            results = [_outcome(partial(batch[0].work, self._counting(batch)))]
         else:
             results = self._read_all(batch)
         self._ended(batch, all(error is None for _, error in results))

@@ -24,8 +24,10 @@ import zmq
 import zmq.asyncio
 
 from expertd.daemon import memory_watch
+from expertd.daemon.bases import SharedBases
 from expertd.daemon.blocks import OpenFiles
 from expertd.daemon.core import Core, events, instructions, warmth
+from expertd.daemon.core.bases import Base
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
 from expertd.daemon.diary import Diary
@@ -48,7 +50,7 @@ from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
-from expertd.daemon.waits import Place, Waits
+from expertd.daemon.waits import Place, Waited, Waits
 from expertd.daemon.warm_record import WarmRecord, forget, write
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
@@ -145,6 +147,7 @@ class Server:
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
         self._waits = Waits()
+        self._waited: dict[str, Waited] = {}  # In sessions that have ended, by models' keys.
         self._tokens = TokenCounts()
         self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
@@ -153,6 +156,8 @@ class Server:
         self._numbers = itertools.count(secrets.randbits(48))
         self._tasks: set[asyncio.Task[None]] = set()
         self._creating = asyncio.Lock()
+        name = segment_name(home.root)
+        self._bases = SharedBases(name, self._reader, self._creating, self._large_pages, self._share_out)
         self._ending = asyncio.Event()
         self._fault: BaseException | None = None  # an error in ourselves, which ends us
         self._began = time.monotonic()
@@ -209,6 +214,7 @@ class Server:
         if self._remembering is not None and self._fault is None:  # else nobody knows what is true
             changed = self._remembering.changed(self._core.models.values())
             self._record(record_of(model, time.time()) for model in changed)
+        await self._bases.close()
         await asyncio.to_thread(self._reader.close)
         await asyncio.to_thread(self._large_pages.close)
         self._lifelines.close()
@@ -345,7 +351,7 @@ class Server:
                 self._take_session(identity, message)
 
     def _set_budget(self, identity: bytes, wanted: int | None) -> None:
-        needed, before = self._core.smallest_budget, self._memory.governor.budget
+        needed, before = self._core.smallest_budget + self._bases.known.in_use, self._memory.governor.budget
         budget = default_budget(this_machine()).size if wanted is None else wanted
         if budget < needed:
             raise BudgetTooSmall(
@@ -353,7 +359,7 @@ class Server:
             )
         log.info("budget changed", before=show_size(before), now=show_size(budget))
         self._memory.set_budget(budget, "the budget was changed")
-        self._feed(events.BudgetChanged(self._memory.governor.limit, most=budget))
+        self._share_out()
         self._send(identity, messages.BudgetSet(before=before, budget=budget))
 
     def _loaded(self, name: str) -> Model:
@@ -370,7 +376,7 @@ class Server:
         if model.in_use:
             users = ", ".join(str(session.pid) for session in model.sessions.values())
             raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
-        size = model.size + model.extra
+        size = model.size + model.extra + sum(base.size for base in self._bases.known.of_model(model.key))
         self._feed(events.Unwanted(model.key))
         forget(self._home, model.key)  # who wants it gone does not want it back by itself
         self._send(identity, messages.Unloaded(path=folder, bytes=size))
@@ -423,6 +429,8 @@ class Server:
         self._send(identity, welcome)
 
     async def _attach(self, identity: bytes, message: messages.Attach) -> None:
+        base: Base | None = None
+        handed: list[tuple[messages.PoolInfo, SharedPool]] = []
         try:
             if not self._lifelines.known(message.token):
                 raise MessageInvalid("an Attach came whose lifeline is not open")
@@ -432,19 +440,45 @@ class Server:
             index = await self._index(message.manifest)
             left = await self._recall(message.manifest)
             handed = await self._handed(message)
+            base = await self._share_base(message.manifest, index)
+            self._open(identity, message, index, base, left, handed)
+            handed = []
         except ExpertdError as error:
             self._send(identity, messages.Error.of(error))
-            return
         finally:
+            close_all(handed)
             self._attaching -= 1
+            if base is not None:
+                base.opening -= 1
+                self._share_out()
+
+    async def _share_base(self, manifest: Manifest, index: BlockIndex) -> Base | None:
+        """The base weights of a model that is being opened, if they can be shared; see ``SharedBases.share``."""
+        model = self._core.models.get(manifest.key)
+        most, needed = self._memory.governor.budget, self._core.smallest_budget
+        return await self._bases.share(manifest, index, most, needed, model is not None and model.in_use)
+
+    def _open(
+        self,
+        identity: bytes,
+        message: messages.Attach,
+        index: BlockIndex,
+        base: Base | None,
+        left: events.Recall | None,
+        handed: list[tuple[messages.PoolInfo, SharedPool]],
+    ) -> None:
+        """Have the core open a session, whose model's files, base weights and past were looked at.
+
+        Raises:
+            MessageInvalid: its lifeline is another session's.
+        """
         number = next(self._numbers)
         if not self._lifelines.bind(message.token, number):
-            close_all(handed)
-            # It died while the headers were read (and nobody hears this), or it has a session already.
-            taken = MessageInvalid("an Attach came whose lifeline has a session already")
-            self._send(identity, messages.Error.of(taken))
-            return
+            # It died meanwhile (and nobody hears this), or it has a session already.
+            raise MessageInvalid("an Attach came whose lifeline has a session already")
         self._peers[number] = _Peer(message.token, message.pid, message.mode)
+        if base is not None:
+            base.users.add(number)
         files = self._files.setdefault(message.manifest.key, OpenFiles(index))
         files.use(index.store)
         known = message.manifest.key in self._core.models
@@ -521,10 +555,18 @@ class Server:
         if peer is not None:
             self._diary.session_ended(session, why)
             self._tracing.gone(session)
-            self._waits.ended(session)
+            self._remember(session, self._waits.ended(session, time.monotonic()))
             self._tokens.ended(session)
             self._lifelines.close_line(peer.token)
+            self._bases.known.ended(session)
             self._feed(events.Ended(session))
+            self._share_out()
+
+    def _remember(self, session: int, waited: Waited) -> None:
+        """A session that ends leaves what it has waited to its model."""
+        for key, model in self._core.models.items():
+            if session in model.sessions:
+                self._waited[key] = self._waited.get(key, Waited()).plus(waited)
 
     # -- what goes out -------------------------------------------------------------------------------------------------
 
@@ -539,13 +581,27 @@ class Server:
                 self._events.popleft()
             for key in self._files.keys() - self._core.models.keys():
                 self._files.pop(key).close()
+                self._waited.pop(key, None)
             self._diary.models_kept(self._core.models.keys())
+            self._drop_bases()
         except Exception as error:
             # What the core believes is no longer what is: end, so that nobody computes on it.
             log.critical("the daemon has an error in itself and ends", exc_info=True)
             self._fault = error
             self._end_because("an error in itself")
             raise
+
+    def _drop_bases(self) -> None:
+        """Give back the base weights whose model is gone; what they took is there for pools."""
+        if self._bases.sweep(self._core.models.keys()):
+            self._share_out()
+
+    def _share_out(self, drop: bool = False) -> None:
+        """Give the core what base weights leave of the memory that may be used, if that has changed."""
+        governor, known = self._memory.governor, self._bases.known
+        limit, most = max(1, governor.limit - known.used), max(1, governor.budget - known.in_use)
+        if (limit, most, known.in_use) != (self._core.budget, self._core.most, self._core.beside):
+            self._feed(events.BudgetChanged(limit, drop, most, known.in_use))
 
     def _carry_out(self, what: instructions.Instruction) -> None:
         match what:
@@ -624,6 +680,7 @@ class Server:
         peer = self._peers.get(grant.session)
         if peer is None:
             return
+        base = self._hand_over_base(grant.session)
         self._diary.session_opened(grant.session, peer.pid, peer.mode, self._core.models[grant.model])
         attached = messages.Attached(
             session=grant.session,
@@ -631,6 +688,7 @@ class Server:
             version=grant.version,
             announce=grant.announce,
             pools=[pool for pool in pools if pool is not None],
+            base=base,
         )
         self._to_control(grant.session, attached)
         if self._memory.pressure.level != "normal":
@@ -652,6 +710,19 @@ class Server:
             self._end(session, f"it took no segment ({error})")
             return None
         return msgspec.structs.replace(info, nonce=pool.nonce)
+
+    def _hand_over_base(self, session: int) -> messages.BaseInfo | None:
+        """Send the descriptor of the session's base weights, if it has any."""
+        base = self._bases.known.of_session(session)
+        if base is None:
+            return None
+        token, descriptor = self._peers[session].token, self._bases.descriptor(base)
+        try:
+            self._lifelines.send_segment(token, base.segment, base.size, descriptor)
+        except OSError as error:
+            self._end(session, f"it took no segment ({error})")
+            return None
+        return self._bases.info(base)
 
     async def _create_pool(self, what: instructions.CreatePool) -> None:
         event: events.Event
@@ -702,8 +773,8 @@ class Server:
         packed = {key: files.packed for key, files in self._files.items()}
         reads = self._reader.devices()
         return daemon_status(
-            self._home, self._core, self._memory, waited, self._tokens.all(), uptime_s, folder, dropped, ssd, reads,
-            packed,
+            self._home, self._core, self._memory, self._bases.known, waited, self._tokens.all(), uptime_s, folder,
+            dropped, ssd, reads, packed, self._waited,
         )  # fmt: skip
 
     async def _watch_sessions(self) -> None:
@@ -721,9 +792,11 @@ class Server:
         """Let the limit follow the machine's pressure, and tell sessions of it."""
         while True:
             await asyncio.sleep(memory_watch.TICK_S if self._core.used else memory_watch.IDLE_TICK_S)
-            change, news = self._memory.tick(self._core.used, self._core.floor)
+            bases = self._bases.known
+            used, floor = self._core.used + bases.used, self._core.floor + bases.in_use
+            change, news = self._memory.tick(used, floor, bases.used)
             if change is not None:
-                self._feed(events.BudgetChanged(change.after, change.drop, self._memory.governor.budget))
+                self._share_out(change.drop)
             elif self._memory.asks_again(self._core.used > self._core.budget):
                 self._feed(events.MemoryWanted())
             if news is not None:

@@ -12,6 +12,7 @@ import msgspec
 import psutil
 
 from expertd.daemon.core import Core, warmth
+from expertd.daemon.core.bases import Bases
 from expertd.daemon.core.foresight import Kind
 from expertd.daemon.core.state import Model, Recalled, Session
 from expertd.daemon.devices import ReadStatistics
@@ -39,6 +40,8 @@ KINDS: Mapping[Kind, Literal["prompt", "next layer", "second next layer"]] = Map
     {Kind.PROMPT: "prompt", Kind.NEXT: "next layer", Kind.SECOND: "second next layer"}
 )
 NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
+NOBODY_WAITED_BEFORE: Mapping[str, Waited] = MappingProxyType({})
+NO_WAIT = Waited()
 NOTHING_COMPUTED: Mapping[int, Tokens] = MappingProxyType({})
 
 
@@ -53,6 +56,7 @@ def daemon_status(
     home: Home,
     core: Core,
     memory: MemoryWatch,
+    bases: Bases,
     waited: Mapping[int, Waited],
     tokens: Mapping[int, Tokens],
     uptime_s: float,
@@ -61,12 +65,14 @@ def daemon_status(
     simulated_ssd: str,
     reads: ReadStatistics,
     packed: Mapping[str, str] = NOT_PACKED,
+    waited_before: Mapping[str, Waited] = NOBODY_WAITED_BEFORE,
 ) -> Status:
     """All there is to show of this process, which is the daemon of ``home``.
 
     Args:
         waited, tokens: by sessions.
         packed: paths of the packed stores in use, by models' keys.
+        waited_before: by sessions that have ended, by models' keys.
     """
     daemon = DaemonStatus(
         pid=os.getpid(),
@@ -79,8 +85,8 @@ def daemon_status(
         home=str(home.root),
         daemon=daemon,
         budget_bytes=memory.governor.budget,
-        used_bytes=core.used,
-        limit_bytes=core.budget,
+        used_bytes=core.used + bases.used,
+        limit_bytes=memory.governor.limit,
         pressure=memory.pressure.level,
         pressure_figure=memory.pressure.figure,
         journal=memory.journal,
@@ -89,7 +95,10 @@ def daemon_status(
         simulated_ssd=simulated_ssd,
         devices=_devices(reads),
         fetch_to_read_us=FetchToRead(p50=round(reads.fetch_to_read_p50_us), p99=round(reads.fetch_to_read_p99_us)),
-        models=[model_status(model, waited, packed.get(model.key, ""), tokens) for model in core.models.values()],
+        models=[
+            model_status(model, waited, packed.get(key, ""), tokens, bases, waited_before.get(key, Waited()))
+            for key, model in core.models.items()
+        ],
     )
 
 
@@ -121,9 +130,16 @@ def model_status(
     waited: Mapping[int, Waited] = NOBODY_WAITED,
     packed: str = "",
     tokens: Mapping[int, Tokens] = NOTHING_COMPUTED,
+    bases: Bases | None = None,
+    waited_before: Waited = NO_WAIT,
 ) -> ModelStatus:
     """One model's figures.  ``experts`` and ``block_bytes`` are the largest of its layers where they differ."""
     layers = model.manifest.layers
+    in_all = waited_before
+    for number in model.sessions:
+        in_all = in_all.plus(waited.get(number, NO_WAIT))
+    known = bases or Bases(0)
+    shared = known.of_model(model.key)
     return ModelStatus(
         id=model.key,
         path=model.manifest.folder,
@@ -141,7 +157,10 @@ def model_status(
         evictions=model.evictions,
         pool_bytes=model.size + model.extra,
         sessions=[
-            _session(model, session, waited.get(session.number, Waited()), tokens.get(session.number, Tokens()))
+            _session(
+                model, session, waited.get(session.number, Waited()), tokens.get(session.number, Tokens()),
+                known.of_session(session.number) is not None,
+            )
             for session in model.sessions.values()
         ],
         layers=_layers(model),
@@ -151,7 +170,12 @@ def model_status(
         ahead=_ahead(model),
         warming=warmth.wished(model),
         pinned=len(model.pinned),
+        waited_s=round(in_all.all_s, 6),
+        read_wait_s=round(in_all.read_s, 6),
         recalled=_recalled(model.recalled),
+        base_bytes=sum(base.size for base in shared),
+        base_read=sum(base.read for base in shared),
+        base_problem=known.problems.get(model.key, ""),
     )
 
 
@@ -179,7 +203,7 @@ def _ahead(model: Model) -> list[AheadStatus]:
     ]
 
 
-def _session(model: Model, session: Session, waited: Waited, tokens: Tokens) -> SessionStatus:
+def _session(model: Model, session: Session, waited: Waited, tokens: Tokens, shares_base: bool) -> SessionStatus:
     return SessionStatus(
         id=session.number,
         pid=session.pid,
@@ -192,6 +216,7 @@ def _session(model: Model, session: Session, waited: Waited, tokens: Tokens) -> 
         read_wait_s=round(waited.read_s, 6),
         decode_tokens=tokens.decode,
         prompt_tokens=tokens.prompt,
+        shares_base=shares_base,
     )
 
 

@@ -1,9 +1,16 @@
-"""The shared-memory layout of a pool segment (PROTOCOL.md, section "Shared memory").
+"""The shared-memory layout of pool and base segments (PROTOCOL.md, section "Shared memory").
+
+A pool:
 
     offset 0            header: magic, layout version, nonce, generation
     offset 40           contents: key of the model, checksum of the layers' numbers, slots
     offset 64           table: int32 slot[layer of the pool, expert], -1 absent
     then, each on 16 KiB, one slab a part: [slots, *shape]
+
+Base weights, which are never written once their segment was handed over:
+
+    offset 0            header: as above, generation 0
+    then, each on 16 KiB, one tensor after the other
 
 Table and slabs share one segment, so that a slot number can never be read against the slabs of another generation.
 Both sides compute the offsets from the same few numbers; nothing but those numbers crosses the wire.
@@ -18,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertd.protocol.checkpoint import ITEM_BYTES
-from expertd.protocol.manifest import Part
+from expertd.protocol.manifest import BaseTensor, Part
 
 PAGE = 16384
 """Slabs start and end on this many bytes: Apple silicon's page, and a multiple of everybody else's."""
@@ -28,6 +35,8 @@ SLAB_ELEMENTS = 2**31 - 1
 
 LAYOUT = 1
 ABSENT = -1
+BASE_GENERATION = 0
+"""In the header of base weights, which have no generations; those of pools count from 1."""
 _HEADER = struct.Struct("<8sI16sQ")
 _CONTENTS = struct.Struct("<16sII")
 _CONTENTS_OFFSET = 40
@@ -102,6 +111,16 @@ def most_slots(layers: int, experts: int, parts: Sequence[Part], size: int) -> i
 def slot_limit(parts: Sequence[Part]) -> int:
     """The most slots that keep every slab below 2^31 elements."""
     return min(SLAB_ELEMENTS // math.prod(part.shape) for part in parts)
+
+
+def base_layout(tensors: Sequence[BaseTensor]) -> tuple[list[int], int]:
+    """Where each of ``tensors`` lies in the segment of base weights, and the bytes of that segment."""
+    offset = _up(_HEADER.size)
+    offsets = []
+    for tensor in tensors:
+        offsets.append(offset)
+        offset = _up(offset + tensor.bytes)
+    return offsets, offset
 
 
 def write_header(view: memoryview, nonce: bytes, generation: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import msgspec
 import numpy as np
 import pytest
 from mlx_lm.generate import BatchGenerator
@@ -90,7 +91,8 @@ def test_any_pool_from_one_event_upwards_is_exact(slots: int, written: Any, star
 
 def test_copy_mode_is_exact_and_says_so(written: Any, home: Home, start_daemon: StartDaemon) -> None:
     path = written("gpt_oss")
-    start_daemon(str(2 * budget_for(load_lazily(path).manifest, 24)))
+    alone = msgspec.structs.replace(load_lazily(path).manifest, base=())  # who copies has base weights of its own
+    start_daemon(str(2 * budget_for(alone, 24)))
     plain, _ = load_model(path)
     cached, _ = expertd.load(path, alias="copy")
     assert ask_status(home).models[0].sessions[0].mode == "copy"

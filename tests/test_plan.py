@@ -30,6 +30,7 @@ from expertd.clients.planning.speed import (
 from expertd.clients.traces.replay import events_of, lru
 from expertd.daemon.policy import LRU, Forecast
 from expertd.protocol.errors import CheckpointError, ConfigMissing, DenseModel, DerivedExperts
+from expertd.protocol.layout import base_layout
 from expertd.protocol.manifest import Layer, Manifest, Part
 from expertd.protocol.messages import ModelStatus, SessionStatus
 from expertd.protocol.packed import header_of, layout_of, store_name
@@ -57,7 +58,8 @@ def test_names_and_config_tell_what_a_worker_finds_out_by_loading(cell: Cell, tm
     folder = write_checkpoint(tmp_path / "model", **cell._asdict())
     loaded = load_lazily(folder)
     shape = read_shape(folder)
-    assert shape.manifest == loaded.manifest
+    assert shape.manifest == replace(loaded.manifest, base=()), "base weights are the worker's to name"
+    assert shape.base_segment >= base_layout(loaded.manifest.base)[1]
     everything = sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters()))
     assert shape.base_bytes + shape.expert_bytes == everything
     assert shape.kv is not None
@@ -264,7 +266,7 @@ def test_what_a_fetch_costs_beside_reading_is_measured_by_the_daemon() -> None:
 def _shape(blocks: int = 64, block_bytes: int = 1000) -> Shape:
     part = Part("gate_proj.weight", "U8", (block_bytes,), ("t",), (0,))
     layers = tuple(Layer(f"layers.{n}", blocks // 2, 4, (part,)) for n in range(2))
-    return Shape(Manifest("/m", "f", (), layers), 5000, 5000, None)
+    return Shape(Manifest("/m", "f", (), layers), 5000, 5000, 5000, None)
 
 
 SIZES = (16_000, 32_000, 48_000, 64_000)

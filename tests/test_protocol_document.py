@@ -113,7 +113,7 @@ def _default(field: msgspec.inspect.Field) -> list[str]:
     value: Any = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     if isinstance(value, Sampling):
         return ["default greedy"]
-    return ["default " + ("nil" if value is None else "empty" if value in (b"", "", []) else str(value).lower())]
+    return ["default " + ("nil" if value is None else "empty" if value in (b"", "", [], ()) else str(value).lower())]
 
 
 def field_rows(cls: type) -> list[tuple[str, str, str]]:

@@ -334,7 +334,7 @@ def test_a_forked_child_does_not_keep_its_parents_session_alive(
         parent.communicate()
 
 
-def mapped_pools() -> int:
+def mapped_segments() -> int:
     """How many segments this process has mapped."""
     return Path("/proc/self/maps").read_text().count("/dev/shm/expertd-")
 
@@ -344,20 +344,20 @@ def test_unloading_unmaps_the_pools(model_path: Path, manifest: Any, start_daemo
     start_daemon(str(budget_for(manifest, 48)))
     gc.collect()
     expertd.unload(expertd.load(model_path)[0])  # what other tests have forgotten goes with it
-    before = mapped_pools()
+    before = mapped_segments()
     for forget in (False, True):
         model, _ = expertd.load(model_path)
         wait_for(lambda model=model: complete(model))  # type: ignore[misc]
         greedy(model, PROMPT, 4)
-        assert mapped_pools() == before + 1
+        assert mapped_segments() == before + 2  # a pool, and the base weights
         if not forget:
             expertd.unload(model)
         del model
         gc.collect()
     model, _ = expertd.load(model_path)  # a forgotten model's pages go with the next load
-    assert mapped_pools() == before + 1
+    assert mapped_segments() == before + 2
     expertd.unload(model)
-    assert mapped_pools() == before
+    assert mapped_segments() == before
 
 
 def test_a_result_may_be_evaluated_after_its_model_is_gone(

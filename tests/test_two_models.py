@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model
 
 import expertd
 from expertd.protocol.errors import BudgetTooSmall
+from expertd.protocol.layout import base_layout
 from expertd.protocol.messages import BudgetSet, SetBudget
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect
@@ -35,8 +36,9 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def budget(home: Home, paths: list[Path]) -> Iterator[int]:
-    """A daemon with room for SLOTS blocks of either model."""
-    size = budget_for(load_lazily(paths[0]).manifest, SLOTS)
+    """A daemon with room for SLOTS blocks of either model, and the base weights of both."""
+    manifest = load_lazily(paths[0]).manifest
+    size = budget_for(manifest, SLOTS) + base_layout(manifest.base)[1]
     with running_daemon(home, size):
         yield size
 

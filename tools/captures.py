@@ -25,7 +25,7 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 
-from tools.demo import DEMO_MODEL, QUESTIONS, SHARE, Gateway, expert_bytes
+from tools.demo import DEMO_MODEL, QUESTIONS, SHARE, Gateway, budget_of
 from tools.stage import ask_status, running_daemon, temporary_home
 from tools.terminal import CTRL_D, Terminal
 
@@ -87,7 +87,7 @@ def main() -> None:
         user = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertd-user-")))
         model = shutil.copytree(DEMO_MODEL, user / "models" / "demo")
         os.environ["HOME"] = str(user)  # so that nothing shows where this was run
-        stack.enter_context(running_daemon(home, int(expert_bytes(model) * SHARE)))
+        stack.enter_context(running_daemon(home, budget_of(model, SHARE)))
         gateway = stack.enter_context(Gateway(model))
         stack.enter_context(chats(gateway.url, model.name))
         while not any(session.decode_tokens > 200 for session in ask_status(home).models[0].sessions):

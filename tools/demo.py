@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from expertd.clients.planning.shape import read_shape
 from expertd.clients.terminal.screens import screen
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.sizes import show_size
@@ -41,10 +42,10 @@ def main() -> None:
         else:
             model, tokens = DEMO_MODEL, 96
         experts = expert_bytes(model)
-        budget = int(experts * SHARE)
+        budget = budget_of(model, SHARE)
         total = sum(path.stat().st_size for path in weight_files(model))
         say(f"model {model.name}: {show_size(total)}, of which {show_size(experts)} are experts")
-        say(f"daemon with a budget of {show_size(budget)} ({SHARE:.0%} of the experts)")
+        say(f"daemon with a budget of {show_size(budget)} (base weights, and {SHARE:.0%} of the experts)")
         with running_daemon(home, budget) as daemon:
             say(f"expertd serve {model.name}")
             with Gateway(model) as gateway:
@@ -86,6 +87,11 @@ def expert_bytes(model: Path) -> int:
         "print(sum(layer.experts * layer.block_bytes for layer in m.layers))"
     )
     return int(subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True).stdout)
+
+
+def budget_of(model: Path, share: float) -> int:
+    """A budget that has room for the base weights of a checkpoint, and for such a share of its experts."""
+    return int(expert_bytes(model) * share) + read_shape(model).base_segment
 
 
 class Gateway:

@@ -28,7 +28,7 @@ from expertd.clients.terminal.heat import LEVELS, PLAIN_LEVELS, levels
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
 from expertd.protocol.sizes import show_size
-from tools.demo import DEMO_MODEL, expert_bytes
+from tools.demo import DEMO_MODEL, budget_of, expert_bytes
 from tools.stage import ask_status, temporary_home
 
 SHARE = 0.6
@@ -165,7 +165,7 @@ def main() -> None:
 def show(disk: str | None = DISK) -> Chart:
     """Draw the chart while it all happens, on a ``disk`` as of ``--simulate-ssd``; None: this machine's."""
     experts = expert_bytes(DEMO_MODEL)
-    budget = int(experts * SHARE)
+    budget = budget_of(DEMO_MODEL, SHARE)
     slow = "this disk" if disk is None else f"a disk of {disk.replace(',', ', ')}"
     print(f"{show_size(experts)} of experts, a budget of {show_size(budget)}, {slow}\n", flush=True)
     chart = Chart()

@@ -11,10 +11,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: ``shared``: this process's share of shared memory; ``anonymous``: its own."""
+    """Bytes: ``all``; this process's share of ``shared`` memory; what is ``anonymous``, so its own."""
 
+    all: int
     shared: int
     anonymous: int
+
+    @property
+    def private(self) -> int:
+        """All but shared memory."""
+        return self.all - self.shared
 
 
 def memory_of(pid: int) -> Memory:
@@ -23,4 +29,4 @@ def memory_of(pid: int) -> Memory:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, value, *_ = line.split()
         fields[name] = int(value) * 1024
-    return Memory(fields["Pss_Shmem:"], fields["Pss_Anon:"])
+    return Memory(fields["Pss:"], fields["Pss_Shmem:"], fields["Pss_Anon:"])

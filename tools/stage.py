@@ -18,7 +18,7 @@ from pathlib import Path
 
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import DaemonNotRunning, DaemonStartFailed
-from expertd.protocol.layout import pool_layout
+from expertd.protocol.layout import base_layout, pool_layout
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.paths import Home
@@ -100,6 +100,7 @@ def ask_status(home: Home) -> Status:
 
 
 def budget_for(manifest: Manifest, slots: int) -> int:
-    """The budget that gives ``manifest`` (whose layers have one shape) a pool of ``slots`` blocks."""
+    """The budget that gives ``manifest`` (whose layers have one shape) a pool of ``slots`` blocks, and base weights."""
     first = manifest.layers[0]
-    return pool_layout(len(manifest.layers), first.experts, first.parts, slots).size
+    base = base_layout(manifest.base)[1] if manifest.base else 0
+    return base + pool_layout(len(manifest.layers), first.experts, first.parts, slots).size

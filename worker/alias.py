@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertd.protocol.errors import AliasFailed, SegmentFailed
-from expertd.protocol.layout import PAGE, PoolLayout
+from expertd.protocol.layout import PAGE, PoolLayout, base_layout
+from expertd.protocol.manifest import BaseTensor
 from expertd.protocol.segments import create, map_readonly
 from expertd.worker.dtypes import MLX_TYPE, NUMPY_TYPE
 
@@ -65,11 +66,13 @@ def _address(array: Any) -> int:
     return int(np.array(plain, copy=False).__array_interface__["data"][0])
 
 
-def alias(mapping: mmap.mmap, offset: int, shape: Sequence[int], dtype: str, bases: Bases) -> Any:
+def alias(
+    mapping: mmap.mmap, offset: int, shape: Sequence[int], dtype: str, bases: Bases, evaluate: bool = True
+) -> Any:
     """The array of ``shape`` and ``dtype`` whose bytes start at ``offset`` of ``mapping``; the pages are its buffer.
 
     The caller keeps ``mapping`` alive for as long as any graph may use the array (``Bases.let_go``), and ``offset`` on
-    an element.
+    an element.  Without ``evaluate`` the caller does that, for many at once.
     """
     if mx.default_device() == mx.gpu:
         values: NDArray[Any] = np.ndarray(tuple(shape), NUMPY_TYPE[dtype], buffer=mapping, offset=offset)
@@ -82,7 +85,8 @@ def alias(mapping: mmap.mmap, offset: int, shape: Sequence[int], dtype: str, bas
         raise AliasFailed(f"shared pages at {address:#x} are not aligned to {dtype}")
     strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
     array = mx.as_strided(base, tuple(shape), strides, distance % 2**64)
-    mx.eval(array)
+    if evaluate:
+        mx.eval(array)
     return array
 
 
@@ -132,6 +136,27 @@ class SharedSlabs:
 
 
 _kept: list[mmap.mmap | None] = []
+
+
+class SharedBase:
+    """Base weights, aliased: ``arrays`` in the order of the manifest's ``base``.  Nobody writes to their pages."""
+
+    def __init__(self, mapping: mmap.mmap, tensors: Sequence[BaseTensor]) -> None:
+        self._mapping: mmap.mmap | None = mapping
+        self._bases = Bases()
+        offsets, _ = base_layout(tensors)
+        self.arrays = [
+            alias(mapping, offset, tensor.shape, tensor.dtype, self._bases, evaluate=False)
+            for tensor, offset in zip(tensors, offsets, strict=True)
+        ]
+        mx.eval(self.arrays)
+
+    def let_go(self) -> None:
+        """Drop the arrays, and the pages too unless somebody else still has one of them: as ``SharedSlabs.let_go``."""
+        self.arrays.clear()
+        if not self._bases.let_go():
+            _kept.append(self._mapping)
+        self._mapping = None
 
 
 class CopiedSlabs:

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
+import msgspec
 import numpy as np
 import zmq
 from numpy.typing import NDArray
@@ -88,6 +89,7 @@ class Session:
         to_record: the number of the daemon's last wish to have this session's routing recorded, and the file; None for
             none.
         pools: those that have been adopted.
+        base: the pages of the manifest's base weights, for whoever makes arrays of them; None if they are not shared.
         pressure: how short of memory the machine is, as the daemon says.
         fetches, waited_s: how many fetches were answered, and the seconds that they took in all.
         on_idle: called by the control thread under the forward lock, when no forward has run for a while.
@@ -138,7 +140,11 @@ class Session:
         self.fetches, self.waited_s = 0, 0.0
         self.on_idle: Callable[[], None] = lambda: None
         self.on_close: Callable[[], None] = lambda: None
-        self._link = self._active = Link(home, manifest, mode)
+        alone = msgspec.structs.replace(manifest, base=())
+        self._link = self._active = Link(home, manifest if mode == "shm" else alone, mode)
+        # Of another daemon they are not wanted: what is mapped stays, and nobody ever writes to it.
+        self._manifest_again = alone
+        self.base, self._link.base = self._link.base, None
         self.pools, self._link.pools = self._link.pools, []
         self._follow_unmapping(self._link, self.pools)
         self._bell = Doorbell()
@@ -538,7 +544,7 @@ class Session:
                 self._start()
             with self._exchange:
                 held = [*self._offers.values(), *self.pools]
-            link = Link(self._home, self._manifest, self.mode, held)
+            link = Link(self._home, self._manifest_again, self.mode, held)
         except (ExpertdError, OSError) as error:
             with self._exchange:
                 self._attempts += 1

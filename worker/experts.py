@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from expertd.protocol.errors import ExpertdError, PoolMoved, SessionClosed
 from expertd.protocol.layout import ABSENT, PoolLayout
 from expertd.protocol.pace import Pace, write_pace
-from expertd.worker.alias import CopiedSlabs, Slabs
+from expertd.worker.alias import CopiedSlabs, SharedBase, Slabs
 from expertd.worker.attach import Session
 from expertd.worker.groups import plan_groups
 from expertd.worker.link import MappedPool
@@ -59,6 +59,8 @@ class Events:
         self.make_slabs = make_slabs
         self.buffers = Buffers(session.pressure)
         self.slabs: list[Slabs] = []  # all that are mapped: always the same list
+        self.base: SharedBase | None = None  # and which parameters, by their paths, have its arrays
+        self.base_paths: tuple[str, ...] = ()
         self.layers: list[_Parts] = []
         self.of_layer: dict[int, _Parts] = {}
         self.unevaluated: Any = None  # or still being computed

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from expertd.protocol import lifeline, messages
 from expertd.protocol.connection import Connection, control_identity, data_identity
 from expertd.protocol.errors import AliasFailed, DaemonLost, ExpertdError
-from expertd.protocol.layout import PoolLayout, pool_layout, read_header
+from expertd.protocol.layout import BASE_GENERATION, PoolLayout, base_layout, pool_layout, read_header
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
 from expertd.protocol.segments import map_readonly
@@ -71,6 +71,7 @@ class Link:
     Attributes:
         number: of the session in this daemon.
         pools: as they were when it attached.
+        base: the pages of ``Manifest.base``; None if they are not shared.
         told_by_request, told_by_answer: newest versions that the control and the computing thread were told.
         sequence: of the last Fetch.
         announce: what the daemon wants to be announced, as it said last (``messages.Announce``).
@@ -111,6 +112,7 @@ class Link:
             self.told_by_request = attached.version
             self.announce = attached.announce
             self.pools = [self.receive_pool(info) for info in attached.pools]
+            self.base = None if attached.base is None else self._receive_base(attached.base)
             stack.pop_all()
 
     def _await_attached(self, request: messages.Attach) -> messages.Attached:
@@ -152,18 +154,7 @@ class Link:
             DaemonLost: it does not come.
             AliasFailed: what came is not the segment that was announced.
         """
-        self.line.settimeout(SEGMENT_S)
-        while info.segment not in self._descriptors:
-            segment, size, descriptor = lifeline.receive_segment(self.line)
-            self._descriptors[segment] = (size, descriptor)
-        size, descriptor = self._descriptors.pop(info.segment)
-        kept = os.dup(descriptor)
-        try:
-            mapping = map_readonly(descriptor, size)
-        except ExpertdError:
-            os.close(kept)
-            raise
-        weakref.finalize(mapping, os.close, kept).atexit = False
+        mapping, size, kept = self._receive_segment(info.segment)
         first = self._manifest.layers[info.layers[0]]
         layout = pool_layout(len(info.layers), first.experts, first.parts, info.slots)
         if size != layout.size or read_header(memoryview(mapping)) != (info.nonce, info.generation):
@@ -171,6 +162,29 @@ class Link:
         count = layout.layers * layout.experts
         table = np.frombuffer(mapping, np.int32, count, layout.table_offset).reshape(layout.layers, layout.experts)
         return MappedPool(self, info.segment, tuple(info.layers), layout, mapping, table, info.complete, info, kept)
+
+    def _receive_base(self, info: messages.BaseInfo) -> mmap.mmap:
+        mapping, size, _ = self._receive_segment(info.segment)
+        expected = base_layout(self._manifest.base)[1]
+        if size != expected or read_header(memoryview(mapping)) != (info.nonce, BASE_GENERATION):
+            raise AliasFailed("the base weights that the daemon handed over are not those that it announced")
+        return mapping
+
+    def _receive_segment(self, wanted: int) -> tuple[mmap.mmap, int, int]:
+        """Its mapping, its size, and its descriptor, which is there as long as the mapping."""
+        self.line.settimeout(SEGMENT_S)
+        while wanted not in self._descriptors:
+            segment, size, descriptor = lifeline.receive_segment(self.line)
+            self._descriptors[segment] = (size, descriptor)
+        size, descriptor = self._descriptors.pop(wanted)
+        kept = os.dup(descriptor)
+        try:
+            mapping = map_readonly(descriptor, size)
+        except ExpertdError:
+            os.close(kept)
+            raise
+        weakref.finalize(mapping, os.close, kept).atexit = False
+        return mapping, size, kept
 
     def _drop_descriptors(self) -> None:
         for _, descriptor in self._descriptors.values():

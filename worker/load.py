@@ -1,4 +1,7 @@
-"""``expertd.load``: a model whose experts are in the daemon's pools.  A drop-in for ``mlx_lm.load``."""
+"""``expertd.load``: a model whose experts are in the daemon's pools, and its base weights in shared memory too.
+
+A drop-in for ``mlx_lm.load``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_tokenizer
 
 from expertd.protocol.checkpoint import check_unchanged
@@ -22,7 +26,7 @@ from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.protocol.sizes import parse_budget
 from expertd.worker import attach
-from expertd.worker.alias import CopiedSlabs, SharedSlabs, Slabs, self_test
+from expertd.worker.alias import CopiedSlabs, SharedBase, SharedSlabs, Slabs, self_test
 from expertd.worker.experts import CachedExperts, Events
 from expertd.worker.manifest import LazyModel, load_lazily, replace_module
 from expertd.worker.room import check_room
@@ -102,7 +106,10 @@ def _at(name: str | Path, revision: str) -> str:
 
 
 def unload(model: Any) -> None:
-    """Close the session of a model that ``load`` returned, and unmap its pools; its calls raise SessionClosed then."""
+    """Close the session of a model that ``load`` returned, and unmap its pools and base weights.
+
+    Its calls raise SessionClosed then, and parameters that were shared are empty.
+    """
     session = session_of(model)
     session.close()
     if session.forked:
@@ -110,7 +117,12 @@ def unload(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, CachedExperts):
             module.let_go()
-    _orphans.extend(model._expertd_events.let_go())
+    events = events_of(model)
+    _orphans.extend(events.let_go())
+    if events.base is not None:
+        model.update(tree_unflatten([(path, mx.zeros((0,))) for path in events.base_paths]))
+        _orphans.append(events.base)
+        events.base = None
     _sweep()
     mx.clear_cache()
 
@@ -137,7 +149,9 @@ def events_of(model: Any) -> Events:
 
 
 def _read_base(model: Any, manifest: Manifest) -> None:
-    """Read the weights that are not experts'; MLX does that itself, so whether the files held still is asked after.
+    """Read the weights that are neither experts' nor shared.
+
+    MLX does that itself, so whether the files held still is asked after.
 
     And before: after reads that failed MLX may tell of another one later, in whatever is evaluated then, or even wait
     for ever (seen once in hundreds of times with MLX 0.32), so it had better not begin.
@@ -182,9 +196,14 @@ def _mode(alias: Alias) -> Literal["shm", "copy"]:
 
 
 def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: Callable[[], None]) -> Any:
-    """Open a session and put its slabs in the place of the model's experts."""
+    """Open a session, and put what it shares in the place of the model's experts and base weights."""
     session = attach.Session(home, loaded.manifest, mode, start)
+    shared: SharedBase | None = None
     try:
+        if session.base is not None:
+            shared, session.base = SharedBase(session.base, loaded.manifest.base), None
+            arrays = [(path, shared.arrays[number]) for path, number in loaded.base.items()]
+            loaded.model.update(tree_unflatten(arrays))
         events = Events(session, SharedSlabs if mode == "shm" else CopiedSlabs)
         for pool in session.pools:
             slabs = events.make_slabs(pool.mapping, pool.layout)
@@ -197,14 +216,17 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: 
                 replace_module(loaded.model, switch.path, stand_in)
     except BaseException:
         session.close()
+        if shared is not None:
+            _orphans.append(shared)
         raise
     model = loaded.model
     model.__class__ = _cached(type(model))
     model._expertd_events = events
+    events.base, events.base_paths = shared, tuple(loaded.base)
     events.model = weakref.ref(model)
     session.on_idle, session.on_close = _weakly(events.while_idle), _weakly(events.closing)
     # At exit it is close_all that ends sessions, because it waits for forwards.
-    forgotten = weakref.finalize(model, _forgotten, session, events.slabs)
+    forgotten = weakref.finalize(model, _forgotten, session, events.slabs, shared)
     forgotten.atexit = False
     return model
 
@@ -221,13 +243,15 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
-_orphans: list[Slabs] = []
+_orphans: list[Slabs | SharedBase] = []
 
 
-def _forgotten(session: attach.Session, slabs: list[Slabs]) -> None:
+def _forgotten(session: attach.Session, slabs: list[Slabs], base: SharedBase | None) -> None:
     """A model was garbage-collected, on whatever thread and in the middle of whatever: only note it down."""
     session.abandon()
     _orphans.extend(slabs)
+    if base is not None:
+        _orphans.append(base)
 
 
 def _sweep() -> None:

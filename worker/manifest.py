@@ -1,10 +1,10 @@
-"""Load a model without its weights, and find out which bytes of which files its experts are.
+"""Load a model without its weights, and find out which bytes of which files its experts and base weights are.
 
 mlx-lm's own ``sanitize`` decides what a checkpoint's tensors become: it renames, stacks, and sometimes computes.  So it
-runs here on lazy arrays, and each expert tensor of the finished model is traced back to the file by object identity
-(with ``mx.stack`` followed), confirmed by its graph: a tensor that is anything but a plain load, or a stack of plain
-loads, is *derived*: its bytes are in no file but a packed store (``expertd.worker.computed``).  No model family is
-known by name.
+runs here on lazy arrays, and each tensor of the finished model is traced back to the file by object identity (with
+``mx.stack`` followed), confirmed by its graph: an expert tensor that is anything but a plain load, or a stack of plain
+loads, is *derived*: its bytes are in no file but a packed store (``expertd.worker.computed``).  A base weight that is
+not a plain load is no part of the manifest: each worker keeps its own.  No model family is known by name.
 
 Attaching to the daemon is ``expertd.worker.attach``; putting the pieces together is ``expertd.worker.load``.
 """
@@ -30,7 +30,7 @@ from mlx_lm.utils import load_model
 
 from expertd.protocol.checkpoint import Header, check_unchanged, read_header, weight_files
 from expertd.protocol.errors import CheckpointError, ConfigMissing, DenseModel, DerivedExperts, UnknownFamily
-from expertd.protocol.manifest import Layer, Manifest, Part
+from expertd.protocol.manifest import BaseTensor, Layer, Manifest, Part
 from expertd.worker.dtypes import SAFETENSORS_NAME
 
 Origin = tuple[tuple[int, str], ...]
@@ -49,12 +49,17 @@ class Switch:
 
 @dataclass(frozen=True)
 class LazyModel:
-    """A model whose weights nobody has read yet, its config, and its experts' manifest, layer for layer."""
+    """A model whose weights nobody has read yet, its config, and its manifest.
+
+    ``switches`` are those of the manifest's layers, in their order; ``base`` has the place in ``manifest.base`` of each
+    parameter, by its path in the model, whose tensor is there.
+    """
 
     model: Any
     config: dict[str, Any]
     manifest: Manifest
     switches: tuple[Switch, ...]
+    base: dict[str, int]
 
 
 def load_lazily(folder: Path, **options: Any) -> LazyModel:
@@ -84,11 +89,12 @@ def load_lazily(folder: Path, **options: Any) -> LazyModel:
             raise DenseModel(f"{folder} is a dense model ({family}): it has no experts to cache; use mlx_lm itself")
         ran = _probe(model, switches)
         layers = tuple(_layer(folder, switch, top_k, origins, headers) for switch, top_k in ran)
+        base, of_parameter = _base(model, switches, origins, headers)
         kept.clear()
     derived = any(not part.tensors for layer in layers for part in layer.parts)
     derived_by = f"mlx-lm {version('mlx-lm')}" if derived else ""
-    manifest = Manifest(str(folder), family, tuple(header.mark for header in headers), layers, derived_by)
-    return LazyModel(model, config, manifest, tuple(switch for switch, _ in ran))
+    manifest = Manifest(str(folder), family, tuple(header.mark for header in headers), layers, derived_by, base)
+    return LazyModel(model, config, manifest, tuple(switch for switch, _ in ran), of_parameter)
 
 
 def find_switches(model: Any) -> list[Switch]:
@@ -208,6 +214,31 @@ def _layer(
             origin = ()  # computed, or read as another type
         parts.append(Part(name, dtype, shape, tuple(tensor for _, tensor in origin), tuple(file for file, _ in origin)))
     return Layer(switch.path, experts, top_k, tuple(parts))
+
+
+def _base(
+    model: Any, switches: Sequence[Switch], origins: dict[int, Origin], headers: Sequence[Header]
+) -> tuple[tuple[BaseTensor, ...], dict[str, int]]:
+    """The files' tensors that are parameters of ``model`` outside its ``switches``, and which parameter is which.
+
+    One tensor may be several parameters.  They are in the order of their bytes, so that reading them is one sweep.
+    """
+    experts = tuple(f"{switch.path}." for switch in switches)
+    paths: dict[tuple[int, str], list[str]] = {}
+    for path, array in tree_flatten(model.parameters()):
+        origin = origins.get(id(array), ())
+        if path.startswith(experts) or len(origin) != 1 or not array.size or not _is_plain(array, 1):
+            continue
+        file, name = origin[0]
+        tensor = headers[file].tensors[name]
+        if SAFETENSORS_NAME.get(array.dtype) == tensor.dtype and tuple(array.shape) == tensor.shape:
+            paths.setdefault((file, name), []).append(path)
+    ordered = sorted(paths, key=lambda place: (place[0], headers[place[0]].tensors[place[1]].start))
+    base = []
+    for file, name in ordered:
+        tensor = headers[file].tensors[name]
+        base.append(BaseTensor(name, file, tensor.dtype, tensor.shape))
+    return tuple(base), {path: number for number, place in enumerate(ordered) for path in paths[place]}
 
 
 def _is_plain(array: Any, loads: int) -> bool:

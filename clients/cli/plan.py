@@ -144,18 +144,21 @@ def reckon(
     system, page_cache = reserves(total)
     memory = Memory(total, system, page_cache, shape.base_bytes, 0 if shape.kv is None else shape.kv.bytes(context))
     least, most = smallest(shape.manifest), largest(shape.manifest)
-    auto = max(least, min(most, default_budget(machine).size))
+    base = shape.base_segment  # which the budget is for too, unless it is too small for that
+    auto = max(least, min(most, default_budget(machine).size - base))
     curve, hits_source = _curve(home, shape, known, trace)
     disk = _disk(shape, status)
     computing = _computing(shape, read_pace(home, str(folder), shape.manifest.files))
     fetch_s = (known and fetch_seconds(known)) or FETCH_S
-    wanted = sorted(max(least, min(most, size)) for size in sizes) or budgets(least, most, memory.room)
+    wanted = sorted(max(least, min(most + base, size)) for size in sizes)
+    wanted = wanted or [size + base for size in budgets(least, most, memory.room)]
 
     def slots_of(size: int) -> int:
-        return sum(pool.layout.slots for pool in plan_pools(shape.manifest, size))
+        experts = size - base if size - base >= least else size
+        return sum(pool.layout.slots for pool in plan_pools(shape.manifest, experts))
 
     points = {slots: curve(slots) for slots in _shown(list(dict.fromkeys(map(slots_of, wanted))))}
-    made = make_plan(shape, wanted, slots_of, memory.room, points.__getitem__, computing, disk, fetch_s)
+    made = make_plan(shape, wanted, slots_of, memory.room + base, points.__getitem__, computing, disk, fetch_s)
     return Reckoned(shape, memory, auto, context, hits_source, computing, disk, fetch_s, made)
 
 
@@ -393,7 +396,7 @@ def table(found: Reckoned) -> list[str]:
         ),
         ("memory", show_size(memory.total)),
         ("  system", f"{show_size(memory.system)}, and {show_size(memory.page_cache)} for the page cache"),
-        ("  base", f"{show_size(memory.base)}, in each process that has the model loaded"),
+        ("  base", f"{show_size(memory.base)}, once for all processes; it is part of the budget"),
         ("  KV cache", kv),
         ("  left", f"{show_size(memory.room)} for experts; {show_size(found.auto)} of them by default"),
         ("hits", found.hits_source),

@@ -64,8 +64,13 @@ class Facts:
         return not self.why_not
 
     def share(self, budget: int) -> float | None:
-        """The part of its experts that ``budget`` bytes hold, at most 1; None if it has none."""
-        return min(1.0, budget / self.expert_bytes) if self.expert_bytes else None
+        """The part of its experts that ``budget`` bytes hold beside its other weights, at most 1; None if it has none.
+
+        A budget that is too small for the others too is for experts alone.
+        """
+        if not self.expert_bytes:
+            return None
+        return min(1.0, (budget - self.rest_bytes if budget > self.rest_bytes else budget) / self.expert_bytes)
 
 
 @dataclass

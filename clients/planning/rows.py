@@ -76,7 +76,7 @@ def make_plan(
     Args:
         fetch_s: see ``token_seconds``.
         slots_of: how many blocks a budget holds.
-        room: bytes that there are for experts.
+        room: bytes that there are for experts and base weights.
     """
     rows = []
     layers = len(shape.manifest.layers)
@@ -91,8 +91,8 @@ def make_plan(
 def _judged(rows: list[Row], shape: Shape, room: int) -> Plan:
     fitting = [number for number, row in enumerate(rows) if row.fits]
     if not fitting:
-        least = rows[0].budget
-        return Plan(rows, None, f"nothing fits: experts would need {show_size(least)}, and {show_size(room)} are left")
+        least, left = show_size(rows[0].budget), show_size(room)
+        return Plan(rows, None, f"nothing fits: base weights and experts need {least}, and {left} are left")
     fastest = max(fitting, key=lambda number: rows[number].tokens_s)
     best = next(number for number in fitting if rows[number].tokens_s >= ENOUGH * rows[fastest].tokens_s)
     if rows[best].slots >= shape.blocks:

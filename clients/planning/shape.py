@@ -16,7 +16,8 @@ from typing import Any
 
 from expertd.protocol.checkpoint import ITEM_BYTES, Header, Tensor, read_header, weight_files
 from expertd.protocol.errors import CheckpointError, ConfigMissing, DenseModel, DerivedExperts, StoreInvalid
-from expertd.protocol.manifest import Layer, Manifest, Part
+from expertd.protocol.layout import base_layout
+from expertd.protocol.manifest import BaseTensor, Layer, Manifest, Part
 from expertd.protocol.packed import SUFFIX, StoreHeader
 from expertd.protocol.packed import read_header as read_store
 
@@ -57,6 +58,7 @@ class Shape:
     Attributes:
         manifest: its blocks; of a derived model as its packed store has them.
         base_bytes: all that is not experts, as it is stored.
+        base_segment: what that takes of the budget, as every tensor begins on a page.
         dense_bytes: what of that every token touches.
         kv: of one sequence; None if the config does not tell.
         store: its packed store, if there is one.
@@ -64,6 +66,7 @@ class Shape:
 
     manifest: Manifest
     base_bytes: int
+    base_segment: int
     dense_bytes: int
     kv: KvCache | None
     store: Path | None = None
@@ -152,7 +155,8 @@ def shape_of(
         )  # fmt: skip
         manifest = Manifest(str(folder), family, marks, layers, store.derived_by)
     base_bytes = sum(_size(tensor) for _, tensor in base)
-    return Shape(manifest, base_bytes, _dense(base), kv_cache(inner, _item_bytes(base)))
+    shared = [BaseTensor(name, 0, tensor.dtype, tensor.shape) for name, tensor in base]
+    return Shape(manifest, base_bytes, base_layout(shared)[1], _dense(base), kv_cache(inner, _item_bytes(base)))
 
 
 def _with_top_k(layer: Layer, top_k: int) -> Layer:

@@ -95,6 +95,10 @@ def _model(model: ModelStatus) -> list[str]:
         f"{show_size(model.bytes_read)} read",
     ]
     lines += [f"  ahead     {_ahead(kind)}" for kind in model.ahead if kind.announced]
+    if model.base_bytes:
+        lines.append(f"  base      {show_size(model.base_bytes)} in shared memory, {show_size(model.base_read)} read")
+    elif model.base_problem:
+        lines.append(f"  base      not shared: {model.base_problem}")
     if model.packed:
         lines.append(f"  packed    {model.packed}")
     if model.moves:

@@ -98,8 +98,9 @@ def _model(
     return [
         name + where,
         _row("  held", bar(resident, long, blocks), there),
+        *_base(model),
         _row("  found", bar(hits, long, blocks), found),
-        _row("  disk", f"{show_size(model.bytes_read)} read so far"),
+        _row("  disk", f"{show_size(model.bytes_read + model.base_read)} read so far"),
         *_kept(model),
         *_users(model.sessions, programs, width),
     ]
@@ -117,6 +118,15 @@ def _kept(model: ModelStatus) -> list[str]:
     if model.pinned:
         kept.append(f"{model.pinned} pinned")
     return [_row("  kept", ", ".join(kept))] if kept else []
+
+
+def _base(model: ModelStatus) -> list[str]:
+    """Where its other weights are, as far as the daemon knows."""
+    if model.base_bytes:
+        return [_row("  shared", f"{show_size(model.base_bytes)} of other weights, once for all programs")]
+    if model.base_problem:
+        return [_row("  shared", "not its other weights, each program holds its own; --verbose says why")]
+    return []
 
 
 def _users(sessions: Sequence[SessionStatus], programs: Mapping[int, str], width: int) -> list[str]:

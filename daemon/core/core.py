@@ -71,8 +71,8 @@ class Core(Holdings):
             case events.Heard(session):
                 if session in self.sessions:
                     self._heard(self.sessions[session])
-            case events.BudgetChanged(size, drop, most):
-                self.budget, self.most = size, size if most is None else most
+            case events.BudgetChanged(size, drop, most, beside):
+                self.budget, self.most, self.beside = size, size if most is None else most, beside
                 if drop:
                     memory.forget_quotas(self.models.values())
                 self._divide_memory(drop)
@@ -116,7 +116,7 @@ class Core(Holdings):
                 self._out.append(instructions.Refuse(event.session, error, None))
                 return
         elif event.mode == "copy" and model.size > self.budget - self.used:
-            refusal = memory.no_room_for_a_copy(self.budget, self.used, model)
+            refusal = memory.no_room_for_a_copy(self.budget, self.used, model, self.beside)
             self._out.append(instructions.Refuse(event.session, refusal, None))
             return
         elif not model.in_use:

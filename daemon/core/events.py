@@ -122,11 +122,14 @@ class BudgetChanged:
         drop: pools that shrink copy nothing, because there is no memory or time for it.
         most: bytes that the user allows, if memory pressure has made ``size`` less: that much is there for what a model
             needs at least.
+        beside: bytes of the user's budget that base weights take, which the core has nothing to do with: so that a
+            refusal names a budget that is enough.
     """
 
     size: int
     drop: bool = False
     most: int | None = None
+    beside: int = 0
 
 
 @dataclass(frozen=True)

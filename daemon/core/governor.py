@@ -78,24 +78,27 @@ class Governor:
         self.budget = budget
         return self._change(now, min(self.limit, budget) if pressed else budget, why)
 
-    def tick(self, now: float, level: Level, figure: str, used: int, floor: int, room: int) -> Change | None:
+    def tick(
+        self, now: float, level: Level, figure: str, used: int, floor: int, room: int, fixed: int = 0
+    ) -> Change | None:
         """The machine's state ``now``.
 
         Args:
-            used: bytes that the pools take.
+            used: bytes that pools and base weights take.
             floor: the fewest that the live sessions need.
             room: that the machine could give at once: what a pool is copied to has to fit there.
+            fixed: the part of ``used`` that is base weights, which are never copied.
         """
         self.level, self.figure = level, figure
         floor = min(floor, self.budget)
         if level > Level.NORMAL:
-            return self._shrink(now, used, floor, room)
+            return self._shrink(now, used, floor, room, fixed)
         self._warned_at = None
         if self.limit < floor:
             return self._change(now, floor, "sessions need it")
-        return self._grow(now, used, room)
+        return self._grow(now, used, room + fixed)
 
-    def _shrink(self, now: float, used: int, floor: int, room: int) -> Change | None:
+    def _shrink(self, now: float, used: int, floor: int, room: int, fixed: int) -> Change | None:
         if self._warned_at is None:
             self._warned_at = now
             if now - self._grown_at < RELAPSE_S:
@@ -108,8 +111,8 @@ class Governor:
         elif now - self._warned_at >= WARNED_S and now - self._shrunk_at >= STEP_S:
             step = self.budget // STEPS
             after = max(floor, here - step, min(step, self.limit))  # one step is left for whoever comes
-            if room < min(used, after):  # what stays cannot be copied, and even the new place of it must be small
-                after, drop = max(floor, min(after, room // 4)), True
+            if room + fixed < min(used, after):  # what stays cannot be copied, and even its new place must be small
+                after, drop = max(floor, min(after, fixed + room // 4)), True
         else:
             return None
         if after < self.limit:

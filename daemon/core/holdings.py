@@ -34,6 +34,7 @@ class Holdings:
             move, by one event of one session for each pool of a model that comes meanwhile, or that has to go on
             without a silent session, and by what silent sessions keep.
         most: bytes that the user allows; more than the budget under memory pressure.
+        beside: bytes that the user allows beyond that, and that base weights have.
         models: by key, in the order in which they came.
         sessions: by number, those that are open.
     """
@@ -42,6 +43,7 @@ class Holdings:
         self, budget: int, policy: PolicyFactory = Forecast, *, first_segment: int = 1, reads_ahead: bool = True
     ) -> None:
         self.budget = self.most = budget
+        self.beside = 0
         self.models: dict[str, Model] = {}
         self.sessions: dict[int, Session] = {}
         self._pools: dict[int, tuple[Model, Pool]] = {}
@@ -91,7 +93,7 @@ class Holdings:
         manifest, copies = event.manifest, 2 if event.mode == "copy" else 1
         wanted, needed = largest(manifest) * copies, smallest(manifest) * copies
         if needed > self.most - self.smallest_budget:
-            raise memory.no_room(self.most, self.smallest_budget, manifest, needed)
+            raise memory.no_room(self.most, self.smallest_budget, manifest, needed, self.beside)
         self._drop_idle(wanted)
         should_have = max(needed, memory.make_room(self.budget, self.models.values(), wanted))
         plans = plan_pools(manifest, should_have // copies)

@@ -142,21 +142,25 @@ def step(models: Collection[Model]) -> bool:
     return True
 
 
-def no_room(most: int, others: int, manifest: Manifest, needed: int) -> BudgetTooSmall:
-    """Why a model that needs ``needed`` bytes is refused, beside ``others`` that the models in use need."""
-    beside = f", and models in use need at least {others} bytes ({show_size(others)}) of it" if others else ""
+def no_room(most: int, others: int, manifest: Manifest, needed: int, beside: int) -> BudgetTooSmall:
+    """Why a model that needs ``needed`` bytes is refused, beside ``others`` that the models in use need.
+
+    ``beside``: what their base weights take, which ``most`` is without.
+    """
+    most, others = most + beside, others + beside
+    in_use = f", and models in use need at least {others} bytes ({show_size(others)}) of it" if others else ""
     return BudgetTooSmall(
         f"the budget of {show_size(most)} is too small for {manifest.folder}: one event of one session needs at least "
-        f"{needed} bytes ({show_size(needed)}){beside}; start the daemon with --budget {others + needed} or more"
+        f"{needed} bytes ({show_size(needed)}){in_use}; start the daemon with --budget {others + needed} or more"
     )
 
 
-def no_room_for_a_copy(budget: int, used: int, model: Model) -> BudgetTooSmall:
-    """Why a session of ``model`` is refused that needs a copy of its own."""
+def no_room_for_a_copy(budget: int, used: int, model: Model, beside: int) -> BudgetTooSmall:
+    """Why a session of ``model`` is refused that needs a copy of its own; ``beside``: see ``no_room``."""
     return BudgetTooSmall(
         f"a session in copy mode needs {show_size(model.size)} of its own beside the shared pools, and "
         f"{show_size(max(0, budget - used))} of the budget are free; "
-        f"start the daemon with --budget {used + model.size} or more"
+        f"start the daemon with --budget {used + model.size + beside} or more"
     )
 
 

@@ -1,0 +1,249 @@
+"""Base weights in shared memory: created, filled from the model's own files, and handed over read-only.
+
+Once filled, a segment is *sealed*: the daemon keeps no writable mapping of it, so nobody can change it any more.  What
+they take and when they go is decided in ``expertd.daemon.core.bases``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from expertd.daemon.core.bases import Base, Bases
+from expertd.daemon.files import Read
+from expertd.daemon.index import BlockIndex
+from expertd.daemon.large_pages import LargePages
+from expertd.daemon.plain import Piece, PlainFile, runs
+from expertd.daemon.reader import Reader
+from expertd.protocol.errors import ExpertdError
+from expertd.protocol.layout import BASE_GENERATION, base_layout, write_header
+from expertd.protocol.logs import Log
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.messages import BaseInfo
+from expertd.protocol.model_names import shown_name
+from expertd.protocol.segments import Segment, create
+from expertd.protocol.sizes import show_size
+
+log = Log("expertd.daemon")
+
+CHUNK = 4 << 20
+"""So much is read at once."""
+AT_ONCE = 3
+"""So many of these wait or are read: enough for a device, and a block that somebody waits for comes soon."""
+
+Chunk = Sequence[tuple[int, Piece]]
+"""Pieces, each with the number of its file."""
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    descriptor: int
+    nonce: bytes
+
+
+class SharedBases:
+    """Owned by the daemon's loop.
+
+    Attributes:
+        known: what there is, and who has it.
+    """
+
+    def __init__(
+        self, name: str, reader: Reader, creating: asyncio.Lock, large_pages: LargePages, changed: Callable[[], None]
+    ) -> None:
+        """None yet.
+
+        Args:
+            name: of segments, for the instant in which they have one; under ``creating``.
+            changed: called when they take more or less memory than before.
+        """
+        self._large_pages = large_pages
+        self.known = Bases(secrets.randbits(48) | 1 << 56)  # far from the numbers of pools
+        self._name, self._reader, self._creating, self._changed = name, reader, creating, changed
+        self._sealed: dict[int, _Sealed] = {}
+        self._filling: dict[str, asyncio.Task[None]] = {}
+        self._told: set[tuple[str, str]] = set()
+
+    async def share(self, manifest: Manifest, index: BlockIndex, most: int, needed: int, opened: bool) -> Base | None:
+        """The base weights of ``manifest``, read; the caller is counted in their ``opening`` until it says otherwise.
+
+        None if nobody wants them shared, or they cannot be; then the log and ``known.problems`` tell why.
+
+        Args:
+            most, needed, opened: see ``Bases.refusal``.
+        """
+        if not manifest.base:
+            return None
+        base = self.known.find(manifest.base_key)
+        if base is None:
+            if (refusal := self.known.refusal(manifest, most, needed, opened)) is not None:
+                self.known.problems[manifest.key] = refusal
+                self._tell(manifest, refusal)
+                return None
+            base = self.known.add(manifest)
+            task = asyncio.get_running_loop().create_task(self._make(base, manifest, index))
+            self._filling[base.key] = task
+            task.add_done_callback(partial(self._filled, base.key))
+        base.opening += 1
+        self._changed()
+        try:
+            if (filling := self._filling.get(base.key)) is not None:
+                await asyncio.shield(filling)
+        except BaseException:
+            base.opening -= 1
+            raise
+        if base.segment in self._sealed:
+            return base
+        base.opening -= 1
+        return None
+
+    def info(self, base: Base) -> BaseInfo:
+        """What a session is told of it."""
+        return BaseInfo(segment=base.segment, size=base.size, nonce=self._sealed[base.segment].nonce)
+
+    def descriptor(self, base: Base) -> int:
+        """The read-only descriptor to hand over."""
+        return self._sealed[base.segment].descriptor
+
+    def sweep(self, models: Collection[str]) -> bool:
+        """Give back what nobody uses and whose model is none of ``models``; whether there was any."""
+        gone = self.known.leave(models)
+        for base in gone:
+            self._large_pages.forget(base.segment)
+            if (sealed := self._sealed.pop(base.segment, None)) is not None:
+                os.close(sealed.descriptor)
+        return bool(gone)
+
+    async def close(self) -> None:
+        """Give up what is being read, and all segments; sessions that have them mapped keep them."""
+        for task in list(self._filling.values()):
+            task.cancel()
+        await asyncio.gather(*self._filling.values(), return_exceptions=True)
+        for sealed in self._sealed.values():
+            os.close(sealed.descriptor)
+        self._sealed.clear()
+
+    def _filled(self, key: str, _: asyncio.Task[None]) -> None:
+        self._filling.pop(key, None)
+
+    def _tell(self, manifest: Manifest, why: str) -> None:
+        if (manifest.key, why) not in self._told:
+            self._told.add((manifest.key, why))
+            log.warning("base weights are not shared: %s", why, model=shown_name(Path(manifest.folder)))
+
+    async def _make(self, base: Base, manifest: Manifest, index: BlockIndex) -> None:
+        began = time.monotonic()
+        segment: Segment | None = None
+        try:
+            async with self._creating:
+                segment = await asyncio.to_thread(create, self._name, base.size)
+            nonce = secrets.token_bytes(16)
+            write_header(memoryview(segment.mapping), nonce, BASE_GENERATION)
+            base.read = await self._fill(segment, manifest, index)
+            self._large_pages.gather(base.segment, segment.readonly, base.size)
+            self._sealed[base.segment] = _Sealed(os.dup(segment.readonly), nonce)
+        except (ExpertdError, OSError) as error:
+            why = f"{error}; each process reads and holds its own"
+            self.known.failed(base, why)
+            self._tell(manifest, why)
+            self._changed()
+        else:
+            seconds = round(time.monotonic() - began, 2)
+            name = shown_name(Path(manifest.folder))
+            self.known.problems.pop(base.model, None)
+            log.info("base weights are shared", model=name, size=show_size(base.size), seconds=seconds)
+        finally:
+            if segment is not None:
+                segment.close()
+
+    async def _fill(self, segment: Segment, manifest: Manifest, index: BlockIndex) -> int:
+        """Read all tensors into ``segment``; returns how many bytes these were.
+
+        Raises:
+            ReadFailed, FileChanged: a file could not be read, or is another one.
+        """
+        files = [PlainFile(path, mark) for path, mark in zip(index.paths, index.marks, strict=True)]
+        waiting = deque(chunks(manifest, index.base, memoryview(segment.mapping)))
+        try:
+            lanes = [self._lane(waiting, files) for _ in range(AT_ONCE)]
+            results = await asyncio.gather(*lanes, return_exceptions=True)
+        finally:
+            waiting.clear()
+            for file in files:
+                file.close()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return sum(tensor.bytes for tensor in manifest.base)
+
+    async def _lane(self, waiting: deque[Chunk], files: Sequence[PlainFile]) -> None:
+        while waiting:
+            chunk = waiting.popleft()
+            try:
+                await self._read(chunk, files)
+            except ExpertdError:
+                waiting.clear()
+                raise
+
+    async def _read(self, chunk: Chunk, files: Sequence[PlainFile]) -> None:
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[None] = loop.create_future()
+
+        def settle(error: ExpertdError | None) -> None:
+            if result.done():
+                return
+            if error is None:
+                result.set_result(None)
+            else:
+                result.set_exception(error)
+
+        def done(_: int, error: ExpertdError | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the daemon ends, and nobody waits for this any more
+                loop.call_soon_threadsafe(settle, error)
+
+        self._reader.work(lambda read: read_chunk(chunk, files, read), done)
+        await result
+
+
+def chunks(manifest: Manifest, starts: Sequence[int], segment: memoryview) -> list[Chunk]:
+    """What has to be read, and where to, in pieces of about CHUNK, in the order of the bytes in the files.
+
+    Args:
+        starts: for each base tensor, where its bytes begin in its file.
+    """
+    offsets, _ = base_layout(manifest.base)
+    found: list[list[tuple[int, Piece]]] = []
+    room = 0
+    for tensor, start, offset in zip(manifest.base, starts, offsets, strict=True):
+        done = 0
+        while done < tensor.bytes:
+            if room <= 0:
+                found.append([])
+                room = CHUNK
+            size = min(room, tensor.bytes - done)
+            found[-1].append((tensor.file, Piece(start + done, segment[offset + done : offset + done + size])))
+            done, room = done + size, room - size
+    return [tuple(chunk) for chunk in found]
+
+
+def read_chunk(chunk: Chunk, files: Sequence[PlainFile], read: Read) -> int:
+    """Read the pieces of one chunk; returns their bytes.
+
+    Raises:
+        ReadFailed, FileChanged: as ``PlainFile.read``.
+    """
+    pieces: defaultdict[int, list[Piece]] = defaultdict(list)
+    for file, piece in chunk:
+        pieces[file].append(piece)
+    for file, of_file in pieces.items():
+        for run in runs(of_file):
+            files[file].read(run, read)
+    return sum(len(piece.row) for _, piece in chunk)

@@ -1,0 +1,124 @@
+"""Which base segments there are, who uses them, and what they take of the budget.  Pure.
+
+The base weights of a model are read once, never change, and are nobody's to evict: so all there is to decide is whether
+one is worth its place, and when nobody wants it any more.  ``core.Core`` divides what they leave of the budget.  Who
+reads them, and how they reach sessions, is ``expertd.daemon.bases``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from expertd.daemon.core.plan import smallest
+from expertd.protocol.layout import base_layout
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.sizes import show_size
+
+
+@dataclass
+class Base:
+    """The base weights of one model in one segment.
+
+    Attributes:
+        key: ``Manifest.base_key``.
+        model: ``Manifest.key``.
+        size: bytes of its segment.
+        read: bytes that were read for it.
+        opening: how many sessions are being opened that wait for it, or have it already.
+        users: sessions that have it.
+    """
+
+    key: str
+    model: str
+    segment: int
+    size: int
+    read: int = 0
+    opening: int = 0
+    users: set[int] = field(default_factory=set)
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.opening or self.users)
+
+
+class Bases:
+    """All base segments, by their keys; owned by one loop.
+
+    Attributes:
+        problems: why base weights are not shared, by models' keys.
+    """
+
+    def __init__(self, first_segment: int) -> None:
+        self._next = first_segment
+        self._bases: dict[str, Base] = {}
+        self.problems: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Base]:
+        return iter(self._bases.values())
+
+    @property
+    def used(self) -> int:
+        """Bytes of all segments."""
+        return sum(base.size for base in self)
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of those that cannot be given back now."""
+        return sum(base.size for base in self if base.in_use)
+
+    def find(self, key: str) -> Base | None:
+        """The base weights with that key."""
+        return self._bases.get(key)
+
+    def of_model(self, model: str) -> list[Base]:
+        """Those of one model: more than one only if its users load it in different ways."""
+        return [base for base in self if base.model == model]
+
+    def of_session(self, session: int) -> Base | None:
+        """The base weights that ``session`` has from here."""
+        return next((base for base in self if session in base.users), None)
+
+    def refusal(self, manifest: Manifest, most: int, needed: int, opened: bool) -> str | None:
+        """Why the base weights of ``manifest`` have no place; None if they have.
+
+        Args:
+            most: bytes that the user allows.
+            needed: those that pools of the models in use need at least.
+            opened: whether this model is one of these.
+        """
+        size = base_layout(manifest.base)[1]
+        others = self.in_use + needed + (0 if opened else smallest(manifest))
+        if others + size <= most:
+            return None
+        return (
+            f"the budget of {show_size(most)} has no room for {show_size(size)} of base weights beside the "
+            f"{show_size(others)} that are needed at least, so each process holds its own; give it "
+            f"{others + size} bytes ({show_size(others + size)}) or more"
+        )
+
+    def add(self, manifest: Manifest) -> Base:
+        """Base weights that are being read from now on."""
+        base = Base(manifest.base_key, manifest.key, self._next, base_layout(manifest.base)[1])
+        self._next += 1
+        self._bases[base.key] = base
+        return base
+
+    def failed(self, base: Base, why: str) -> None:
+        """They could not be read, or had no memory: as if they had never been."""
+        self._bases.pop(base.key, None)
+        self.problems[base.model] = why
+
+    def ended(self, session: int) -> None:
+        """A session is over."""
+        for base in self:
+            base.users.discard(session)
+
+    def leave(self, models: Collection[str]) -> list[Base]:
+        """Forget, and return, those that nobody uses and whose model is not kept among ``models``."""
+        gone = [base for base in self if not base.in_use and base.model not in models]
+        for base in gone:
+            del self._bases[base.key]
+        for model in [model for model in self.problems if model not in models]:
+            del self.problems[model]
+        return gone
