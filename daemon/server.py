@@ -51,7 +51,7 @@ from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waited, Waits
-from expertd.daemon.warm_record import WarmRecord, write
+from expertd.daemon.warm_record import WarmRecord, forget, write
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -378,6 +378,7 @@ class Server:
             raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
         size = model.size + model.extra + sum(base.size for base in self._bases.known.of_model(model.key))
         self._feed(events.Unwanted(model.key))
+        forget(self._home, model.key)  # who wants it gone does not want it back by itself
         self._send(identity, messages.Unloaded(path=folder, bytes=size))
 
     def _warm(self, identity: bytes, model: Model, blocks: tuple[Block, ...]) -> None:
