@@ -321,7 +321,8 @@ def test_status_names_who_uses_the_model(start_daemon: StartDaemon) -> None:
     lines = done.stdout.splitlines()
     assert lines[0].endswith("; all is well.")
     assert lines[4].startswith("demo  /")
-    assert lines[8].startswith(f"  used by  tests.programs (process {user.pid})")
+    assert lines[6] == "  shared   9.5 MB of other weights, once for all programs"
+    assert lines[9].startswith(f"  used by  tests.programs (process {user.pid})")
 
 
 def test_an_output_that_has_no_blocks_gets_plain_bars(start_daemon: StartDaemon) -> None:
