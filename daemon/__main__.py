@@ -79,7 +79,7 @@ def run(*, simulate_pressure: Path | None = None, simulate_ssd: str | None = Non
             home, size, POLICIES[config.policy.value],
             idle_exit_s=config.idle_exit.value, keep_alive_s=config.keep_alive.value, pressure=pressure,
             read=ssd or os.preadv, simulated_ssd=str(ssd or ""), background_rate=config.background_rate.value,
-            reads_ahead=config.read_ahead.value,
+            reads_ahead=config.read_ahead.value, remembers=config.remember.value,
         ).run()  # fmt: skip
 
     asyncio.run(serve())

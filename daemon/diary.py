@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from expertd.daemon.core.state import Model, Pool
+from expertd.daemon.core.state import Model, Pool, Recalled
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.model_names import shown_name
@@ -29,6 +30,14 @@ class _Session:
 
 def _goes_to(pool: Pool, segment: int) -> bool:
     return pool.segment == segment or (pool.next is not None and pool.next.segment == segment)
+
+
+def warm_again(left: Recalled) -> str:
+    """What came of bringing blocks in again, for a person."""
+    at = datetime.fromtimestamp(left.recorded_at)
+    record = f"the record of {at:%Y-%m-%d %H:%M:%S}" if left.recorded_at else "its profile"
+    whence = "the daemon before, which sessions held" if left.adopted else record
+    return f"warm again: {len(left.back)} of {len(left.blocks)} blocks from {whence}"
 
 
 class Diary:
@@ -80,6 +89,16 @@ class Diary:
             model=shown_name(Path(folders[0])) if folders else None, generation=generation, layers=layout.layers,
             slots=layout.slots, size=show_size(layout.size),
         )  # fmt: skip
+
+    def recalled(self, models: Iterable[Model]) -> None:
+        """What was to be brought in again of these is there, or there is no more room."""
+        for model in models:
+            left = model.recalled
+            coming = not model.ready or any(pool.wish or pool.background for pool in model.pools)
+            if left is None or left.told or coming:
+                continue
+            left.told = True
+            log.info(warm_again(left), model=self._models.get(model.key))
 
     def dropped(self, why: str) -> None:
         """A frame came that is no message."""

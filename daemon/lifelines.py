@@ -10,24 +10,35 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertd.protocol import PROTOCOL
-from expertd.protocol.lifeline import GREETING, greet, peer_user, send_segment
+from expertd.protocol.lifeline import GREETING, greet, peer_user, receive_handed, send_segment
 from expertd.protocol.quick import STATUS_TOKEN
 
 log = logging.getLogger("expertd.daemon")
 
 GREETING_S = 10.0
 """A connection that has not said its token by then is closed."""
+HANDED_S = 2.0
+"""How long segments that are announced as handed back are waited for."""
+HANDED_LIMIT = 1024
+"""Segments that one session may hand back."""
 
 
 @dataclass
 class _Line:
     socket: socket.socket
     session: int | None = None
+    handed: dict[int, tuple[int, int]] = field(default_factory=dict)  # by segment: size and descriptor
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def drop(self) -> None:
+        for _, descriptor in self.handed.values():
+            os.close(descriptor)
+        self.handed.clear()
 
 
 class Lifelines:
@@ -68,6 +79,29 @@ class Lifelines:
         line.session = session
         return True
 
+    async def handed(self, token: bytes, segments: Collection[int]) -> dict[int, tuple[int, int]]:
+        """The sizes and descriptors of ``segments`` that were handed back on this lifeline; the caller owns them.
+
+        They were sent before whatever says so, and what has not come after a moment never will.
+        """
+        line = self._lines.get(token)
+        if line is None:
+            return {}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HANDED_S):
+                while not line.handed.keys() >= set(segments):
+                    line.arrived.clear()
+                    await line.arrived.wait()
+        taken, line.handed = line.handed, {}
+        return taken
+
+    def _keep(self, line: _Line | None, segment: int, size: int, descriptor: int) -> None:
+        if line is None or line.session is not None or len(line.handed) >= HANDED_LIMIT or segment in line.handed:
+            os.close(descriptor)
+            return
+        line.handed[segment] = size, descriptor
+        line.arrived.set()
+
     def send_segment(self, token: bytes, segment: int, size: int, descriptor: int) -> None:
         """Hand over a segment.  Raises OSError if the other end is gone or does not read."""
         line = self._lines.get(token)
@@ -80,6 +114,7 @@ class Lifelines:
         line = self._lines.pop(token, None)
         if line is not None:
             line.session = None
+            line.drop()
             with contextlib.suppress(OSError):  # the other end may have hung up in this moment (macOS: ENOTCONN)
                 line.socket.shutdown(socket.SHUT_RDWR)
 
@@ -91,6 +126,7 @@ class Lifelines:
             self._listener.close()
         for line in self._lines.values():
             line.socket.close()
+            line.drop()
         self._lines.clear()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
@@ -137,12 +173,34 @@ class Lifelines:
                 return
             self._lines[token] = _Line(accepted)
             greet(accepted)
-            while await loop.sock_recv(accepted, 64):
-                pass  # nothing is said on an open lifeline; only its end matters
+            while (packet := await _next_handed(loop, accepted)) is not None:
+                self._keep(self._lines.get(token), *packet)
         except (OSError, TimeoutError) as error:
             log.debug("a lifeline broke: %s", error)
         finally:
             line = self._lines.pop(token, None)
             accepted.close()
+            if line is not None:
+                line.drop()
             if line is not None and line.session is not None:
                 self._ended(line.session)
+
+
+async def _next_handed(loop: asyncio.AbstractEventLoop, line: socket.socket) -> tuple[int, int, int] | None:
+    """What comes next on ``line``; None at its end.  asyncio itself receives no descriptors."""
+    number = line.fileno()
+    while True:
+        try:
+            return receive_handed(line)
+        except BlockingIOError:
+            ready = loop.create_future()
+            loop.add_reader(number, _wake, ready)
+            try:
+                await ready
+            finally:
+                loop.remove_reader(number)
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

@@ -15,7 +15,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,15 +41,17 @@ from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Block, Forecast, PolicyFactory
-from expertd.daemon.pools import SharedPool, create_pool
+from expertd.daemon.pools import SharedPool, close_all, create_pool, handed_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
+from expertd.daemon.remembering import Remembering, recall, record_of
 from expertd.daemon.status import as_line, daemon_status
 from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waits
+from expertd.daemon.warm_record import WarmRecord, write
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -117,6 +119,7 @@ class Server:
         simulated_ssd: str = "",
         reads_ahead: bool = True,
         background_rate: int | None = None,
+        remembers: bool = True,
     ) -> None:
         """Not started yet.
 
@@ -127,6 +130,7 @@ class Server:
             simulated_ssd: how slow, for the status.
             reads_ahead: read what sessions will need soon, where that pays.
             background_rate: bytes a second that are read at most while nobody waits for them; None: no limit.
+            remembers: record what is worth keeping, and bring it in again when a model comes back.
         """
         self._home = home
         # Numbers that no predecessor has granted: what its sessions still say must not be taken for one of ours.
@@ -135,6 +139,7 @@ class Server:
         self._idleness = Idleness(time.monotonic(), exit_s=idle_exit_s, keep_alive_s=keep_alive_s)
         self._reader = Reader(read=read, background_rate=background_rate, hot=system_thermal())
         self._simulated_ssd = simulated_ssd
+        self._policy_name = getattr(policy, "__name__", "")
         self._lifelines = Lifelines(home.lifeline_socket, self._line_ended, lambda: as_line(self._status()))
         self._pools: dict[int, SharedPool] = {}
         self._large_pages = LargePages(system_collapse(), short=lambda: self._memory.pressure.level != "normal")
@@ -156,6 +161,7 @@ class Server:
         self._fault: BaseException | None = None  # an error in ourselves, which ends us
         self._began = time.monotonic()
         self._diary = Diary()
+        self._remembering = Remembering() if remembers else None
         self._why_ended = ""
         self._attaching = 0  # sessions whose headers are being read
         self._frame_at: float | None = None  # when the frame came that is being handled
@@ -191,6 +197,7 @@ class Server:
             self._spawn(self._watch_idle())
             self._spawn(self._watch_sessions())
             self._spawn(self._watch_memory())
+            self._spawn(self._watch_warmth())
             try:
                 await self._ending.wait()
             finally:
@@ -203,6 +210,9 @@ class Server:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._remembering is not None and self._fault is None:  # else nobody knows what is true
+            changed = self._remembering.changed(self._core.models.values())
+            self._record(record_of(model, time.time()) for model in changed)
         await self._bases.close()
         await asyncio.to_thread(self._reader.close)
         await asyncio.to_thread(self._large_pages.close)
@@ -418,6 +428,7 @@ class Server:
 
     async def _attach(self, identity: bytes, message: messages.Attach) -> None:
         base: Base | None = None
+        handed: list[tuple[messages.PoolInfo, SharedPool]] = []
         try:
             if not self._lifelines.known(message.token):
                 raise MessageInvalid("an Attach came whose lifeline is not open")
@@ -425,11 +436,15 @@ class Server:
                 raise MessageInvalid("an Attach came from a socket that is not named after its lifeline")
             self._check_limits(message.manifest.key)
             index = await self._index(message.manifest)
+            left = await self._recall(message.manifest)
+            handed = await self._handed(message)
             base = await self._share_base(message.manifest, index)
-            self._open(identity, message, index, base)
+            self._open(identity, message, index, base, left, handed)
+            handed = []
         except ExpertdError as error:
             self._send(identity, messages.Error.of(error))
         finally:
+            close_all(handed)
             self._attaching -= 1
             if base is not None:
                 base.opening -= 1
@@ -441,8 +456,16 @@ class Server:
         most, needed = self._memory.governor.budget, self._core.smallest_budget
         return await self._bases.share(manifest, index, most, needed, model is not None and model.in_use)
 
-    def _open(self, identity: bytes, message: messages.Attach, index: BlockIndex, base: Base | None) -> None:
-        """Have the core open a session, whose model's files and base weights were looked at.
+    def _open(
+        self,
+        identity: bytes,
+        message: messages.Attach,
+        index: BlockIndex,
+        base: Base | None,
+        left: events.Recall | None,
+        handed: list[tuple[messages.PoolInfo, SharedPool]],
+    ) -> None:
+        """Have the core open a session, whose model's files, base weights and past were looked at.
 
         Raises:
             MessageInvalid: its lifeline is another session's.
@@ -456,7 +479,51 @@ class Server:
             base.users.add(number)
         files = self._files.setdefault(message.manifest.key, OpenFiles(index))
         files.use(index.store)
+        known = message.manifest.key in self._core.models
         self._feed(events.Attach(number, message.pid, message.mode, message.manifest))
+        if left is not None and not known:
+            self._feed(left)
+        if known:
+            close_all(handed)
+        elif handed:
+            self._adopt(message.manifest, handed)
+
+    async def _handed(self, message: messages.Attach) -> list[tuple[messages.PoolInfo, SharedPool]]:
+        """The pools of an earlier daemon that a session hands back of a model that is not here, if they are good."""
+        if not message.held or message.manifest.key in self._core.models:
+            return []
+        came = await self._lifelines.handed(message.token, [info.segment for info in message.held])
+        good = []
+        for info in message.held:
+            if info.segment in came:
+                pool = handed_pool(message.manifest, info, *came.pop(info.segment))
+                if isinstance(pool, SharedPool):
+                    good.append((info, pool))
+                else:
+                    log.warning("a pool that a session handed back is not used: %s", pool, pid=message.pid)
+        for _, descriptor in came.values():
+            os.close(descriptor)
+        return good
+
+    def _adopt(self, manifest: Manifest, handed: list[tuple[messages.PoolInfo, SharedPool]]) -> None:
+        """Let the core copy from them."""
+        pools = []
+        for info, pool in handed:
+            number = self._core.number_segment()
+            self._pools[number] = pool
+            where = {(info.layers[row], expert): int(pool.table[row, expert]) for row, expert in pool.resident}
+            pools.append(events.Handed(number, tuple(info.layers), pool.layout, where))
+        log.info(
+            "a session handed back what an earlier daemon held",
+            model=shown_name(Path(manifest.folder)), blocks=sum(len(pool.where) for pool in pools),
+        )  # fmt: skip
+        self._feed(events.HandedBack(manifest.key, tuple(pools)))
+
+    async def _recall(self, manifest: Manifest) -> events.Recall | None:
+        """What there is to bring in of a model that comes, if it is not here already."""
+        if manifest.key in self._core.models:
+            return None
+        return await asyncio.to_thread(recall, self._home, manifest, self._policy_name, self._remembering is not None)
 
     def _check_limits(self, key: str) -> None:
         if len(self._peers) + self._attaching > SESSION_LIMIT:
@@ -653,7 +720,7 @@ class Server:
         name = segment_name(self._home.root)
         async with self._creating:  # segments share that name while they are created
             try:
-                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation)
+                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation, what.model, what.layers)
             except ExpertdError as error:
                 log.warning("a pool could not be created: %s", error)
                 event = events.PoolFailed(what.segment, error)
@@ -726,6 +793,23 @@ class Server:
             if news is not None:
                 for session in self._peers:
                     self._to_control(session, news)
+
+    async def _watch_warmth(self) -> None:
+        """Record what is worth keeping, and tell when what was recorded is back."""
+        while True:
+            await asyncio.sleep(1.0)
+            models = self._core.models.values()
+            self._diary.recalled(models)
+            due = self._remembering.due(models, time.monotonic()) if self._remembering is not None else ()
+            if not due:
+                continue
+            records = [record_of(model, time.time()) for model in due]
+            await asyncio.to_thread(self._record, records)
+
+    def _record(self, records: Iterable[WarmRecord | None]) -> None:
+        for record in records:
+            if record is not None:
+                write(self._home, record)
 
     async def _watch_idle(self) -> None:
         """Give back models that nobody has used for the time that they are kept; end when nobody was here for long."""

@@ -14,7 +14,7 @@ import psutil
 from expertd.daemon.core import Core, warmth
 from expertd.daemon.core.bases import Bases
 from expertd.daemon.core.foresight import Kind
-from expertd.daemon.core.state import Model, Session
+from expertd.daemon.core.state import Model, Recalled, Session
 from expertd.daemon.devices import ReadStatistics
 from expertd.daemon.files import device_name
 from expertd.daemon.memory_watch import MemoryWatch
@@ -29,6 +29,7 @@ from expertd.protocol.messages import (
     FetchToRead,
     LayerStatus,
     ModelStatus,
+    RecalledStatus,
     SessionStatus,
     Status,
 )
@@ -160,9 +161,18 @@ def model_status(
         ahead=_ahead(model),
         warming=warmth.wished(model),
         pinned=len(model.pinned),
+        recalled=_recalled(model.recalled),
         base_bytes=sum(base.size for base in shared),
         base_read=sum(base.read for base in shared),
         base_problem=known.problems.get(model.key, ""),
+    )
+
+
+def _recalled(left: Recalled | None) -> RecalledStatus | None:
+    if left is None:
+        return None
+    return RecalledStatus(
+        recorded_at=left.recorded_at, blocks=len(left.blocks), back=len(left.back), adopted=left.adopted
     )
 
 

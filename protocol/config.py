@@ -318,6 +318,10 @@ class Config:
         _yes, True, "Read what sessions will soon need before they ask for it, where that pays.",
         form="true|false", example="true", read=_truth, shown=lambda yes: "where it pays" if yes else "no",
     ))  # fmt: skip
+    remember: Setting[bool] = field(metadata=_key(
+        _yes, True, "Record which experts are worth keeping, and bring them in again after a restart.",
+        form="true|false", example="true", read=_truth, shown=lambda yes: "yes" if yes else "no",
+    ))  # fmt: skip
     model_folders: Setting[tuple[Path, ...]] = field(metadata=_key(
         _folders, (Path("~/models"),), "Folder whose subfolders are models, found by their names.",
         form="FOLDER", example='["~/models", "/Volumes/big/models"]', read=_paths, shown=_shown_folders,

@@ -40,6 +40,8 @@
     |-- AliasFailed                   alias_failed
     |-- TraceInvalid                  trace_invalid
     |-- TraceWriteFailed              trace_write_failed
+    |-- ProfileInvalid                profile_invalid
+    |   `-- ProfileNotFound           profile_not_found
     |-- StoreInvalid                  store_invalid
     |-- PackFailed                    pack_failed
     |-- PackRunning                   pack_running
@@ -367,6 +369,19 @@ class TraceWriteFailed(ExpertdError):
     """A trace cannot be written: the disk is full, or something is in its place."""
 
     code = "trace_write_failed"
+
+
+class ProfileInvalid(ExpertdError):
+    """A profile, its name, or the file that one should be made of cannot be used."""
+
+    code = "profile_invalid"
+    exit_status = 2
+
+
+class ProfileNotFound(ProfileInvalid):
+    """No profile is called so."""
+
+    code = "profile_not_found"
 
 
 class StoreInvalid(ExpertdError):

@@ -3,6 +3,7 @@
 A pool:
 
     offset 0            header: magic, layout version, nonce, generation
+    offset 40           contents: key of the model, checksum of the layers' numbers, slots
     offset 64           table: int32 slot[layer of the pool, expert], -1 absent
     then, each on 16 KiB, one slab a part: [slots, *shape]
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +38,8 @@ ABSENT = -1
 BASE_GENERATION = 0
 """In the header of base weights, which have no generations; those of pools count from 1."""
 _HEADER = struct.Struct("<8sI16sQ")
+_CONTENTS = struct.Struct("<16sII")
+_CONTENTS_OFFSET = 40
 _MAGIC = b"expertd\0"
 _TABLE_OFFSET = 64
 
@@ -128,3 +132,17 @@ def read_header(view: memoryview) -> tuple[bytes, int] | None:
     """``(nonce, generation)`` of a segment, or None if it is none of ours."""
     magic, version, nonce, generation = _HEADER.unpack_from(view, 0)
     return (nonce, generation) if magic == _MAGIC and version == LAYOUT else None
+
+
+def write_contents(view: memoryview, model: str, layers: Sequence[int], slots: int) -> None:
+    """Write down what a new segment is for: the model's key, which of its MoE layers, and how many slots."""
+    _CONTENTS.pack_into(view, _CONTENTS_OFFSET, *_contents(model, layers, slots))
+
+
+def has_contents(view: memoryview, model: str, layers: Sequence[int], slots: int) -> bool:
+    """Whether a segment was made for just that."""
+    return _CONTENTS.unpack_from(view, _CONTENTS_OFFSET) == _contents(model, layers, slots)
+
+
+def _contents(model: str, layers: Sequence[int], slots: int) -> tuple[bytes, int, int]:
+    return model.encode("ascii").ljust(16, b"\0"), zlib.crc32(struct.pack(f"<{len(layers)}I", *layers)), slots

@@ -1,15 +1,17 @@
 """The lifeline: one plain Unix connection for each session, next to the ZeroMQ sockets.
 
 ZeroMQ reports no peer's death; this connection's end of file does.  The kernel vouches for the peer's user, and
-segments' descriptors travel over it.  Three things are said on it:
+segments' descriptors travel over it.  Four things are said on it:
 
     worker -> daemon    protocol (uint32) and token (16 bytes)
     daemon -> worker    one byte: the token is known, Attach may follow
+    worker -> daemon    segment and size, with one descriptor: of a daemon that has died; for each, before Attach
     daemon -> worker    segment (uint64) and size (uint64), with one descriptor, once for each segment
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import sys
@@ -56,6 +58,38 @@ def greet(line: socket.socket) -> None:
 def send_segment(line: socket.socket, segment: int, size: int, descriptor: int) -> None:
     """Daemon: hand over one segment.  Raises OSError if the worker is gone."""
     socket.send_fds(line, [_SEGMENT.pack(segment, size)], [descriptor])
+
+
+def hand_back(line: socket.socket, segment: int, size: int, descriptor: int) -> None:
+    """Worker: give a new daemon a segment of an earlier one, to copy from.
+
+    Raises:
+        DaemonLost: the daemon hung up.
+    """
+    try:
+        send_segment(line, segment, size, descriptor)
+    except OSError as error:
+        raise DaemonLost(f"the daemon went away while a session was opened ({error})") from error
+
+
+def receive_handed(line: socket.socket) -> tuple[int, int, int] | None:
+    """Daemon: the next ``(segment, size, descriptor)`` on a line that does not block; None at its end.
+
+    Whatever else is said is ignored.
+
+    Raises:
+        BlockingIOError: nothing is there now.
+        OSError: the line is broken.
+    """
+    while True:
+        packet, descriptors, _flags, _address = socket.recv_fds(line, _SEGMENT.size, 1)
+        if not packet and not descriptors:
+            return None
+        if len(packet) == _SEGMENT.size and len(descriptors) == 1:
+            segment, size = _SEGMENT.unpack(packet)
+            return segment, size, descriptors[0]
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def receive_segment(line: socket.socket) -> tuple[int, int, int]:

@@ -71,15 +71,6 @@ class Error(Message):
 # -- a session: worker <-> daemon --------------------------------------------------------------------------------------
 
 
-class Attach(Message):
-    """Open a session for a model.  ``token`` is the one that the lifeline was opened with."""
-
-    token: Token
-    pid: Count
-    mode: AliasMode
-    manifest: Manifest
-
-
 class PoolInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One pool as a worker needs to know it.  Its segment's descriptor comes over the lifeline under ``segment``."""
 
@@ -89,6 +80,19 @@ class PoolInfo(msgspec.Struct, frozen=True, kw_only=True):
     slots: Count
     complete: bool
     nonce: Token
+
+
+class Attach(Message):
+    """Open a session for a model.  ``token`` is the one that the lifeline was opened with.
+
+    ``held``: pools of an earlier daemon whose descriptors were sent over the lifeline, under ``segment``.
+    """
+
+    token: Token
+    pid: Count
+    mode: AliasMode
+    manifest: Manifest
+    held: Annotated[list[PoolInfo], Meta(max_length=1024)] = []
 
 
 class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -323,12 +327,26 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
     waits: float = 0.0
 
 
+class RecalledStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What an earlier daemon has left of a model, as ``expertd status --json`` prints it.
+
+    ``recorded_at`` is in seconds since 1970, 0 if it is what a profile names; ``blocks`` were worth keeping, ``back``
+    of them have come since, ``adopted`` of these without a read, because a session still had them.
+    """
+
+    recorded_at: float
+    blocks: int
+    back: int
+    adopted: int = 0
+
+
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model, as ``expertd status --json`` prints it.  Hits and misses count blocks, once an event.
 
     ``layers`` and all that follows ``sessions`` may be left out, as by daemons of this version of the protocol that do
     not know them.  ``packed`` is the store that blocks are read from, empty if there is none; ``warming``: blocks that
-    are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay.
+    are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay;
+    ``recalled``: what came of what an earlier daemon held, None if it left nothing.
     ``base_bytes``: base weights in shared memory; ``base_read``: bytes read for them; ``base_problem``: why they are
     not shared, "" if they are, or nobody wanted that.
     """
@@ -356,6 +374,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ahead: list[AheadStatus] = []
     warming: int = 0
     pinned: int = 0
+    recalled: RecalledStatus | None = None
     base_bytes: int = 0
     base_read: int = 0
     base_problem: str = ""

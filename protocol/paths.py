@@ -93,6 +93,25 @@ class Home:
         return self.root / "pace"
 
     @property
+    def warmth(self) -> Path:
+        """Folder of what daemons keep for those that come after them (``daemon.warm_record``); they create it."""
+        return self.root / "warmth"
+
+    def warm_record(self, model: str) -> Path:
+        """What was worth keeping of the model with that key."""
+        return self.warmth / f"{model}.warm"
+
+    @property
+    def profiles(self) -> Path:
+        """Folder of profiles (``protocol.profiles``); ``expertd profile`` creates it."""
+        return self.root / "profiles"
+
+    @property
+    def profiles_in_use(self) -> Path:
+        """Which model uses which profile."""
+        return self.root / "profiles.json"
+
+    @property
     def traces(self) -> Path:
         """Folder in which ``expertd plan`` looks for routing traces; whoever records one there creates it."""
         return self.root / "traces"

@@ -31,7 +31,7 @@ def quick_status(home: str) -> bytes | None:
             line.settimeout(_ANSWER_S)
             line.connect(f"{home}/run/lifeline.sock")
             line.sendall(PROTOCOL.to_bytes(4, "little") + STATUS_TOKEN)
-            pieces = []
+            pieces: list[bytes] = []
             while piece := line.recv(1 << 20):
                 if not pieces and not piece.startswith(b"{"):
                     return None  # a daemon that does not know the question takes it for a session's greeting

@@ -49,7 +49,7 @@ class Runner:
         while todo:
             for out in self.core.handle(todo.popleft()):
                 match out:
-                    case instructions.CreatePool(segment, _, layout):
+                    case instructions.CreatePool(segment, _, layout, _, _):
                         todo.append(self._create(segment, layout.size))
                     case instructions.UnlinkPool(segment):
                         self.memory_left += self._sizes.pop(segment)

@@ -568,7 +568,7 @@ def short(thing: object) -> str:
             return f"Attach(session={session}, mode={mode}, manifest={manifest.folder})"
         case events.BudgetChanged(size):
             return f"BudgetChanged({size // PAGE} pages)"
-        case instructions.CreatePool(segment, generation, layout):
+        case instructions.CreatePool(segment, generation, layout, _, _):
             what = f"segment={segment}, generation={generation}, layers={layout.layers}, slots={layout.slots}"
             return f"CreatePool({what}: {layout.size // PAGE} pages)"
         case instructions.Grant(session, _, version, pools):

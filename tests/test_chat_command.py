@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx_lm
 import pytest
@@ -32,9 +32,8 @@ from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
 from expertd.worker.template import encode_chat
 from expertd.worker.turns import Reuse, Turns, reuse
-from tests.conftest import StartDaemon
 from tools.factory import write_checkpoint
-from tools.stage import ask_status, budget_for
+from tools.stage import ask_status, budget_for, running_daemon, temporary_home
 from tools.terminal import CTRL_C, CTRL_D, Terminal
 
 ROOT = Path(__file__).parents[1]
@@ -180,19 +179,26 @@ class Chat:
 
 
 @pytest.fixture(scope="module")
-def plain() -> Any:
-    return mlx_lm.load(str(DEMO))[0]
+def both() -> tuple[Any, Any]:
+    """The demo model as plain mlx-lm has it, and its tokenizer."""
+    model, tokenizer, *_ = mlx_lm.load(str(DEMO))
+    return model, tokenizer
 
 
-@pytest.fixture(params=[1.0, 0.3], ids=["complete", "partial"])
-def loaded(request: pytest.FixtureRequest, start_daemon: StartDaemon) -> Iterator[tuple[Any, Any]]:
-    """The demo model with so much of its experts resident, and its tokenizer."""
+@pytest.fixture(scope="module")
+def plain(both: tuple[Any, Any]) -> Any:
+    return both[0]
+
+
+@pytest.fixture(scope="module", params=[1.0, 0.3], ids=["complete", "partial"])
+def loaded(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
+    """The demo model with so much of its experts resident, and its tokenizer.  Its cache of a chat is each test's."""
     manifest = load_lazily(DEMO).manifest
     blocks = sum(layer.experts for layer in manifest.layers)
-    start_daemon(str(budget_for(manifest, round(request.param * blocks))))
-    model, tokenizer = expertd.load(DEMO)
-    yield model, tokenizer
-    expertd.unload(model)
+    with temporary_home() as home, running_daemon(home, budget_for(manifest, round(request.param * blocks))):
+        model, tokenizer = expertd.load(DEMO)
+        yield model, tokenizer
+        expertd.unload(model)
 
 
 def from_nothing(plain: Any, tokenizer: Any, prompt: list[int], tokens: int) -> list[int]:
@@ -305,25 +311,44 @@ def piped(*arguments: str, said: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def partial_home() -> Iterator[Home]:
+    """The home of a daemon with room for a third of the demo model's blocks."""
+    with temporary_home() as home, running_daemon(home, budget_for(load_lazily(DEMO).manifest, 64)):
+        yield home
+
+
 @pytest.fixture
-def partial(start_daemon: StartDaemon) -> subprocess.Popen[bytes]:
-    """A daemon with room for a third of the demo model's blocks."""
-    return start_daemon(str(budget_for(load_lazily(DEMO).manifest, 64)))
+def partial(partial_home: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """That home, for the programs that a test starts."""
+    monkeypatch.setenv("EXPERTD_HOME", str(partial_home.root))
+    return partial_home
 
 
-def expected(plain: Any, messages: list[str], system: str = "", tokens: int = 100) -> str:
+class Expected(Protocol):
     """What plain mlx-lm answers to the last of ``messages``, which are the user's and the model's in turns."""
-    tokenizer = mlx_lm.load(str(DEMO))[1]
-    said = Conversation(system)
-    for place, text in enumerate(messages):
-        (said.answered if place % 2 else said.ask)(text)
-    return mlx_lm.generate(plain, tokenizer, encode_chat(tokenizer, said.messages), max_tokens=tokens)
+
+    def __call__(self, messages: list[str], system: str = "", tokens: int = 100) -> str: ...
 
 
-def test_in_a_pipe_each_line_is_a_turn(partial: subprocess.Popen[bytes], plain: Any, tmp_path: Path) -> None:
-    first = expected(plain, QUESTIONS[:1])
-    second = expected(plain, [QUESTIONS[0], first, QUESTIONS[1]])
-    kind = expected(plain, QUESTIONS[2:3], "You are kind.", 9)
+@pytest.fixture(scope="module")
+def expected(both: tuple[Any, Any]) -> Expected:
+    model, tokenizer = both
+
+    def answer(messages: list[str], system: str = "", tokens: int = 100) -> str:
+        said = Conversation(system)
+        for place, text in enumerate(messages):
+            (said.answered if place % 2 else said.ask)(text)
+        prompt = encode_chat(tokenizer, said.messages)
+        return mlx_lm.generate(model, tokenizer, prompt, max_tokens=tokens)
+
+    return answer
+
+
+def test_in_a_pipe_each_line_is_a_turn(partial: Home, expected: Expected, tmp_path: Path) -> None:
+    first = expected(QUESTIONS[:1])
+    second = expected([QUESTIONS[0], first, QUESTIONS[1]])
+    kind = expected(QUESTIONS[2:3], "You are kind.", 9)
     path = tmp_path / "chat.json"
     said = [*QUESTIONS[:2], "", "/reset", "/system You are kind.", "/nothing", f"/save {path}", "/quit", "unread"]
     done = piped(str(DEMO), said="\n".join(said))
@@ -342,7 +367,7 @@ def test_in_a_pipe_each_line_is_a_turn(partial: subprocess.Popen[bytes], plain: 
     assert done.stderr.startswith("expertd: cut off by --max-tokens; 9 tokens, ")
 
 
-def test_in_a_pipe_a_message_may_have_several_lines(partial: subprocess.Popen[bytes], plain: Any) -> None:
+def test_in_a_pipe_a_message_may_have_several_lines(partial: Home, expected: Expected) -> None:
     forms = (
         ['"""', "Write the", "function clamp.", '"""'],
         ["Write the\\", "function clamp."],
@@ -350,12 +375,12 @@ def test_in_a_pipe_a_message_may_have_several_lines(partial: subprocess.Popen[by
     )
     said = ["/save /nowhere/chat", *"|/reset|".join("|".join(form) for form in forms).split("|")]
     done = piped(str(DEMO), "--max-tokens", "9", said="\n".join(said))
-    answer = expected(plain, ["Write the\nfunction clamp."], tokens=9)
+    answer = expected(["Write the\nfunction clamp."], tokens=9)
     assert done.stdout == "The chat begins anew.\n".join([f"{answer}\n"] * 3)
     assert done.stderr.startswith("expertd: /nowhere/chat cannot be written (") and done.returncode == 1
 
 
-def test_in_a_pipe_the_first_error_ends_it(partial: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_in_a_pipe_the_first_error_ends_it(partial: Home, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model", "qwen3_moe")
     config = path / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "{{ raise_exception('no') }}"}))
@@ -371,9 +396,9 @@ def test_a_folder_that_is_no_model_is_told_at_once(home: Home, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_chat_in_a_terminal(columns: int, partial: subprocess.Popen[bytes], plain: Any) -> None:
-    first = expected(plain, QUESTIONS[:1])
-    several = expected(plain, [QUESTIONS[0], first, "Write the\nfunction clamp."], tokens=40)
+def test_a_chat_in_a_terminal(columns: int, partial: Home, expected: Expected) -> None:
+    first = expected(QUESTIONS[:1])
+    several = expected([QUESTIONS[0], first, "Write the\nfunction clamp."], tokens=40)
     with Terminal("chat", str(DEMO), "--max-tokens", "40", columns=columns) as terminal:
         terminal.expect("demo: type a message.  /help lists what else there is; Ctrl-D leaves.\n>>> ")
         terminal.send("What do os.path.join do?" + "\x1b[D" * len(" os.path.join do?") + "es\n")  # the cursor goes back
@@ -398,14 +423,14 @@ def test_a_chat_in_a_terminal(columns: int, partial: subprocess.Popen[bytes], pl
         assert terminal.modes_now() == terminal.modes
 
 
-def test_ctrl_d_before_the_first_prompt_leaves(partial: subprocess.Popen[bytes]) -> None:
+def test_ctrl_d_before_the_first_prompt_leaves(partial: Home) -> None:
     with Terminal("chat", str(DEMO)) as terminal:
         terminal.send(CTRL_D)
         assert terminal.ended() == 0
         assert "type a message" in terminal.text and ">>> " not in terminal.text
 
 
-def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(partial: subprocess.Popen[bytes]) -> None:
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(partial: Home) -> None:
     with Terminal("chat", str(DEMO), "--max-tokens", "100") as terminal:
         terminal.expect(">>> ")
         terminal.send(f"{ENDLESS}\n")
@@ -420,7 +445,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(partial: subprocess.Popen[b
         assert terminal.ended() == 0
 
 
-def test_a_chat_goes_on_when_its_daemon_is_killed(own_home: Home, plain: Any) -> None:
+def test_a_chat_goes_on_when_its_daemon_is_killed(own_home: Home, expected: Expected) -> None:
     """The daemon that the chat has started is killed in the middle of an answer; the next one is started by it."""
     # With fewer slots than a token needs blocks, each token misses: none is computed without a daemon.
     manifest = load_lazily(DEMO).manifest
@@ -432,14 +457,14 @@ def test_a_chat_goes_on_when_its_daemon_is_killed(own_home: Home, plain: Any) ->
         terminal.expect("fromisoformat")
         os.kill(daemon, signal.SIGKILL)
         shown = terminal.expect("cut off by --max-tokens; ")
-        assert f"\n{expected(plain, [ENDLESS], tokens=120)}\n" in shown
+        assert f"\n{expected([ENDLESS], tokens=120)}\n" in shown
         told = " ".join(shown.splitlines()[-4:])
         assert f"the daemon of {own_home.root} has ended; the model waits for its return" in told
         assert "expertd: started a daemon (process " in told
         since = len(terminal.text)
         terminal.send("/reset\n")
         terminal.send(f"{QUESTIONS[0]}\n")
-        assert expected(plain, QUESTIONS[:1]) in terminal.expect(" new)", since)
+        assert expected(QUESTIONS[:1]) in terminal.expect(" new)", since)
         again = ask_status(own_home)
         assert again.daemon.pid != daemon
         assert [session.pid for session in again.models[0].sessions] == [terminal.pid]

@@ -129,6 +129,10 @@ class Daemon:
         read = self.reads.pop((layer, expert))
         return self.feed(ReadFailed(read.segment, read.slot, errors.ReadFailed("bad sector")))
 
+    def reads_begun(self) -> list[tuple[int, int]]:
+        """The blocks of all reads so far, in their order."""
+        return [(read.layer, read.expert) for read in of(StartRead, self.said)]
+
     def finish(self) -> list[Instruction]:
         """Finish all reads, and those that start meanwhile; returns what was said."""
         out: list[Instruction] = []

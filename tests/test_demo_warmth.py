@@ -9,7 +9,7 @@ def test_the_chart_shows_what_warmth_is_worth() -> None:
     rows = show(disk=None).rows
     misses = {row.label: sum(row.misses) for row in rows}
     assert list(misses) == [
-        "cold", "the same again", "another topic", "and back", "the daemon is killed", "a second app",
+        "cold", "the same again", "another topic", "and back", "daemon killed", "a second app",
         "after a restart",
     ]  # fmt: skip
     cold = misses["cold"]

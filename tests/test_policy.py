@@ -237,6 +237,58 @@ def test_questions_change_nothing(factory: PolicyFactory, history: tuple[Model, 
     assert Play(factory, model, curious=True).all(steps) == Play(factory, model).all(steps)
 
 
+@every_policy
+@thorough
+@given(history=histories())
+def test_the_ranking_is_the_order_of_all_victims_turned_around(
+    factory: PolicyFactory, history: tuple[Model, list[Step]]
+) -> None:
+    model, steps = history
+    play = Play(factory, model)
+    play.all(steps)
+    assert play.policy.ranked() == play.ask(range(model.layers), len(model.blocks))[::-1]
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"ewma"}))  # which knows a layer's place in the cycle as well
+@thorough
+@given(history=histories())
+def test_who_takes_the_statistics_over_ranks_as_before(name: str, history: tuple[Model, list[Step]]) -> None:
+    model, steps = history
+    play = Play(POLICIES[name], model)
+    play.all(steps)
+    heir = POLICIES[name](model.layers, model.experts, model.top_k)
+    assert heir.take_over(play.policy.statistics())
+    for block in sorted(play.resident):
+        heir.admitted(block)
+    assert heir.ranked() == play.policy.ranked()
+
+
+@every_policy
+def test_statistics_that_make_no_sense_change_nothing(factory: PolicyFactory) -> None:
+    policy, other = factory(2, 4, 2), factory(2, 8, 2)
+    for _ in range(3):
+        other.observe(1, 0, [6, 7])
+        other.observe(1, 1, [0, 7])
+    before = {name: value.copy() for name, value in policy.statistics().items()}
+    good = dict(factory(2, 4, 2).statistics())
+    spoilt = [{}, dict(other.statistics())]
+    for name, value in good.items():
+        spoilt.append({**good, name: value.astype(np.float64) if value.dtype != np.float64 else value.astype(np.int8)})
+        spoilt.append({**good, name: np.full_like(value, -1) if value.size else np.array([[9, 9]], np.int32)})
+        if value.dtype.kind == "f":
+            spoilt.append({**good, name: np.full_like(value, np.nan)})
+            spoilt.append({**good, name: np.full_like(value, 1e30)})
+    for statistics in spoilt[:2]:
+        assert not policy.take_over(statistics)
+    taken = [policy.take_over(statistics) for statistics in spoilt[2:]]
+    assert not all(taken)
+    if not any(taken):
+        assert all(np.array_equal(value, before[name]) for name, value in policy.statistics().items())
+    policy.observe(1, 0, [1, 2])
+    policy.admitted((0, 1))
+    assert policy.ranked() == [(0, 1)]
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"lru"}))
 @thorough
 @given(history=histories(), seed=st.integers(0, 1000))

@@ -265,6 +265,7 @@ def _pieces(packed: struct.Struct) -> list[tuple[str, str]]:
         ("Greeting", lifeline.GREETING),
         ("Segment packet", lifeline._SEGMENT),
         ("Segment header", layout._HEADER),
+        ("Segment contents", layout._CONTENTS),
     ],
 )
 def test_the_bytes_lie_where_the_table_says(section: str, packed: struct.Struct) -> None:

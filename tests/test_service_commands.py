@@ -21,7 +21,8 @@ from expertd.protocol.rendezvous import connect_or_start, lock_holder, stop_daem
 from expertd.protocol.service import read_service
 from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 from tests.programs import Program
-from tests.service_stage import Stage, runs, stage
+from tests.service_stage import Stage, stage
+from tests.service_stand_in import runs
 
 TOOLS = ["launchctl", "systemctl"]
 
@@ -72,7 +73,9 @@ def everything(service: Stage) -> set[str]:
 
 def test_install_starts_a_daemon_with_launchctl(launchctl: Stage) -> None:
     daemon, file, _, _ = names(launchctl)
-    said = launchctl.done("service", "install")
+    done = launchctl.process("service", "install")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.splitlines()
     assert said == [
         f"write   {launchctl.home.service}",
         f"write   {file}",
@@ -90,7 +93,9 @@ def test_install_starts_a_daemon_with_launchctl(launchctl: Stage) -> None:
 
 def test_install_starts_a_daemon_with_systemctl(systemctl: Stage) -> None:
     daemon, file, _, _ = names(systemctl)
-    said = systemctl.done("service", "install")
+    done = systemctl.process("service", "install")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.splitlines()
     assert said == [
         f"write   {systemctl.home.service}",
         f"write   {file}",

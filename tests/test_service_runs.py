@@ -24,7 +24,8 @@ from expertd.protocol.paths import Home
 from expertd.protocol.quick_deaths import MOST, read_starts
 from expertd.protocol.rendezvous import lock_holder
 from tests.conftest import DEADLINE_S, StartDaemon, wait_for
-from tests.service_stage import run_agent, run_unit, runs, user_manager_answers
+from tests.service_stage import user_manager_answers
+from tests.service_stand_in import run_agent, run_unit, runs
 
 
 def answers(home: Home) -> bool:

@@ -193,7 +193,7 @@ def run(chart: Chart, home: Home, stack: ExitStack) -> None:
         if token == TOKENS // 3:
             os.kill(ask_status(home).daemon.pid, signal.SIGKILL)
 
-    first.answer(Row("the daemon is killed", PYTHON_DOCS, f"at token {TOKENS // 3}"), chart, crash)
+    first.answer(Row("daemon killed", PYTHON_DOCS, f"at token {TOKENS // 3}"), chart, crash)
     second = App(home)
     stack.callback(second.kill)
     second.answer(Row("a second app", PYTHON_DOCS, f"loaded in {second.ready_s:.2f} s"), chart)

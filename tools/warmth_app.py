@@ -18,7 +18,6 @@ def main() -> None:
     from mlx_lm import stream_generate
 
     import expertd
-    from expertd.clients import Client
 
     began = time.monotonic()
     model, tokenizer = expertd.load(model_path)[:2]
@@ -27,7 +26,7 @@ def main() -> None:
         asked = json.loads(line)
         messages = [{"role": "user", "content": asked["prompt"]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        client = connected(Client)
+        client = connected()
         missed, read = figures(client)
         text = ""
         then = time.monotonic()
@@ -37,7 +36,7 @@ def main() -> None:
             try:
                 misses, total = figures(client)
             except expertd.ExpertdError:  # its daemon has died, and there will be another one
-                client = connected(Client)
+                client = connected()
                 misses, total = figures(client)
             if misses < missed:  # the new one has counted from nothing
                 missed = read = 0
@@ -47,15 +46,14 @@ def main() -> None:
         tell(text=text)
 
 
-def connected(client: Any) -> Any:
-    """A client of the daemon, as soon as there is one."""
-    import expertd
+def connected() -> Any:
+    """A client of the daemon, which is started if there is none: a session does that only when it misses something."""
+    from expertd.clients import Client
+    from expertd.protocol.paths import Home
+    from expertd.protocol.rendezvous import connect_or_start
 
-    while True:
-        try:
-            return client()
-        except expertd.ExpertdError:
-            time.sleep(0.02)
+    connect_or_start(Home.current(), "client")[0].close()
+    return Client()
 
 
 def figures(client: Any) -> tuple[int, int]:

@@ -542,7 +542,9 @@ class Session:
         try:
             if self._needed and self._start is not None:
                 self._start()
-            link = Link(self._home, self._manifest_again, self.mode)
+            with self._exchange:
+                held = [*self._offers.values(), *self.pools]
+            link = Link(self._home, self._manifest_again, self.mode, held)
         except (ExpertdError, OSError) as error:
             with self._exchange:
                 self._attempts += 1

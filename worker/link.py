@@ -15,6 +15,8 @@ import secrets
 import select
 import socket
 import time
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +50,8 @@ GOODBYE_S = 2.0
 class MappedPool:
     """One generation of one pool as this process sees it: read-only pages, and the table ``slot[row, expert]`` in them.
 
-    ``complete`` is set by the control thread once the daemon has said so; it never goes back.
+    ``complete`` is set by the control thread once the daemon has said so; it never goes back.  ``descriptor`` is kept,
+    as long as the pages are mapped, for a daemon that comes after this one: it may copy from them.
     """
 
     link: Link
@@ -58,6 +61,8 @@ class MappedPool:
     mapping: mmap.mmap
     table: NDArray[np.int32]
     complete: bool
+    info: messages.PoolInfo
+    descriptor: int
 
 
 class Link:
@@ -73,9 +78,11 @@ class Link:
         lost: the daemon is gone, or does not know the session any more; nothing more is sent.
     """
 
-    def __init__(self, home: Home, manifest: Manifest, mode: Mode) -> None:
+    def __init__(self, home: Home, manifest: Manifest, mode: Mode, held: Sequence[MappedPool] = ()) -> None:
         """Attach.
 
+        Args:
+            held: pools of a daemon that has gone, which this one may copy from.
         Raises:
             DaemonNotRunning, ProtocolMismatch, BudgetTooSmall, CheckpointError, SegmentFailed: as the daemon says.
         """
@@ -94,8 +101,12 @@ class Link:
             self.data = stack.enter_context(Connection(open_socket, "worker", identity=data_identity(token)))
             self.line = stack.enter_context(lifeline.connect(home.lifeline_socket, token))
             stack.callback(self._drop_descriptors)
+            for pool in held:
+                lifeline.hand_back(self.line, pool.segment, pool.layout.size, pool.descriptor)
             attached = self._await_attached(
-                messages.Attach(token=token, pid=os.getpid(), mode=mode, manifest=manifest)
+                messages.Attach(
+                    token=token, pid=os.getpid(), mode=mode, manifest=manifest, held=[pool.info for pool in held]
+                )
             )
             self.number = attached.session
             self.told_by_request = attached.version
@@ -143,29 +154,37 @@ class Link:
             DaemonLost: it does not come.
             AliasFailed: what came is not the segment that was announced.
         """
-        mapping, size = self._receive_segment(info.segment)
+        mapping, size, kept = self._receive_segment(info.segment)
         first = self._manifest.layers[info.layers[0]]
         layout = pool_layout(len(info.layers), first.experts, first.parts, info.slots)
         if size != layout.size or read_header(memoryview(mapping)) != (info.nonce, info.generation):
             raise AliasFailed("the segment that the daemon handed over is not the one that it announced")
         count = layout.layers * layout.experts
         table = np.frombuffer(mapping, np.int32, count, layout.table_offset).reshape(layout.layers, layout.experts)
-        return MappedPool(self, info.segment, tuple(info.layers), layout, mapping, table, info.complete)
+        return MappedPool(self, info.segment, tuple(info.layers), layout, mapping, table, info.complete, info, kept)
 
     def _receive_base(self, info: messages.BaseInfo) -> mmap.mmap:
-        mapping, size = self._receive_segment(info.segment)
+        mapping, size, _ = self._receive_segment(info.segment)
         expected = base_layout(self._manifest.base)[1]
         if size != expected or read_header(memoryview(mapping)) != (info.nonce, BASE_GENERATION):
             raise AliasFailed("the base weights that the daemon handed over are not those that it announced")
         return mapping
 
-    def _receive_segment(self, wanted: int) -> tuple[mmap.mmap, int]:
+    def _receive_segment(self, wanted: int) -> tuple[mmap.mmap, int, int]:
+        """Its mapping, its size, and its descriptor, which is there as long as the mapping."""
         self.line.settimeout(SEGMENT_S)
         while wanted not in self._descriptors:
             segment, size, descriptor = lifeline.receive_segment(self.line)
             self._descriptors[segment] = (size, descriptor)
         size, descriptor = self._descriptors.pop(wanted)
-        return map_readonly(descriptor, size), size
+        kept = os.dup(descriptor)
+        try:
+            mapping = map_readonly(descriptor, size)
+        except ExpertdError:
+            os.close(kept)
+            raise
+        weakref.finalize(mapping, os.close, kept).atexit = False
+        return mapping, size, kept
 
     def _drop_descriptors(self) -> None:
         for _, descriptor in self._descriptors.values():

@@ -21,7 +21,9 @@ COMMANDS = {
     "config": "Show the settings and where they come from.",
     "logs": "Show what daemon, gateways and workers have done.",
     "load": "Read a model's experts into free memory.",
-    "warm": "Have the experts resident that given prompts use.",
+    "warm": "Have the experts resident that prompts use, or a profile names.",
+    "profile": "Record which experts a kind of work uses.",
+    "pin": "Have the experts stay that everything uses.",
     "unload": "Give a model's memory back.",
     "models": "List the models on this machine, and what can be served.",
     "pull": "Download a model from the hub.",
@@ -38,9 +40,9 @@ COMMANDS = {
 
 
 TOPICS = {
-    "Use": ("serve", "chat", "generate", "load", "warm", "unload"),
+    "Use": ("serve", "chat", "generate", "load", "warm", "profile", "unload"),
     "Look": ("status", "top", "models", "plan", "doctor", "logs", "trace"),
-    "Steer": ("budget", "daemon", "config"),
+    "Steer": ("budget", "pin", "daemon", "config"),
     "Set up": ("service", "pull", "pack", "verify", "completion"),
 }
 """How ``expertd --help`` groups the commands; what is in none of these is listed last."""

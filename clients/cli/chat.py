@@ -220,7 +220,7 @@ def _in_pipe(talk: _Talk) -> None:
     lines = iter(sys.stdin.readline, "")
 
     def more() -> str:
-        line = next(lines, None)
+        line: str | None = next(lines, None)
         if line is None:
             raise EOFError
         return line.removesuffix("\n")

@@ -25,6 +25,7 @@ def daemon() -> None:
 @config_option("keep_alive")
 @config_option("background_rate")
 @config_option("read_ahead")
+@config_option("remember")
 @log_options
 @click.option(
     "--simulate-pressure",

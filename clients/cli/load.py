@@ -7,7 +7,7 @@ uses the model; where none does, this command keeps one open meanwhile.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import click
 
 from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.clients.cli.progress import Progress
-from expertd.clients.client import Client
+from expertd.clients.client import Block, Client
 from expertd.protocol.errors import DaemonNotRunning, ModelNotLoaded
 from expertd.protocol.messages import ModelStatus
 from expertd.protocol.model_names import find_model, shown_name, shown_path
@@ -34,12 +34,12 @@ def load(model: str, budget: str | None) -> None:
     """
     folder = find_model(model)
     with ExitStack() as stack:
-        if not _in_use(folder):
-            stack.enter_context(_kept_open(folder, budget))
+        if not in_use(folder):
+            stack.enter_context(kept_open(folder, budget))
         client = stack.enter_context(Client())
-        for found in _filling(client, folder):
+        for found in filling(client, folder):
             if not found.sessions:  # whoever used it has ended, and without anybody nothing is read
-                stack.enter_context(_kept_open(folder, budget))
+                stack.enter_context(kept_open(folder, budget))
         click.echo(show_resident(status_of(client, folder)))
 
 
@@ -61,7 +61,7 @@ def show_resident(model: ModelStatus) -> str:
     return f"{shown_path(model.path)}: {model.resident_blocks} of {model.blocks} blocks ({share} %) are resident"
 
 
-def _in_use(folder: Path) -> bool:
+def in_use(folder: Path) -> bool:
     """Whether some session uses the model already."""
     try:
         with Client() as client:
@@ -71,7 +71,7 @@ def _in_use(folder: Path) -> bool:
 
 
 @contextmanager
-def _kept_open(folder: Path, budget: str | None) -> Iterator[None]:
+def kept_open(folder: Path, budget: str | None) -> Iterator[None]:
     """A session of the model; the weights that are not experts' are not read for it."""
     from expertd.worker.load import load as load_model
     from expertd.worker.load import unload
@@ -83,13 +83,17 @@ def _kept_open(folder: Path, budget: str | None) -> Iterator[None]:
         unload(loaded)
 
 
-def _filling(client: Client, folder: Path) -> Iterator[ModelStatus]:
-    """What the daemon holds of the model, again and again until it has brought in what there is room for."""
+def filling(client: Client, folder: Path, blocks: Sequence[Block] = ()) -> Iterator[ModelStatus]:
+    """What the daemon holds of the model, again and again until it has brought in what there is room for.
+
+    That is ``blocks``, the first first; without any all, those first that are used most.
+    """
     before = status_of(client, folder)
-    if not client.warm(folder) or before.resident_blocks >= before.slots:
+    wanted = client.warm(folder, blocks)
+    if not wanted or before.resident_blocks >= before.slots:
         return
     size, there = before.block_bytes, before.resident_blocks
-    with Progress(shown_name(folder), (before.slots - there) * size) as progress:
+    with Progress(shown_name(folder), min(wanted, before.slots - there) * size) as progress:
         warming = True
         while warming:
             time.sleep(_POLL_S)

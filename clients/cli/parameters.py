@@ -151,3 +151,14 @@ def complete_loaded(ctx: click.Context, param: click.Parameter, incomplete: str)
     except ExpertdError:
         return []
     return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_profile(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the shell: the names of profiles."""
+    from expertd.protocol.paths import Home
+    from expertd.protocol.profiles import profile_names
+
+    try:
+        return [name for name in profile_names(Home.current()) if name.startswith(incomplete)]
+    except ExpertdError:
+        return []

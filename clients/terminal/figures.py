@@ -105,9 +105,25 @@ def _model(model: ModelStatus) -> list[str]:
         lines.append(
             f"  moves     {model.moves} new generations of pools, {model.blocks_copied} blocks copied for them"
         )
+    lines += _kept(model)
     lines += [f"  session   {_session(session)}" for session in model.sessions]
     if not model.sessions:
         lines.append("  session   none")
+    return lines
+
+
+def _kept(model: ModelStatus) -> list[str]:
+    lines = []
+    left = model.recalled
+    if left is not None:
+        at = time.strftime("%d %b %H:%M:%S", time.localtime(left.recorded_at))
+        whence = f"the record of {at}" if left.recorded_at else "the daemon before" if left.adopted else "its profile"
+        unread = f", {left.adopted} of them without a read" if left.adopted else ""
+        lines.append(f"  again     {left.back} of {left.blocks} blocks from {whence}{unread}")
+    if model.warming:
+        lines.append(f"  warming   {model.warming} blocks are still to be brought in")
+    if model.pinned:
+        lines.append(f"  pinned    {model.pinned} blocks")
     return lines
 
 

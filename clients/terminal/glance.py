@@ -101,8 +101,23 @@ def _model(
         *_base(model),
         _row("  found", bar(hits, long, blocks), found),
         _row("  disk", f"{show_size(model.bytes_read + model.base_read)} read so far"),
+        *_kept(model),
         *_users(model.sessions, programs, width),
     ]
+
+
+def _kept(model: ModelStatus) -> list[str]:
+    """What is brought in, or stays, whoever uses it."""
+    kept = []
+    left = model.recalled
+    if left is not None and left.blocks:
+        whence = "from before the restart" if left.recorded_at or left.adopted else "of its profile"
+        kept.append(f"{left.back} of {left.blocks} experts {whence} are back")
+    if model.warming:
+        kept.append(f"{model.warming} on their way")
+    if model.pinned:
+        kept.append(f"{model.pinned} pinned")
+    return [_row("  kept", ", ".join(kept))] if kept else []
 
 
 def _base(model: ModelStatus) -> list[str]:

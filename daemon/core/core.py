@@ -23,7 +23,7 @@ from expertd.daemon.core import ahead, events, fetches, instructions, memory, sl
 from expertd.daemon.core.holdings import AtOnce, Holdings
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.plan import largest, resized
-from expertd.daemon.core.state import Model, Pool, Session, Waiting
+from expertd.daemon.core.state import HANDED, Model, Pool, Session, Waiting
 from expertd.protocol.errors import ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
 
 LEARNED_FORWARDS = 32
@@ -84,6 +84,10 @@ class Core(Holdings):
             case events.Warm(key, blocks) if key in self.models:
                 warmth.wish(self.models[key], blocks)
                 self._pump_all(self.models[key])
+            case events.Recall() if event.model in self.models:
+                warmth.recall(self.models[event.model], event)
+            case events.HandedBack():
+                self._handed_back(event)
             case events.Pin(key, blocks, pinned) if key in self.models:
                 warmth.pin(self.models[key], blocks, pinned)
                 self._pump_all(self.models[key])
@@ -159,8 +163,9 @@ class Core(Holdings):
             self._out.append(instructions.Grant(session.number, model.key, model.version, pools, wanted))
         for pool in model.pools:
             if pool.holds_all:
+                wished = dict.fromkeys((*pool.wish, *pool.blocks))
                 pool.wish.clear()
-                pool.wish.extend(block for block in pool.blocks if block not in pool.where)
+                pool.wish.extend(block for block in wished if block not in pool.where)
             slots.fill(model, pool, self._out)
 
     def _ended(self, number: int) -> None:
@@ -201,6 +206,20 @@ class Core(Holdings):
             ahead.forget(model, session, self._out)
             self._memory_changed = True
             self._pump_all(model)
+
+    def _handed_back(self, event: events.HandedBack) -> None:
+        """Copy from pools of an earlier daemon into those of a model that has just come, and then give them back."""
+        model = self.models.get(event.model)
+        if model is None or model.sessions:
+            for what in event.pools:
+                self._out.append(instructions.UnlinkPool(what.segment))
+            return
+        for what in event.pools:
+            pool = Pool.handed(what)
+            model.old.append(pool)
+            self._pools[pool.segment] = (model, pool)
+        warmth.adopt(model)
+        self._sweep(model)
 
     # -- fetch and ack -------------------------------------------------------------------------------------------------
 
@@ -423,7 +442,7 @@ class Core(Holdings):
         """Begin a new generation of ``pool`` in ``size`` bytes, as near as that is possible."""
         if pool.next is None:
             layout = resized(model.manifest, pool.layers, size)
-            pool.next = self._new_pool(pool.generation + 1, pool.layers, layout)
+            pool.next = self._new_pool(model.key, pool.generation + 1, pool.layers, layout)
             pool.next.fresh = fresh
             self._pools[pool.next.segment] = (model, pool.next)
 
@@ -437,15 +456,18 @@ class Core(Holdings):
         old.next, old.superseded = None, True
         ahead.forget_pool(model, old)
         new.quota = old.quota if old.outdated else None
-        wished = () if new.fresh else [block for block in old.wish if block not in old.carried]
+        handed = [source for source in old.sources if source.generation == HANDED]
+        wished = [] if new.fresh else [b for b in old.wish if b not in old.carried or any(b in h.where for h in handed)]
         slots.forget_wishes(model, old)
         stay = slots.hand_over(model, old, new)
         new.carried.update(stay)
         new.wish.extend(reversed(stay))  # the most valuable first
-        new.wish.extend(block for block in wished if block not in new.carried)
+        if old.quota is not None and old.generation == 1:  # it began smaller than it was to become
+            wished += warmth.recalled(model, new)
+        new.wish.extend(block for block in dict.fromkeys(wished) if block not in new.carried)
         if new.holds_all:
             new.wish.extend(block for block in new.blocks if block not in new.carried)
-        new.source = old
+        new.sources = [old, *handed]
         for session in model.sessions.values():
             if not session.silent or session.waiting is not None:  # whoever is refused has to know where to go
                 self._offer(model, session)
@@ -493,13 +515,13 @@ class Core(Holdings):
     def _sweep(self, model: Model) -> None:
         """Give back the older generations that nobody holds, reads into or copies from any more."""
         for old in list(model.old):
-            wanted = any(pool.source is old and pool.carried for pool in model.pools)
+            wanted = any(old in pool.sources and _copies_from(pool, old) for pool in model.pools)
             if not (old.holders or old.filling or old.copies_from or wanted or old.queue):
                 model.old.remove(old)
                 del self._pools[old.segment]
                 for pool in (*model.pools, *model.old):
-                    if pool.source is old:
-                        pool.source = None
+                    if old in pool.sources:
+                        pool.sources.remove(old)
                 self._out.append(instructions.UnlinkPool(old.segment))
                 self._memory_changed = True
 
@@ -539,7 +561,11 @@ class Core(Holdings):
 
     def _read_done(self, event: events.ReadDone) -> None:
         model, pool = self._pools[event.segment]
-        model.copied += pool.slots[event.slot].source is not None
+        source = pool.slots[event.slot].source
+        if source is not None and source.generation == HANDED and model.recalled is not None:
+            model.recalled.adopted += 1
+        elif source is not None:
+            model.copied += 1
         block = slots.arrived(model, pool, event.slot)
         model.counts[block[0]].bytes_read += event.size
         self._out.append(instructions.Publish(pool.segment, pool.row(block[0]), block[1], event.slot))
@@ -582,3 +608,10 @@ class Core(Holdings):
         fetches.leave_queue(pool, waiting)
         wanted, sequence = self._to_announce(model), waiting.fetch.sequence
         self._out.append(instructions.Answer(session.number, sequence, model.version, session.answer, wanted))
+
+
+def _copies_from(pool: Pool, source: Pool) -> bool:
+    """Whether ``pool`` still wants a block of ``source``, for which that is kept."""
+    if source.generation == HANDED:
+        return any(block in source.where for block in pool.wish)
+    return bool(pool.carried)

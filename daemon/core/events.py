@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from expertd.daemon.policy import Statistics
 from expertd.protocol.errors import ExpertdError
+from expertd.protocol.layout import PoolLayout
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AliasMode
 
@@ -148,6 +153,40 @@ class Warm:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """``model`` (a key), which has just come, was here before: what was worth keeping then, the most valuable first.
+
+    ``statistics`` are the policy's, if it is of the same class; ``recorded_at`` is in seconds since 1970, 0 if all this
+    is a profile's.  ``chances``: where there are no statistics, how likely a token is to use each block, as far as a
+    profile tells: ``[layers, experts]``.
+    """
+
+    model: str
+    blocks: tuple[tuple[int, int], ...]
+    statistics: Statistics
+    recorded_at: float
+    chances: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A pool of an earlier daemon, checked and mapped: ``where`` is the slot of each block that its table names."""
+
+    segment: int
+    layers: tuple[int, ...]
+    layout: PoolLayout
+    where: dict[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class HandedBack:
+    """A session of ``model`` (a key), which has just come, still had these of a daemon that has died."""
+
+    model: str
+    pools: tuple[Handed, ...]
+
+
+@dataclass(frozen=True)
 class Pin:
     """Somebody wants ``blocks`` of ``model`` (a key) to stay (``pinned``), or does not any more (none: all of them)."""
 
@@ -191,5 +230,5 @@ class Ended:
 
 Event = (
     Attach | PoolCreated | PoolFailed | Fetch | Ahead | Ack | Routed | Released | Silent | Heard | BudgetChanged
-    | MemoryWanted | Unwanted | Warm | Pin | ReadDone | ReadFailed | ReadCancelled | Ended
+    | MemoryWanted | Unwanted | Warm | Recall | HandedBack | Pin | ReadDone | ReadFailed | ReadCancelled | Ended
 )  # fmt: skip

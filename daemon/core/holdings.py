@@ -99,7 +99,7 @@ class Holdings:
         plans = plan_pools(manifest, should_have // copies)
         pools = []
         for plan, layout in beginning(manifest, plans, (self.budget - self.used) // copies):
-            pools.append(self._new_pool(1, plan.layers, layout))
+            pools.append(self._new_pool(manifest.key, 1, plan.layers, layout))
             pools[-1].quota = plan.layout.size if layout.slots < plan.layout.slots else None
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
         layers = manifest.layers
@@ -111,9 +111,13 @@ class Holdings:
             self._pools[pool.segment] = (model, pool)
         return model
 
-    def _new_pool(self, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
-        segment = next(self._segments)
-        self._out.append(instructions.CreatePool(segment, generation, layout))
+    def number_segment(self) -> int:
+        """A number for one more segment."""
+        return next(self._segments)
+
+    def _new_pool(self, model: str, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
+        segment = self.number_segment()
+        self._out.append(instructions.CreatePool(segment, generation, layout, model, layers))
         return Pool(segment, generation, layers, layout)
 
     def _idle(self) -> list[Model]:

@@ -23,11 +23,13 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True)
 class CreatePool:
-    """Create a segment of ``layout``; answered by PoolCreated or PoolFailed."""
+    """Create a segment of ``layout``, for ``layers`` of ``model`` (a key); answered by PoolCreated or PoolFailed."""
 
     segment: int
     generation: int
     layout: PoolLayout
+    model: str
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def evict(
 
 
 def bring(model: Model, pool: Pool, block: Block, out: Out, priority: Priority) -> None:
-    """Begin to fill a free slot with ``block``: from the generation before if it is there, else from disk."""
+    """Begin to fill a free slot with ``block``: from one of the pool's sources if it is there, else from disk."""
     slot = pool.take(block)
     slot.block = block
     slot.move(SlotState.FILLING)
@@ -127,11 +127,13 @@ def bring(model: Model, pool: Pool, block: Block, out: Out, priority: Priority) 
         pool.going_ahead.add(block)
     elif priority is Priority.BACKGROUND:
         pool.background.add(block)
-    source_slot = None if pool.source is None else pool.source.sealed_slot(block)
-    if pool.source is not None and source_slot is not None:
-        slot.source = pool.source
-        pool.source.copies_from += 1
-        out.append(instructions.StartCopy(pool.source.segment, source_slot, pool.segment, slot.number))
+    for source in pool.sources:
+        source_slot = source.sealed_slot(block)
+        if source_slot is not None:
+            slot.source = source
+            source.copies_from += 1
+            out.append(instructions.StartCopy(source.segment, source_slot, pool.segment, slot.number))
+            break
     else:
         out.append(instructions.StartRead(model.key, pool.segment, slot.number, block[0], block[1], priority))
 
@@ -193,6 +195,8 @@ def arrived(model: Model, pool: Pool, number: int) -> Block:
     _no_longer_filling(model, pool, number)
     if not (slot.carried or pool.superseded):
         model.policy.admitted(block)
+    if model.recalled is not None and block in model.recalled:
+        model.recalled.back.add(block)
     slot.carried = False
     return block
 

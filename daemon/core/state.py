@@ -75,9 +75,13 @@ class Waiting:
     missing: set[Block] = field(default_factory=set)
 
 
+HANDED = 0
+"""In the place of a generation, for a pool of an earlier daemon: nothing is looked up there, only copied from."""
+
+
 @dataclass
 class Pool:
-    """One generation of one pool.
+    """One generation of one pool; those that were handed back have the number HANDED.
 
     Attributes:
         layers: the model's MoE layers that share it, in forward order.
@@ -94,8 +98,9 @@ class Pool:
         read_ahead: those that were begun because of that, and are still expected.
         going_ahead: blocks whose reads ahead are on their way, and that nobody waits for.
         late: those of them whose event has passed without them, with the gate of the announcement.
-        carried: blocks of the generation before that the policy knows as resident and that are not here yet.
-        source: the generation before, as long as its blocks can be copied.
+        carried: blocks of ``sources`` that the policy knows as resident and that are not here yet.
+        sources: the generation before, and pools that sessions handed back of a daemon that has died, as long as their
+            blocks can be copied.
         next: the generation after, while its memory is being created.
         quota: bytes that it should have in the place of what it has: pools, or models, give each other some.
         fresh: nothing of the generation before is copied: there is no memory or time for that.
@@ -123,7 +128,7 @@ class Pool:
     going_ahead: set[Block] = field(default_factory=set)
     late: dict[Block, Gate] = field(default_factory=dict)
     carried: set[Block] = field(default_factory=set)
-    source: Pool | None = None
+    sources: list[Pool] = field(default_factory=list)
     next: Pool | None = None
     superseded: bool = False
     quota: int | None = None
@@ -145,6 +150,17 @@ class Pool:
     def complete(self) -> bool:
         """Whether every block is resident (only such a generation is immutable)."""
         return self.holds_all and self.sealed == self.layout.layers * self.layout.experts
+
+    @classmethod
+    def handed(cls, what: events.Handed) -> Pool:
+        """One of an earlier daemon; every block that its table named is sealed."""
+        pool = cls(what.segment, HANDED, what.layers, what.layout, created=True, superseded=True)
+        for block, number in what.where.items():
+            slot = pool.slots[number]
+            slot.block, slot.state = block, SlotState.SEALED
+            pool.where[block] = number
+        pool.sealed = len(what.where)
+        return pool
 
     @property
     def info(self) -> PoolInfo:
@@ -276,13 +292,38 @@ class LayerCounts:
 
 
 @dataclass
+class Recalled:
+    """What an earlier daemon, or a profile, has left of a model.
+
+    Attributes:
+        blocks: those that should be brought in again, in this order.
+        recorded_at: when they were recorded, in seconds since 1970; 0: they are a profile's alone.
+        back: those of them that have come since.
+        adopted: blocks that were copied from what sessions still held of the daemon before.
+        told: the log has been told what came of it.
+    """
+
+    blocks: tuple[Block, ...]
+    recorded_at: float
+    back: set[Block] = field(default_factory=set)
+    adopted: int = 0
+    told: bool = False
+
+    def __post_init__(self) -> None:
+        self._named = frozenset(self.blocks)
+
+    def __contains__(self, block: Block) -> bool:
+        return block in self._named
+
+
+@dataclass
 class Model:
     """One version of one checkpoint, with all that is resident of it.
 
     ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from; ``counts`` has
-    an entry for each layer; ``pinned`` are blocks that somebody wants to stay; ``unwanted``: somebody wants its memory
-    back; ``moves`` and ``copied`` tell how often a pool went on in another generation, and how many blocks were copied
-    for that.
+    an entry for each layer; ``pinned`` are blocks that somebody wants to stay; ``recalled``: what an earlier daemon has
+    left of it; ``unwanted``: somebody wants its memory back; ``moves`` and ``copied`` tell how often a pool went on in
+    another generation, and how many blocks were copied for that.
     """
 
     key: str
@@ -296,6 +337,7 @@ class Model:
     opening: list[events.Attach] = field(default_factory=list)
     used_at: int = 0
     pinned: set[Block] = field(default_factory=set)
+    recalled: Recalled | None = None
     unwanted: bool = False
     moves: int = 0
     copied: int = 0

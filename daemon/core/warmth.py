@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from expertd.daemon.core.state import Model
+from expertd.daemon.core import events
+from expertd.daemon.core.state import HANDED, Model, Pool, Recalled
 from expertd.daemon.policy import Block
 
 PINNED = 2
@@ -59,6 +60,56 @@ def pin(model: Model, blocks: Sequence[Block], pinned: bool) -> None:
         wish(model, blocks)
     else:
         model.pinned.difference_update(blocks or list(model.pinned))
+
+
+def recall(model: Model, event: events.Recall) -> None:
+    """Wish for what an earlier daemon held of ``model``, which is new here, and go on from what its policy knew.
+
+    Blocks that it does not have are passed over.  Where there is no room for all, the first are brought in.
+    """
+    sizes = [layer.experts for layer in model.manifest.layers]
+    blocks = [
+        (layer, expert)
+        for layer, expert in dict.fromkeys(event.blocks)
+        if 0 <= layer < len(sizes) and 0 <= expert < sizes[layer]
+    ]
+    if not model.policy.take_over(event.statistics) and event.chances is not None:
+        model.policy.expect(event.chances)
+    model.recalled = Recalled(tuple(blocks), event.recorded_at)
+    if blocks:
+        wish(model, blocks)
+
+
+def adopt(model: Model) -> None:
+    """Have what is in the pools that were handed back copied before all else; ``model`` is new here.
+
+    Where there is no room for all, what the policy thinks the most of comes, and with it goes what it knew.
+    """
+    handed = [pool for pool in model.old if pool.generation == HANDED]
+    there = dict.fromkeys(block for pool in handed for block in pool.where)
+    for block in there:
+        model.policy.admitted(block)
+    ranked = model.policy.ranked()
+    stay: list[Block] = []
+    for pool in model.pools:
+        here = [block for block in ranked if block[0] in pool.layers]
+        for block in here[pool.layout.slots :]:
+            model.policy.removed(block)
+        first = here[: pool.layout.slots]
+        stay += first
+        pool.sources = list(handed)
+        pool.carried.update(first)
+        others = [block for block in pool.wish if block not in pool.carried]
+        pool.wish.clear()
+        pool.wish.extend((*first, *others))
+    left = model.recalled
+    named = () if left is None else left.blocks
+    model.recalled = Recalled(tuple(dict.fromkeys((*stay, *named))), 0.0 if left is None else left.recorded_at)
+
+
+def recalled(model: Model, pool: Pool) -> list[Block]:
+    """What an earlier daemon held in the layers of ``pool``, in its order."""
+    return [] if model.recalled is None else [block for block in model.recalled.blocks if block[0] in pool.layers]
 
 
 def _by_use(model: Model) -> list[Block]:

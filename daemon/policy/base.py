@@ -6,11 +6,18 @@ victims; it decides nothing else: it does not know slots, leases or reads.  Budg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from numpy.typing import NDArray
 
 Block = tuple[int, int]
 """A block: (layer, expert)."""
+
+Statistics = Mapping[str, NDArray[Any]]
+"""What a policy knows of a model's use, by names of its own."""
 
 
 class Policy(Protocol):
@@ -53,9 +60,52 @@ class Policy(Protocol):
         """
         ...
 
+    def ranked(self) -> list[Block]:
+        """All resident blocks, the most worth keeping first: ``victims`` of all layers in the opposite order."""
+        ...
+
+    def statistics(self) -> Statistics:
+        """What another object of this class would have to know to choose as this one: copies, of a few bytes a block.
+
+        It is kept for a daemon that comes after this one.  What takes more room to keep than it is worth is left out.
+        """
+        ...
+
+    def take_over(self, statistics: Statistics) -> bool:
+        """Go on from what an earlier object knew.  Called before anything else, if at all.
+
+        The caller guarantees nothing about ``statistics``: they may be those of another class, or damaged.  MUST leave
+        everything as it was and return False if they make no sense for this model.
+        """
+        ...
+
+    def expect(self, chances: NDArray[np.float32]) -> bool:
+        """Begin with what a profile tells: how likely a token is to use each block, ``[layers, experts]``.
+
+        Called before anything else, if at all; what then is observed counts more and more.  MUST leave everything as it
+        was and return False if this makes no sense, or the policy has no use for it.
+        """
+        ...
+
 
 PolicyFactory = Callable[[int, int, int], Policy]
 """Makes a policy for a model of so many MoE layers, experts in each, of which a token uses so many.
 
 Where layers differ, these are the largest numbers.
 """
+
+
+def usable(chances: NDArray[Any], layers: int, experts: int) -> bool:
+    """Whether ``chances`` are some of a model of that shape."""
+    return chances.shape == (layers, experts) and bool(((chances >= 0) & (chances <= experts)).all())
+
+
+def array_of(
+    statistics: Statistics, name: str, dtype: npt.DTypeLike, shape: Sequence[int | None]
+) -> NDArray[Any] | None:
+    """An array of ``statistics`` if it is of that type and shape (None: any length) and finite, else None."""
+    found = statistics.get(name)
+    if found is None or found.dtype != np.dtype(dtype) or found.ndim != len(shape):
+        return None
+    fits = all(wanted in (None, size) for wanted, size in zip(shape, found.shape, strict=True))
+    return found if fits and bool(np.isfinite(found).all()) else None

@@ -22,7 +22,7 @@ from math import exp, inf, log
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd.daemon.policy.base import Block
+from expertd.daemon.policy.base import Block, Statistics, array_of, usable
 from expertd.daemon.policy.follows import NOTHING, Follows, Used
 from expertd.daemon.policy.rates import Rates
 
@@ -36,6 +36,8 @@ BATCH = 4
 GENERATING = 8
 """The forecasts of so many sessions are mixed at most."""
 NEVER = 1e18
+UNBELIEVABLE = 60.0
+"""The logarithm of a time that no forecast reaches."""
 IDLE_SWEEPS = 64
 """A layer is idle if it has not run for so many sweeps through the model of each session."""
 
@@ -189,6 +191,41 @@ class Forecast:
         here = self._layers[layer]
         until = here.ran + exp(FOLLOWS_WEIGHT * here.forecast.item(expert)) - self._events
         return 1 / max(len(self._layers), until)  # at most once a token
+
+    def ranked(self) -> list[Block]:
+        forecasts = np.array([here.forecast + here.absent for here in self._layers], np.float64)
+        ran = np.array([here.ran for here in self._layers])
+        due = ran[:, None] + np.exp(FOLLOWS_WEIGHT * forecasts)
+        due[np.isneginf(forecasts)] = -inf
+        latest_first = np.argsort(-due, axis=None, kind="stable")[: np.count_nonzero(due > -inf)]
+        return [divmod(block, self._experts) for block in latest_first[::-1].tolist()]
+
+    def statistics(self) -> Statistics:
+        """Rates, and the forecasts as they stand.  What follows what is left out: it is large, and soon learned."""
+        rates, tokens = self._rates.statistics()
+        ran = [here.ran if here.ran == NEVER else here.ran - self._events for here in self._layers]
+        until = np.array([here.forecast for here in self._layers])
+        return {"rates": rates, "tokens": tokens, "until": until, "ran": np.array(ran, np.float64)}
+
+    def take_over(self, statistics: Statistics) -> bool:
+        layers = len(self._layers)
+        until = array_of(statistics, "until", np.float32, (layers, self._experts))
+        ran = array_of(statistics, "ran", np.float64, (layers,))
+        if until is None or ran is None or (abs(until) > UNBELIEVABLE).any() or ((ran > 0) & (ran != NEVER)).any():
+            return False
+        if not self._rates.take_over(statistics):
+            return False
+        for number, here in enumerate(self._layers):
+            here.ran = ran.item(number)
+            here.forecast[:] = until[number]
+        return True
+
+    def expect(self, chances: NDArray[np.float32]) -> bool:
+        if not usable(chances, len(self._layers), self._experts):
+            return False
+        for here, rated, steady in zip(self._layers, self._rates.expect(chances), self._rates.steady, strict=True):
+            here.forecast[:] = rated - np.log(steady * np.float32(self._follows.width))
+        return True
 
     def _look_up(self, layer: int) -> float:
         """Find the latest block of ``layer``, and return when it is due, -inf if there is none."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from expertd.daemon.policy.base import Block
+import numpy as np
+from numpy.typing import NDArray
+
+from expertd.daemon.policy.base import Block, Statistics, array_of
 
 
 class LRU:
@@ -14,6 +17,7 @@ class LRU:
     """
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        self._shape = layers, experts
         self._resident: set[Block] = set()
         self._order: dict[Block, None] = {}  # the longest unused first; with blocks that were used and are absent
 
@@ -47,3 +51,20 @@ class LRU:
     def chance(self, block: Block) -> float:
         """It knows an order, and no chances."""
         return 0.0
+
+    def ranked(self) -> list[Block]:
+        return [block for block in reversed(self._order) if block in self._resident]
+
+    def statistics(self) -> Statistics:
+        return {"order": np.array(list(self._order), np.int32).reshape(-1, 2)}
+
+    def expect(self, chances: NDArray[np.float32]) -> bool:
+        """It knows an order, and no chances."""
+        return False
+
+    def take_over(self, statistics: Statistics) -> bool:
+        order = array_of(statistics, "order", np.int32, (None, 2))
+        if order is None or (order < 0).any() or (order >= self._shape).any():
+            return False
+        self._order = dict.fromkeys((layer, expert) for layer, expert in order.tolist())
+        return True

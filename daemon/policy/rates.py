@@ -11,9 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from expertd.daemon.policy.base import Statistics, array_of
+
 HALF_LIVES = (3.0, 23.0)
 """Of the rates, in tokens; one more rate has a growing half-life, up to that of STEADY tokens."""
 STEADY = 2000
+PROFILE = 16
+"""What a profile tells counts as so many tokens; the figure matters little (docs/decisions.md)."""
 FLOOR = 0.02
 """Added to rates, so that what never happened can happen."""
 
@@ -87,6 +91,34 @@ class Rates:
         if layer in self._pending:
             rates[:, self._pending[layer]] += self._share[:, layer, None]
         return rates
+
+    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+        """The rates ``[R, L, E]``, and of how many tokens of each layer they are."""
+        self.settle()
+        return self._values.copy(), self._tokens.copy()
+
+    def expect(self, chances: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Begin as after PROFILE tokens that used blocks with these ``chances``, ``[L, E]``; returns what ``use`` does.
+
+        Of all layers: ``[L, E]``.
+        """
+        self._values[:] = chances + np.float32(FLOOR)
+        self._tokens[:] = PROFILE
+        self._share[:] = self._shares.take(self._tokens, 1, mode="clip")
+        self._look_ahead(slice(None))
+        return self._weighted(self._values)
+
+    def take_over(self, statistics: Statistics) -> bool:
+        """Go on from such ``rates`` and ``tokens``; False, and nothing is done, if they are none of this model."""
+        rates = array_of(statistics, "rates", np.float32, self._values.shape)
+        tokens = array_of(statistics, "tokens", np.intp, self._tokens.shape)
+        if rates is None or tokens is None or (rates <= 0).any() or (tokens < 0).any():
+            return False
+        self._values[:] = rates
+        self._tokens[:] = tokens
+        self._share[:] = self._shares.take(self._tokens, 1, mode="clip")
+        self._look_ahead(slice(None))
+        return True
 
     def _add(self, layers: NDArray[np.intp], experts: NDArray[np.intp], weight: float) -> None:
         """An event of each of some layers: ``layers[i]`` used ``experts[i]``."""

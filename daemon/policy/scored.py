@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd.daemon.policy.base import Block
+from expertd.daemon.policy.base import Block, Statistics, array_of
 
 Floats = NDArray[np.floating[Any]]
+
+
+UNBELIEVABLE = 1e12
+"""More than any count of uses or tokens."""
 
 
 class Scored:
@@ -58,6 +62,31 @@ class Scored:
         """It knows an order, and no chances."""
         return 0.0
 
+    def ranked(self) -> list[Block]:
+        worst_first = np.argsort(np.where(self._resident, -self.scores(), np.inf), axis=None, kind="stable")
+        resident = worst_first[: np.count_nonzero(self._resident)][::-1]
+        return [divmod(block, self._resident.shape[1]) for block in resident.tolist()]
+
+    def statistics(self) -> Statistics:
+        return {name: value.copy() for name, value in self._known.items()}
+
+    def take_over(self, statistics: Statistics) -> bool:
+        found = {name: array_of(statistics, name, own.dtype, own.shape) for name, own in self._known.items()}
+        if any(value is None or ((value < 0) | (value > UNBELIEVABLE)).any() for value in found.values()):
+            return False
+        for name, value in found.items():
+            self._known[name][:] = value
+        return True
+
+    def expect(self, chances: NDArray[np.float32]) -> bool:
+        """What was proposed elsewhere begins with nothing."""
+        return False
+
+    @property
+    def _known(self) -> dict[str, NDArray[Any]]:
+        """The arrays that its scores are made of."""
+        raise NotImplementedError
+
     def use(self, layer: int, experts: list[int]) -> None:
         """One event."""
         raise NotImplementedError
@@ -80,6 +109,10 @@ class LFU(Scored):
     def scores(self) -> Floats:
         return -self._uses
 
+    @property
+    def _known(self) -> dict[str, NDArray[Any]]:
+        return {"uses": self._uses}
+
 
 class LCP(LFU):
     """Least ``frequency * 0.25^(age / 128)``, age in tokens: the least critical priority of mlx-based peers."""
@@ -96,6 +129,18 @@ class LCP(LFU):
 
     def scores(self) -> Floats:
         return np.asarray(-self._uses * 0.25 ** ((self._tokens - self._last) / 128))
+
+    @property
+    def _known(self) -> dict[str, NDArray[Any]]:
+        return {**super()._known, "tokens": self._tokens, "last": self._last}
+
+    def take_over(self, statistics: Statistics) -> bool:
+        tokens, last = (statistics.get(name) for name in ("tokens", "last"))
+        shapes = [None if array is None else array.shape for array in (tokens, last)]
+        if tokens is None or last is None or shapes != [self._tokens.shape, self._last.shape]:
+            return False
+        # What was used in the future would have a weight beyond all bounds.
+        return not (last > tokens).any() and super().take_over(statistics)
 
 
 class EWMA(Scored):
@@ -123,3 +168,7 @@ class EWMA(Scored):
 
     def scores(self) -> Floats:
         return np.asarray(1 / (self._rates + 1e-4) + self._phase[self._layer][:, None])
+
+    @property
+    def _known(self) -> dict[str, NDArray[Any]]:
+        return {"rates": self._rates}

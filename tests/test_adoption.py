@@ -1,0 +1,267 @@
+"""A daemon that comes after one that died: what it takes of the pools that sessions hand back, and how it copies.
+
+With real processes: ``test_warm_restart``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+import numpy as np
+import pytest
+
+from expertd.daemon.core import Core, events
+from expertd.daemon.core.events import Ended, Handed, HandedBack, PoolCreated, ReadDone, Recall
+from expertd.daemon.core.instructions import CreatePool, Grant, StartCopy, StartRead, UnlinkPool
+from expertd.daemon.core.slots import BACKGROUND_READS
+from expertd.daemon.core.state import Model
+from expertd.daemon.policy import Block
+from expertd.daemon.pools import SharedPool, create_pool, handed_pool
+from expertd.protocol.layout import PAGE, pool_layout
+from expertd.protocol.messages import PoolInfo
+from expertd.protocol.paths import Home
+from expertd.protocol.segments import segment_name
+from tests.test_core import TWO_PAGES, Daemon, manifest, of, part
+from tests.test_core_warmth import resident
+
+WIDE = manifest(experts=16)
+SLOTS = 8
+THERE: dict[Block, int] = {(0, 3): 5, (1, 0): 0, (1, 9): 7, (0, 15): 2}
+
+
+# -- what is taken -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def old_pool(home: Home, model: str = WIDE.key) -> Iterator[tuple[PoolInfo, SharedPool]]:
+    """A pool as the daemon before has left it."""
+    layout = pool_layout(2, 16, WIDE.layers[0].parts, SLOTS)
+    pool = create_pool(segment_name(home.root), layout, 3, model, (0, 1))
+    for (layer, expert), slot in THERE.items():
+        pool.table[layer, expert] = slot
+        pool.rows(slot)[0][:] = bytes([16 * layer + expert]) * PAGE
+    info = PoolInfo(segment=99, generation=3, layers=[0, 1], slots=SLOTS, complete=False, nonce=pool.nonce)
+    try:
+        yield info, pool
+    finally:
+        pool.close()
+
+
+def take(info: PoolInfo, pool: SharedPool, size: int | None = None) -> SharedPool | str:
+    return handed_pool(WIDE, info, pool.layout.size if size is None else size, os.dup(pool.segment.readonly))
+
+
+def test_a_pool_that_is_what_it_says_is_taken_with_its_blocks(home: Home) -> None:
+    with old_pool(home) as (info, pool):
+        taken = take(info, pool)
+        assert isinstance(taken, SharedPool)
+        assert {(row, expert) for row, expert in taken.resident} == THERE.keys()
+        for (layer, expert), slot in THERE.items():
+            assert taken.table[layer, expert] == slot
+            assert bytes(taken.rows(slot)[0]) == bytes([16 * layer + expert]) * PAGE
+            assert taken.rows(slot)[0].readonly
+        taken.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"nonce": bytes(16)}, "its header is not that of such a pool"),
+        ({"generation": 2}, "its header is not that of such a pool"),
+        ({"layers": [1, 0]}, "its header is not that of such a pool"),
+        ({"layers": [0]}, "its header is not that of such a pool"),
+        ({"layers": []}, "it names layers that the model, which has 2, does not have"),
+        ({"layers": [0, 0]}, "it names layers that the model"),
+        ({"layers": [0, 2]}, "it names layers that the model"),
+        ({"slots": SLOTS - 1}, "its segment has"),
+        ({"slots": 0}, "it says to have 0 slots"),
+        ({"slots": 33}, "it says to have 33 slots"),
+    ],
+)
+def test_a_pool_that_is_not_what_it_says_is_left_alone(home: Home, changes: dict[str, object], why: str) -> None:
+    with old_pool(home) as (info, pool):
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0  # noqa: PTH208, PTH112
+        found = take(msgspec.structs.replace(info, **changes), pool)
+        assert isinstance(found, str) and found.startswith(why)
+        if before:
+            assert len(os.listdir("/proc/self/fd")) == before, "a descriptor was left"  # noqa: PTH208
+
+
+def test_a_pool_of_another_model_is_left_alone(home: Home) -> None:
+    with old_pool(home, model="0123456789abcdef") as (info, pool):
+        assert take(info, pool) == "its header is not that of such a pool"
+
+
+def test_layers_of_different_shapes_are_no_pool(home: Home) -> None:
+    mixed = manifest(experts=16, shapes=((PAGE,), TWO_PAGES))
+    with old_pool(home, model=mixed.key) as (info, pool):
+        found = handed_pool(mixed, info, pool.layout.size, os.dup(pool.segment.readonly))
+        assert found == "its layers have blocks of different shapes"
+
+
+@pytest.mark.parametrize("spoilt", [{(0, 0): SLOTS}, {(0, 0): -2}, {(0, 0): 5}])
+def test_a_table_that_makes_no_sense_is_left_alone(home: Home, spoilt: dict[Block, int]) -> None:
+    with old_pool(home) as (info, pool):
+        for block, slot in spoilt.items():
+            pool.table[block] = slot
+        assert take(info, pool) == "its table names slots that there are not, or one of them twice"
+
+
+def test_a_segment_that_is_shorter_than_it_says_is_left_alone(home: Home) -> None:
+    with old_pool(home) as (info, pool), open(os.memfd_create("short"), "wb") as short:  # noqa: PTH123
+        short.write(b"short")
+        short.flush()
+        found = handed_pool(WIDE, info, pool.layout.size, os.dup(short.fileno()))
+        assert isinstance(found, str) and "5 bytes where" in found
+
+
+# -- how it is copied --------------------------------------------------------------------------------------------------
+
+
+def come(
+    slots: int, where: dict[Block, int] = THERE, recall: Recall | None = None, layers: tuple[int, ...] = (0, 1)
+) -> tuple[Daemon, Model, list[StartCopy]]:
+    """A model comes to a core of so many slots, with one pool of an earlier daemon; what is copied first."""
+    daemon = Daemon(slots)
+    created = of(CreatePool, daemon.ask(1, WIDE))
+    if recall is not None:
+        daemon.feed(recall)
+    layout = pool_layout(len(layers), 16, WIDE.layers[0].parts, max(where.values()) + 1)
+    handed = Handed(daemon.core.number_segment(), layers, layout, where)
+    daemon.feed(HandedBack(WIDE.key, (handed,)))
+    out = [each for create in created for each in daemon.feed(PoolCreated(create.segment))]
+    assert len(of(Grant, out)) == 1
+    (model,) = daemon.core.models.values()
+    return daemon, model, of(StartCopy, out)
+
+
+def copy_all(daemon: Daemon, copies: list[StartCopy]) -> list[StartCopy]:
+    """Have all copies arrive, and those that begin meanwhile; returns them all."""
+    done = []
+    while copies:
+        copy = copies.pop(0)
+        done.append(copy)
+        copies += of(StartCopy, daemon.feed(ReadDone(copy.segment, copy.slot, 0)))
+    return done
+
+
+def test_every_block_is_copied_and_none_is_read() -> None:
+    daemon, model, copies = come(SLOTS)
+    assert len(copies) == BACKGROUND_READS
+    done = copy_all(daemon, copies)
+    assert sorted(copy.source_slot for copy in done) == sorted(THERE.values())
+    assert resident(model) == THERE.keys()
+    assert (model.bytes_read, model.misses, model.copied) == (0, 0, 0)
+    assert model.recalled is not None
+    assert (model.recalled.adopted, len(model.recalled.back), len(model.recalled.blocks)) == (4, 4, 4)
+    assert of(StartRead, daemon.said) == []
+
+
+def test_the_old_segment_is_given_back_when_all_is_copied() -> None:
+    daemon, model, copies = come(SLOTS)
+    (old,) = model.old
+    assert daemon.core.used == model.size + old.layout.size
+    copy_all(daemon, copies)
+    assert of(UnlinkPool, daemon.said) == [UnlinkPool(old.segment)]
+    assert model.old == []
+    assert daemon.core.used == model.size
+
+
+def test_a_fetch_meanwhile_is_served_from_it_without_a_read() -> None:
+    daemon, model, copies = come(SLOTS)
+    waiting = [block for block in THERE if block not in {b for pool in model.pools for b in pool.where}]
+    layer, expert = waiting[-1]
+    out = daemon.fetch(1, 1, layer, expert)
+    assert of(StartRead, out) == []
+    copy_all(daemon, copies + of(StartCopy, out))
+    assert resident(model) == THERE.keys()
+
+
+def test_what_it_lacks_is_read() -> None:
+    daemon, model, copies = come(SLOTS)
+    out = daemon.fetch(1, 1, 0, 7)
+    assert [(read.layer, read.expert) for read in of(StartRead, out)] == [(0, 7)]
+    daemon.finish()
+    copy_all(daemon, copies)
+    assert resident(model) == {*THERE, (0, 7)}
+
+
+def test_with_fewer_slots_what_the_record_puts_first_is_copied() -> None:
+    known = Daemon(SLOTS)
+    known.attach(1, WIDE)
+    for sequence in range(1, 9):
+        known.get(1, sequence, 1, 0, 9)
+    (before,) = known.core.models.values()
+    recall = Recall(WIDE.key, ((1, 0), (1, 9)), before.policy.statistics(), 5.0)
+    daemon, model, copies = come(2, recall=recall)
+    copy_all(daemon, copies)
+    assert resident(model) == {(1, 0), (1, 9)}
+    assert model.recalled is not None and model.recalled.recorded_at == 5.0
+
+
+def test_what_is_recorded_and_was_not_handed_back_is_read_behind_it() -> None:
+    daemon, model, copies = come(SLOTS, recall=Recall(WIDE.key, ((0, 1), (0, 3), (0, 2)), {}, 5.0))
+    copy_all(daemon, copies)
+    daemon.finish()
+    assert resident(model) == {*THERE, (0, 1), (0, 2)}
+    assert [(read.layer, read.expert) for read in of(StartRead, daemon.said)] == [(0, 1), (0, 2)]
+    assert model.old == []
+
+
+def test_a_pool_that_holds_all_takes_every_block_to_its_natural_place() -> None:
+    where = {(layer, expert): 16 * layer + expert for layer in (0, 1) for expert in range(16)}
+    del where[1, 4]
+    daemon, model, copies = come(32, where)
+    done = copy_all(daemon, copies)
+    assert len(done) == 31
+    assert all(copy.slot == copy.source_slot for copy in done)
+    daemon.finish()
+    assert model.pools[0].complete
+    assert [(read.layer, read.expert) for read in of(StartRead, daemon.said)] == [(1, 4)]
+
+
+def test_a_model_that_is_here_already_needs_nothing() -> None:
+    daemon = Daemon(SLOTS)
+    daemon.attach(1, WIDE)
+    handed = Handed(77, (0, 1), pool_layout(2, 16, WIDE.layers[0].parts, SLOTS), THERE)
+    assert daemon.feed(HandedBack(WIDE.key, (handed,))) == [UnlinkPool(77)]
+    assert daemon.feed(HandedBack("unknown", (handed,))) == [UnlinkPool(77)]
+
+
+def test_a_session_that_ends_at_once_leaves_nothing_behind() -> None:
+    daemon, model, copies = come(SLOTS)
+    daemon.feed(Ended(1))
+    copy_all(daemon, copies)
+    assert model.old == []
+    assert resident(model) == THERE.keys()
+    daemon.feed(events.Unwanted(model.key))
+    assert daemon.core.used == 0
+
+
+def test_a_model_that_moves_meanwhile_keeps_what_it_has() -> None:
+    """Its budget shrinks in the middle: what is left to copy is still copied, as far as there is room."""
+    where = {(layer, expert): 4 * layer + expert for layer in (0, 1) for expert in range(4)}
+    daemon, model, copies = come(SLOTS, where)
+    out = daemon.feed(events.BudgetChanged(7 * PAGE))
+    creates = of(CreatePool, out)
+    assert len(creates) == 1
+    copies += of(StartCopy, daemon.feed(PoolCreated(creates[0].segment)))
+    copy_all(daemon, copies)
+    daemon.finish()
+    assert len(resident(model)) == 6 <= len(where)
+    daemon.feed(events.Released(1, 1))
+    assert model.bytes_read == 0
+
+
+def test_numbers_of_segments_are_never_given_twice() -> None:
+    core = Core(PAGE * 100)
+    assert len({core.number_segment() for _ in range(50)}) == 50
+
+
+def test_a_pool_writes_down_what_it_is_for(home: Home) -> None:
+    with old_pool(home) as (_, pool):
+        assert np.frombuffer(pool.segment.mapping, np.uint8, 16, 40).tobytes() == WIDE.key.encode()
+    assert part((PAGE,)).block_bytes == PAGE
