@@ -839,7 +839,8 @@ class Server:
 
 def _held(message: messages.Attach) -> list[int]:
     """The segments that a session hands back."""
-    return [info.segment for info in (*message.held, *([message.held_base] if message.held_base else []))]
+    base = [] if message.held_base is None else [message.held_base.segment]
+    return [*base, *(info.segment for info in message.held)]
 
 
 def _blocks(packed: bytes) -> tuple[Block, ...]:
