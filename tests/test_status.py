@@ -340,6 +340,7 @@ def test_status_names_who_uses_the_model(start_daemon: StartDaemon) -> None:
     lines = done.stdout.splitlines()
     assert lines[0].endswith("; all is well.")
     assert lines[4].startswith("demo  /")
+    assert lines[6] == "  shared   9.5 MB of other weights, once for all programs"
     assert [line for line in lines if line.startswith(f"  used by  tests.programs (process {user.pid})")]
 
 

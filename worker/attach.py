@@ -142,8 +142,9 @@ class Session:
         self.on_close: Callable[[], None] = lambda: None
         alone = msgspec.structs.replace(manifest, base=())
         self._link = self._active = Link(home, manifest if mode == "shm" else alone, mode)
-        # Of another daemon they are not wanted: what is mapped stays, and nobody ever writes to it.
-        self._manifest_again = alone
+        # Of another daemon none are wanted: what is mapped stays, and nobody ever writes to it.
+        self._held_base = self._link.held_base
+        self._manifest_again = alone if self._held_base is None else manifest
         self.base, self._link.base = self._link.base, None
         self.pools, self._link.pools = self._link.pools, []
         self._follow_unmapping(self._link, self.pools)
@@ -544,7 +545,7 @@ class Session:
                 self._start()
             with self._exchange:
                 held = [*self._offers.values(), *self.pools]
-            link = Link(self._home, self._manifest_again, self.mode, held)
+            link = Link(self._home, self._manifest_again, self.mode, held, self._held_base)
         except (ExpertdError, OSError) as error:
             with self._exchange:
                 self._attempts += 1
