@@ -136,7 +136,7 @@ def test_the_pool_of_a_killed_daemon_is_adopted_without_reading_a_byte(
             assert (found.bytes_read, found.misses) == (0, 0)
             assert found.recalled is not None and found.recalled.adopted == there
             # The sessions are idle and move over, so the old pool is in memory no more.
-            assert found.pool_bytes == budget == ask_status(home).used_bytes
+            assert found.pool_bytes + found.base_bytes == budget == ask_status(home).used_bytes
         assert (one.run(TOKENS), two.run(TOKENS)) == (first, first)
 
 
