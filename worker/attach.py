@@ -549,7 +549,11 @@ class Session:
         except (ExpertdError, OSError) as error:
             with self._exchange:
                 self._attempts += 1
-                self._trouble = error if isinstance(error, ExpertdError) else DaemonLost(str(error))
+                # A new one: this one's story holds the pools that were to be handed back.
+                if isinstance(error, ExpertdError):
+                    self._trouble = from_code(error.code, error.message)
+                else:
+                    self._trouble = DaemonLost(str(error))
                 self._exchange.notify_all()
             if not isinstance(error, DaemonNotRunning) and self._refusals.add():
                 log.warning("the model could not be attached again: %s", error, attempts=self._attempts)
