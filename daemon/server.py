@@ -50,8 +50,8 @@ from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
-from expertd.daemon.waits import Place, Waits
-from expertd.daemon.warm_record import WarmRecord, write
+from expertd.daemon.waits import Place, Waited, Waits
+from expertd.daemon.warm_record import WarmRecord, forget, write
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -148,6 +148,7 @@ class Server:
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
         self._waits = Waits()
+        self._waited: dict[str, Waited] = {}  # In sessions that have ended, by models' keys.
         self._tokens = TokenCounts()
         self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
@@ -378,6 +379,7 @@ class Server:
             raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
         size = model.size + model.extra + sum(base.size for base in self._bases.known.of_model(model.key))
         self._feed(events.Unwanted(model.key))
+        forget(self._home, model.key)  # who wants it gone does not want it back by itself
         self._send(identity, messages.Unloaded(path=folder, bytes=size))
 
     def _warm(self, identity: bytes, model: Model, blocks: tuple[Block, ...]) -> None:
@@ -568,12 +570,18 @@ class Server:
         if peer is not None:
             self._diary.session_ended(session, why)
             self._tracing.gone(session)
-            self._waits.ended(session)
+            self._remember(session, self._waits.ended(session, time.monotonic()))
             self._tokens.ended(session)
             self._lifelines.close_line(peer.token)
             self._bases.known.ended(session)
             self._feed(events.Ended(session))
             self._share_out()
+
+    def _remember(self, session: int, waited: Waited) -> None:
+        """A session that ends leaves what it has waited to its model."""
+        for key, model in self._core.models.items():
+            if session in model.sessions:
+                self._waited[key] = self._waited.get(key, Waited()).plus(waited)
 
     # -- what goes out -------------------------------------------------------------------------------------------------
 
@@ -588,6 +596,7 @@ class Server:
                 self._events.popleft()
             for key in self._files.keys() - self._core.models.keys():
                 self._files.pop(key).close()
+                self._waited.pop(key, None)
             self._diary.models_kept(self._core.models.keys())
             self._drop_bases()
         except Exception as error:
@@ -780,7 +789,7 @@ class Server:
         reads = self._reader.devices()
         return daemon_status(
             self._home, self._core, self._memory, self._bases.known, waited, self._tokens.all(), uptime_s, folder,
-            dropped, ssd, reads, packed,
+            dropped, ssd, reads, packed, self._waited,
         )  # fmt: skip
 
     async def _watch_sessions(self) -> None:

@@ -13,7 +13,7 @@ from expertd.daemon.core import events, warmth
 from expertd.daemon.core.state import Model
 from expertd.daemon.policy import Block
 from expertd.daemon.remembering import AT_LEAST_S, RESTS_S, WORKING_S, Remembering, recall, record_of
-from expertd.daemon.warm_record import KEPT, RecordDamaged, WarmRecord, decode, encode, read, write
+from expertd.daemon.warm_record import KEPT, RecordDamaged, WarmRecord, decode, encode, forget, read, write
 from expertd.protocol.paths import Home
 from tests.test_core import Daemon, manifest
 from tests.test_core_warmth import resident, wide
@@ -59,6 +59,12 @@ def test_whatever_byte_is_damaged_it_is_told() -> None:
     for length in range(0, len(whole), 7):
         with pytest.raises(RecordDamaged):
             decode(whole[:length])
+
+
+@pytest.mark.parametrize("at", [-1.0, 1e12, float("nan"), float("inf")])
+def test_a_date_that_is_none_is_told(at: float) -> None:
+    with pytest.raises(RecordDamaged, match="its date is none"):
+        decode(encode(record(at=at)))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,13 @@ def test_a_home_that_cannot_be_written_costs_a_warning_only(home: Home, caplog: 
     home.warmth.write_text("in the way")
     write(home, record())
     assert "could not be recorded" in caplog.text
+    assert read(home, WIDE.key) is None
+
+
+def test_a_record_can_be_forgotten(home: Home) -> None:
+    write(home, record())
+    forget(home, WIDE.key)
+    forget(home, WIDE.key)
     assert read(home, WIDE.key) is None
 
 

@@ -10,12 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from expertd.clients.cli.group import Group
 from expertd.clients.cli.parameters import json_option
+from expertd.clients.cli.wrap import note
 from expertd.clients.terminal.fit import beside, folded, width_of
 from expertd.protocol.config import KEYS, Config, Key, Setting, Source, near, read_config
 from expertd.protocol.paths import Home
@@ -82,7 +84,7 @@ def check(as_json: bool) -> None:
         click.echo(json.dumps(shown, indent=2))
         return
     for name, meant in near_misses:
-        click.echo(f"expertd: the variable {name} is not a setting; did you mean {meant}?", err=True)
+        note(f"the variable {name} is not a setting; did you mean {meant}?")
     words = (
         f"can be used ({said} {'setting' if said == 1 else 'settings'})"
         if exists
@@ -107,12 +109,18 @@ def as_object(home: Home, found: Config) -> dict[str, object]:
     """The object that ``--json`` prints: settings by their names, those of a section as ``serve.port``."""
     settings = {
         key.dotted: {
-            "value": [str(item) for item in setting.value] if isinstance(setting.value, tuple) else setting.value,
+            "value": _as_json(setting.value),
             "source": setting.source,
         }
         for key, setting in _settings(found)
     }
     return {"file": str(home.config), "settings": settings}
+
+
+def _as_json(value: Any) -> object:
+    if isinstance(value, tuple):
+        return [str(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def table(home: Home, found: Config, columns: int | None = None) -> list[str]:

@@ -40,9 +40,11 @@ def config_option(name: str, *, note: str = "", callback: Callable[..., Any] | N
     kinds: dict[type, Any] = {int: int, float: float}
     kind = click.Choice(key.choices) if key.choices else kinds.get(type(key.read("1")), str)
     metavar = None if key.choices else key.form
+    if key.form == "FILE":
+        kind = click.Path(dir_okay=False, resolve_path=True)
     several = isinstance(key.default, tuple)
     if several:
-        kind = click.Path(file_okay=False, resolve_path=True)
+        kind = click.Path(file_okay=False, resolve_path=True) if key.form == "FOLDER" else str
         callback = callback or (lambda ctx, param, value: value or None)
     return click.option(key.flag, name, type=kind, metavar=metavar, multiple=several, callback=callback, help=help)
 
@@ -65,14 +67,15 @@ def _checked_and_told(ctx: click.Context, param: click.Parameter, budget: str | 
     """As ``_checked``; and say so where a daemon runs already, with another budget, because that one stays."""
     if _checked(ctx, param, budget) is None or ctx.resilient_parsing:
         return budget
+    from expertd.clients.cli.wrap import note
     from expertd.protocol.quick import quick_status
 
     answer = quick_status(str(Home.current().root))
     if answer is not None and (has := json.loads(answer)["budget_bytes"]) != parse_budget(str(budget)):
-        click.echo(
-            f"expertd: --budget {budget} changes nothing: a daemon runs already, with {show_size(has)}; "
-            f"change it with: expertd budget {budget}", err=True,
-        )  # fmt: skip
+        note(
+            f"--budget {budget} changes nothing: a daemon runs already, with {show_size(has)}; "
+            f"change it with: expertd budget {budget}"
+        )
     return budget
 
 
