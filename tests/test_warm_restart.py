@@ -122,21 +122,22 @@ def test_the_pool_of_a_killed_daemon_is_adopted_without_reading_a_byte(
     model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
 ) -> None:
     budget = budget_for(manifest, SLOTS)
-    daemon = start_daemon(str(budget))
+    daemon = start_daemon(str(budget), "--no-remember")
     with Program(model_path, budget) as one, Program(model_path, budget) as two:
         first = one.run(TOKENS)
         assert two.run(TOKENS) == first
         there = held(home).resident_blocks
-        for killed in range(2):  # what was adopted can be adopted again
+        for _ in range(2):  # what was adopted can be adopted again
             kill(daemon)
-            daemon = start_daemon(str(budget), *(("--no-remember",) if killed else ()))
+            daemon = start_daemon(str(budget), "--no-remember")
             wait_for(lambda: [len(model.sessions) for model in ask_status(home).models] == [2])
-            wait_for(lambda: held(home).resident_blocks == there)
+            wait_for(lambda: held(home).resident_blocks >= there)
             found = held(home)
-            assert (found.bytes_read, found.misses) == (0, 0)
+            assert (found.resident_blocks, found.bytes_read, found.misses) == (there, 0, 0)
             assert found.recalled is not None and found.recalled.adopted == there
-            # The sessions are idle and move over, so the old pool is in memory no more.
-            assert found.pool_bytes + found.base_bytes == budget == ask_status(home).used_bytes
+            # What was copied from is given back, and base weights are the old ones, which count.
+            assert found.pool_bytes <= budget - found.base_bytes < budget
+            assert found.base_read == 0
         assert (one.run(TOKENS), two.run(TOKENS)) == (first, first)
 
 
