@@ -24,10 +24,11 @@ from expertd.protocol.layout import PAGE, pool_layout
 from expertd.protocol.messages import PoolInfo
 from expertd.protocol.paths import Home
 from expertd.protocol.segments import segment_name
-from tests.test_core import TWO_PAGES, Daemon, manifest, of, part
+from tests.test_core import ONE_PAGE, TWO_PAGES, Daemon, manifest, of, part
 from tests.test_core_warmth import resident
 
 WIDE = manifest(experts=16)
+MIXED = manifest(experts=16, shapes=(ONE_PAGE, TWO_PAGES))
 SLOTS = 8
 THERE: dict[Block, int] = {(0, 3): 5, (1, 0): 0, (1, 9): 7, (0, 15): 2}
 
@@ -254,6 +255,28 @@ def test_a_model_that_moves_meanwhile_keeps_what_it_has() -> None:
     assert len(resident(model)) == 6 <= len(where)
     daemon.feed(events.Released(1, 1))
     assert model.bytes_read == 0
+
+
+def come_mixed(slots: int, where: tuple[dict[Block, int], dict[Block, int]]) -> tuple[Daemon, list[CreatePool]]:
+    """A model with a pool for each of its two layers comes, and both pools of an earlier daemon; nothing is created."""
+    daemon = Daemon(budget=slots * PAGE)
+    created = of(CreatePool, daemon.ask(1, MIXED))
+    handed = []
+    for layer, there in enumerate(where):
+        layout = pool_layout(1, 16, MIXED.layers[layer].parts, 16)
+        handed.append(Handed(daemon.core.number_segment(), (layer,), layout, there))
+    assert daemon.feed(HandedBack(MIXED.key, tuple(handed))) == []
+    return daemon, created
+
+
+def test_nothing_is_copied_before_the_whole_model_has_its_memory() -> None:
+    """Somebody may pin blocks of it meanwhile, and it may be given up."""
+    daemon, created = come_mixed(100, ({(0, 1): 3}, {(1, 5): 0}))
+    assert daemon.feed(events.Pin(MIXED.key, ((0, 1), (1, 5)), True)) == []
+    assert of(StartCopy, daemon.feed(PoolCreated(created[0].segment))) == []
+    assert daemon.feed(events.Warm(MIXED.key, ((0, 1),))) == []
+    copies = of(StartCopy, daemon.feed(PoolCreated(created[1].segment)))
+    assert {(copy.segment, copy.source_slot) for copy in copies} == {(created[0].segment, 3), (created[1].segment, 0)}
 
 
 def test_numbers_of_segments_are_never_given_twice() -> None:

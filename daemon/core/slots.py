@@ -150,8 +150,11 @@ def demand(pool: Pool, blocks: Collection[Block], out: Out) -> None:
 def fill(model: Model, pool: Pool, out: Out) -> None:
     """Bring in what is wished for, a little at a time, where there is room; before demand go only copies.
 
-    They are quick, and the memory that they come from is given back when they are done.
+    They are quick, and the memory that they come from is given back when they are done.  Nothing is brought in before
+    the whole model has its memory: until then it may still be given up.
     """
+    if pool.wish and not model.ready:
+        return
     while pool.wish and len(pool.background) < BACKGROUND_READS:
         if not pool.carried and (pool.queue or not model.sessions):
             return
