@@ -279,6 +279,36 @@ def test_nothing_is_copied_before_the_whole_model_has_its_memory() -> None:
     assert {(copy.segment, copy.source_slot) for copy in copies} == {(created[0].segment, 3), (created[1].segment, 0)}
 
 
+def test_each_pool_copies_from_those_of_its_own_layers() -> None:
+    daemon, _ = come_mixed(100, ({(0, 1): 3}, {(1, 5): 0}))
+    (model,) = daemon.core.models.values()
+    assert [[source.layers for source in pool.sources] for pool in model.pools] == [[(0,)], [(1,)]]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_is_recorded_and_has_no_room_keeps_nothing_of_the_old_daemon(early: bool) -> None:
+    """Its session goes while blocks are copied: all that has a place is, and the segment goes, whoever comes after."""
+    where = {(layer, expert): 16 * layer + expert for layer in (0, 1) for expert in range(16)}
+    daemon, model, copies = come(SLOTS, where, Recall(WIDE.key, tuple(where), {}, 5.0))
+    if early:
+        daemon.feed(Ended(1))
+    assert len(copy_all(daemon, copies)) == SLOTS
+    assert model.old == []
+    assert len(resident(model)) == SLOTS
+
+
+def test_what_was_not_copied_before_a_move_is_copied_after_it_with_nobody_there() -> None:
+    where = {(layer, expert): 16 * layer + expert for layer in (0, 1) for expert in range(6)}
+    daemon, model, _ = come(14, where)
+    creates = of(CreatePool, daemon.feed(events.BudgetChanged(12 * PAGE)))
+    copies = of(StartCopy, daemon.feed(PoolCreated(creates[0].segment)))
+    daemon.feed(Ended(1))
+    copy_all(daemon, copies)
+    assert len(resident(model)) == len(where) - BACKGROUND_READS  # these were on their way into the one before
+    assert [pool.generation for pool in model.old] == [0, 1]  # as they still are
+    assert of(StartRead, daemon.said) == []
+
+
 def test_numbers_of_segments_are_never_given_twice() -> None:
     core = Core(PAGE * 100)
     assert len({core.number_segment() for _ in range(50)}) == 50

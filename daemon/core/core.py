@@ -464,7 +464,10 @@ class Core(Holdings):
         new.wish.extend(reversed(stay))  # the most valuable first
         if old.quota is not None and old.generation == 1:  # it began smaller than it was to become
             wished += warmth.recalled(model, new)
-        new.wish.extend(block for block in dict.fromkeys(wished) if block not in new.carried)
+        wished = [block for block in dict.fromkeys(wished) if block not in new.carried]
+        if not new.fresh:
+            slots.carry(model, new, (block for block in wished if any(block in source.where for source in handed)))
+        new.wish.extend(sorted(wished, key=lambda block: block not in new.carried))
         if new.holds_all:
             new.wish.extend(block for block in new.blocks if block not in new.carried)
         new.sources = [old, *handed]
@@ -514,9 +517,11 @@ class Core(Holdings):
 
     def _sweep(self, model: Model) -> None:
         """Give back the older generations that nobody holds, reads into or copies from any more."""
+        if not model.old:
+            return
+        wanted = {source.segment for pool in model.pools if pool.carried for source in pool.sources}
         for old in list(model.old):
-            wanted = any(old in pool.sources and _copies_from(pool, old) for pool in model.pools)
-            if not (old.holders or old.filling or old.copies_from or wanted or old.queue):
+            if not (old.holders or old.filling or old.copies_from or old.segment in wanted or old.queue):
                 model.old.remove(old)
                 del self._pools[old.segment]
                 for pool in (*model.pools, *model.old):
@@ -608,10 +613,3 @@ class Core(Holdings):
         fetches.leave_queue(pool, waiting)
         wanted, sequence = self._to_announce(model), waiting.fetch.sequence
         self._out.append(instructions.Answer(session.number, sequence, model.version, session.answer, wanted))
-
-
-def _copies_from(pool: Pool, source: Pool) -> bool:
-    """Whether ``pool`` still wants a block of ``source``, for which that is kept."""
-    if source.generation == HANDED:
-        return any(block in source.where for block in pool.wish)
-    return bool(pool.carried)

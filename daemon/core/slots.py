@@ -6,7 +6,8 @@ when a pool moves to another generation, is ``core.Core``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection, Iterable, Iterator
 
 from expertd.daemon.core import instructions
 from expertd.daemon.core.instructions import Priority
@@ -172,6 +173,13 @@ def forget_wishes(model: Model, pool: Pool) -> None:
     for block in pool.carried:
         model.policy.removed(block)
     pool.carried.clear()
+
+
+def carry(model: Model, pool: Pool, blocks: Iterable[Block]) -> None:
+    """Count the first of ``blocks`` as resident, as many as there is room for: they are copied before demand is met."""
+    for block in itertools.islice(blocks, pool.layout.slots - len(pool.carried)):
+        model.policy.admitted(block)
+        pool.carried.add(block)
 
 
 def hand_over(model: Model, old: Pool, new: Pool) -> list[Block]:

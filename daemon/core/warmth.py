@@ -89,15 +89,17 @@ def adopt(model: Model) -> None:
     there = dict.fromkeys(block for pool in handed for block in pool.where)
     for block in there:
         model.policy.admitted(block)
-    ranked = model.policy.ranked()
+    of_pool: dict[int, list[Block]] = {pool.segment: [] for pool in model.pools}
+    for block in model.policy.ranked():
+        of_pool[model.pool_of_layer[block[0]].segment].append(block)
     stay: list[Block] = []
     for pool in model.pools:
-        here = [block for block in ranked if block[0] in pool.layers]
+        here = of_pool[pool.segment]
         for block in here[pool.layout.slots :]:
             model.policy.removed(block)
         first = here[: pool.layout.slots]
         stay += first
-        pool.sources = list(handed)
+        pool.sources = [source for source in handed if not set(source.layers).isdisjoint(pool.layers)]
         pool.carried.update(first)
         others = [block for block in pool.wish if block not in pool.carried]
         pool.wish.clear()
