@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertd.protocol import PROTOCOL
+from expertd.protocol.errors import MessageInvalid
 from expertd.protocol.lifeline import GREETING, greet, peer_user, receive_handed, send_segment
 from expertd.protocol.quick import STATUS_TOKEN
 
@@ -24,6 +25,8 @@ GREETING_S = 10.0
 """A connection that has not said its token by then is closed."""
 HANDED_S = 2.0
 """How long segments that are announced as handed back are waited for."""
+ATTACH_S = 30.0
+"""A connection that has handed segments back, and has said no Attach by then, is closed."""
 HANDED_LIMIT = 1024
 """Segments that one session may hand back."""
 
@@ -32,6 +35,8 @@ HANDED_LIMIT = 1024
 class _Line:
     socket: socket.socket
     session: int | None = None
+    attaching: bool = False  # an Attach came
+    settled: bool = False  # and was answered: no more segments are taken
     handed: dict[int, tuple[int, int]] = field(default_factory=dict)  # by segment: size and descriptor
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -67,9 +72,19 @@ class Lifelines:
         self._listener.setblocking(False)
         self._spawn(self._accept(self._listener))
 
-    def known(self, token: bytes) -> bool:
-        """Whether a lifeline with ``token`` is open."""
-        return token in self._lines
+    def attach(self, token: bytes) -> bool:
+        """An Attach came from the owner of ``token``; whether its lifeline is open."""
+        line = self._lines.get(token)
+        if line is not None:
+            line.attaching = True
+        return line is not None
+
+    def attached(self, token: bytes) -> None:
+        """That Attach has been answered, well or not: what was handed back and nobody took goes."""
+        line = self._lines.get(token)
+        if line is not None:
+            line.settled = True
+            line.drop()
 
     def bind(self, token: bytes, session: int) -> bool:
         """From now on this lifeline is that session's; False if it has ended, or is another's."""
@@ -95,12 +110,22 @@ class Lifelines:
         taken, line.handed = line.handed, {}
         return taken
 
-    def _keep(self, line: _Line | None, segment: int, size: int, descriptor: int) -> None:
-        if line is None or line.session is not None or len(line.handed) >= HANDED_LIMIT or segment in line.handed:
+    def _keep(self, token: bytes, segment: int, size: int, descriptor: int) -> None:
+        line = self._lines.get(token)
+        if line is None or line.settled or len(line.handed) >= HANDED_LIMIT or segment in line.handed:
             os.close(descriptor)
             return
+        if not line.handed and not line.attaching:
+            asyncio.get_running_loop().call_later(ATTACH_S, self._lose_patience, line)
         line.handed[segment] = size, descriptor
         line.arrived.set()
+
+    def _lose_patience(self, line: _Line) -> None:
+        if line.handed and not line.attaching:
+            log.warning("hung up on a lifeline that handed %d segments back and said no more", len(line.handed))
+            line.drop()
+            with contextlib.suppress(OSError):
+                line.socket.shutdown(socket.SHUT_RDWR)
 
     def send_segment(self, token: bytes, segment: int, size: int, descriptor: int) -> None:
         """Hand over a segment.  Raises OSError if the other end is gone or does not read."""
@@ -174,7 +199,10 @@ class Lifelines:
             self._lines[token] = _Line(accepted)
             greet(accepted)
             while (packet := await _next_handed(loop, accepted)) is not None:
-                self._keep(self._lines.get(token), *packet)
+                self._keep(token, *packet)
+                await asyncio.sleep(0)  # what is there already is received without a turn for anybody else
+        except MessageInvalid as error:
+            log.warning("hung up on a lifeline: %s", error)
         except (OSError, TimeoutError) as error:
             log.debug("a lifeline broke: %s", error)
         finally:

@@ -433,7 +433,7 @@ class Server:
         base: Base | None = None
         handed: list[tuple[messages.PoolInfo, SharedPool]] = []
         try:
-            if not self._lifelines.known(message.token):
+            if not self._lifelines.attach(message.token):
                 raise MessageInvalid("an Attach came whose lifeline is not open")
             if identity != control_identity(message.token):
                 raise MessageInvalid("an Attach came from a socket that is not named after its lifeline")
@@ -451,6 +451,7 @@ class Server:
             self._send(identity, messages.Error.of(error))
         finally:
             close_all(handed)
+            self._lifelines.attached(message.token)
             self._attaching -= 1
             if base is not None:
                 base.opening -= 1

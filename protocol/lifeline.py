@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from expertd.protocol import PROTOCOL
-from expertd.protocol.errors import DaemonLost, DaemonNotRunning
+from expertd.protocol.errors import DaemonLost, DaemonNotRunning, MessageInvalid
 
 GREETING = struct.Struct("<I16s")
 _SEGMENT = struct.Struct("<QQ")
@@ -75,21 +75,23 @@ def hand_back(line: socket.socket, segment: int, size: int, descriptor: int) -> 
 def receive_handed(line: socket.socket) -> tuple[int, int, int] | None:
     """Daemon: the next ``(segment, size, descriptor)`` on a line that does not block; None at its end.
 
-    Whatever else is said is ignored.
-
     Raises:
         BlockingIOError: nothing is there now.
+        MessageInvalid: something else was said.
         OSError: the line is broken.
     """
-    while True:
-        packet, descriptors, _flags, _address = socket.recv_fds(line, _SEGMENT.size, 1)
-        if not packet and not descriptors:
-            return None
-        if len(packet) == _SEGMENT.size and len(descriptors) == 1:
-            segment, size = _SEGMENT.unpack(packet)
-            return segment, size, descriptors[0]
-        for descriptor in descriptors:
-            os.close(descriptor)
+    packet, descriptors, flags, _address = socket.recv_fds(line, _SEGMENT.size, 1)
+    if not packet and not descriptors:
+        return None
+    if len(packet) == _SEGMENT.size and len(descriptors) == 1 and not flags & socket.MSG_CTRUNC:
+        segment, size = _SEGMENT.unpack(packet)
+        return segment, size, descriptors[0]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    raise MessageInvalid(
+        f"{len(packet)} bytes and {len(descriptors)} descriptors came on a lifeline, where a segment is "
+        f"{_SEGMENT.size} bytes and one descriptor"
+    )
 
 
 def receive_segment(line: socket.socket) -> tuple[int, int, int]:
