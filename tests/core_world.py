@@ -21,7 +21,7 @@ from expertd.daemon.core.ahead import HELD
 from expertd.daemon.core.ahead import READS as AHEAD_READS
 from expertd.daemon.core.plan import smallest
 from expertd.daemon.core.slots import BACKGROUND_READS, in_the_way
-from expertd.daemon.core.state import SlotState
+from expertd.daemon.core.state import HANDED, SlotState
 from expertd.protocol.errors import (
     BudgetTooSmall,
     ExpertdError,
@@ -30,7 +30,8 @@ from expertd.protocol.errors import (
     SegmentFailed,
     SessionUnknown,
 )
-from expertd.protocol.layout import PAGE
+from expertd.protocol.layout import PAGE, pool_layout
+from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import PoolInfo
 from tests.core_parts import (
     GARBAGE,
@@ -200,6 +201,26 @@ class World:
             worker.reading[fetch.segment, slot] = (block, worker.told)
         worker.fetching = None
 
+    # -- what an earlier daemon left -----------------------------------------------------------------------------------
+
+    def hand_back(self, manifest: Manifest, left: Iterable[Block], spare: int) -> None:
+        """A session that opens a model that is new hands the pools of a daemon that has died back, with ``left``."""
+        blocks = list(dict.fromkeys(left))
+        handed = []
+        for (folder, _), layers in POOLS.items():
+            here = [block for block in blocks if block[0] in layers]
+            if folder == manifest.folder and here:
+                first = manifest.layers[layers[0]]
+                layout = pool_layout(len(layers), first.experts, first.parts, len(here) + spare)
+                where = {block: slot for slot, block in enumerate(here, spare)}
+                handed.append(events.Handed(self.core.number_segment(), layers, layout, where))
+        for what in handed:
+            segment = Segment(manifest, HANDED, what.layout, what.layers, created=True, superseded=True)
+            segment.table = {(what.layers.index(layer), expert): slot for (layer, expert), slot in what.where.items()}
+            segment.content = {slot: block for block, slot in what.where.items()}
+            self.segments[what.segment] = segment
+        self.feed(events.HandedBack(manifest.key, tuple(handed)))
+
     # -- what the server does ------------------------------------------------------------------------------------------
 
     def creating(self) -> list[int]:
@@ -348,7 +369,8 @@ class World:
 
     def planned(self) -> int:
         """Bytes that all pools and copies take when every move under way is over."""
-        newest = {s.kind: s for n, s in sorted(self.segments.items()) if n not in self.abandoned}
+        ours = {n: s for n, s in self.segments.items() if n not in self.abandoned and s.generation != HANDED}
+        newest = {s.kind: s for _, s in sorted(ours.items())}
         copies = [w.manifest.key for w in self.workers.values() if w.granted and w.mode == "copy"]
         return sum(s.layout.size * (1 + copies.count(s.manifest.key)) for s in newest.values())
 
@@ -520,7 +542,7 @@ class World:
                 assert len(taken) == len(pool.retired) + len(pool.where)
                 assert {slot.number for slot in pool.slots if slot.state is SlotState.FREE}.isdisjoint(taken)
                 assert len(taken) + pool.spare == pool.layout.slots
-                if not pool.holds_all:
+                if not pool.holds_all and pool.generation != HANDED:  # nothing is ever brought into these
                     assert sorted([*taken, *pool.free]) == list(range(pool.layout.slots))
 
     def policies_know_what_is_resident(self) -> None:

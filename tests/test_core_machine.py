@@ -26,7 +26,7 @@ from expertd.daemon.core.plan import largest, resized
 from expertd.protocol.errors import ReadFailed
 from expertd.protocol.layout import PAGE
 from expertd.protocol.messages import AliasMode
-from tests.core_parts import CHANNELS, LAYERS, MODELS, Kind, WatchedLRU, Worker
+from tests.core_parts import CHANNELS, LAYERS, MODELS, Block, Kind, WatchedLRU, Worker
 from tests.core_world import World
 
 MOVES = 24
@@ -103,7 +103,7 @@ class CacheMachine(World, RuleBasedStateMachine):
         for name, value in (("EVIDENCE", 1), ("WORTH", 0.0), ("BETTER", 0.0)):  # whatever is announced is read
             self.patched.setattr(foresight, name, value)
         for hears_at_once in prompt:
-            self.attach(model, copy=False, prompt=hears_at_once, slow=False)
+            self.attach(model, copy=False, prompt=hears_at_once, slow=False, recorded=[], left=[], spare=0)
 
     def is_time_for(self, what: str, steps: int) -> bool:
         """Whether ``what`` was so many events ago: it would take up too much of a run."""
@@ -112,13 +112,24 @@ class CacheMachine(World, RuleBasedStateMachine):
     # -- sessions ------------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: not self.workers or (len(self.workers) < 4 and self.is_time_for("attach", 5)))
-    @rule(model=st.sampled_from(sorted(MODELS)), copy=_seldom, prompt=st.booleans(), slow=_seldom)
-    def attach(self, model: str, copy: bool, prompt: bool, slow: bool) -> None:
+    @rule(
+        model=st.sampled_from(sorted(MODELS)), copy=_seldom, prompt=st.booleans(), slow=st.booleans(),
+        recorded=_blocks, left=_blocks, spare=st.integers(0, 2),
+    )  # fmt: skip
+    def attach(
+        self, model: str, copy: bool, prompt: bool, slow: bool, recorded: list[Block], left: list[Block], spare: int
+    ) -> None:
+        """A session opens a model; of one that is new a daemon before may have left blocks, as a record or in pools."""
         self.last["attach"] = self.steps
+        key = MODELS[model].key
+        known = key in self.core.models
         self.attached += 1
         mode: AliasMode = "copy" if copy else "shm"
         self.workers[self.attached] = Worker(self.attached, MODELS[model], mode, prompt)
         self.feed(events.Attach(self.attached, 100 + self.attached, mode, MODELS[model]))
+        if not known and key in self.core.models:
+            self.feed(events.Recall(key, tuple(recorded), {}, 1.0))
+            self.hand_back(MODELS[model], self.known(key, left), spare)
         if not slow:
             self.create_pools()
 
