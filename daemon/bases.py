@@ -23,7 +23,7 @@ from expertd.daemon.index import BlockIndex
 from expertd.daemon.large_pages import LargePages
 from expertd.daemon.plain import Piece, PlainFile, runs
 from expertd.daemon.reader import Reader
-from expertd.protocol.errors import ExpertdError, SegmentFailed
+from expertd.protocol.errors import ExpertdError, SegmentFailed, from_code
 from expertd.protocol.layout import (
     BASE_GENERATION,
     base_layout,
@@ -207,44 +207,39 @@ class SharedBases:
         files = [PlainFile(path, mark) for path, mark in zip(index.paths, index.marks, strict=True)]
         waiting = deque(chunks(manifest, index.base, memoryview(segment.mapping)))
         try:
-            lanes = [self._lane(waiting, files) for _ in range(AT_ONCE)]
-            results = await asyncio.gather(*lanes, return_exceptions=True)
+            results = await asyncio.gather(*(self._lane(waiting, files) for _ in range(AT_ONCE)))
         finally:
             waiting.clear()
             for file in files:
                 file.close()
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        for problem in results:
+            if problem is not None:
+                # A new one, and no name for it: its story would hold the pieces, and they the segment.
+                raise from_code(problem.code, problem.message)
         return sum(tensor.bytes for tensor in manifest.base)
 
-    async def _lane(self, waiting: deque[Chunk], files: Sequence[PlainFile]) -> None:
+    async def _lane(self, waiting: deque[Chunk], files: Sequence[PlainFile]) -> ExpertdError | None:
+        """Read what waits, until there is nothing more, or one cannot be read: then it is told why."""
         while waiting:
-            chunk = waiting.popleft()
-            try:
-                await self._read(chunk, files)
-            except ExpertdError:
+            if (problem := await self._read(waiting.popleft(), files)) is not None:
                 waiting.clear()
-                raise
+                return problem
+        return None
 
-    async def _read(self, chunk: Chunk, files: Sequence[PlainFile]) -> None:
+    async def _read(self, chunk: Chunk, files: Sequence[PlainFile]) -> ExpertdError | None:
         loop = asyncio.get_running_loop()
-        result: asyncio.Future[None] = loop.create_future()
+        result: asyncio.Future[ExpertdError | None] = loop.create_future()
 
-        def settle(error: ExpertdError | None) -> None:
-            if result.done():
-                return
-            if error is None:
-                result.set_result(None)
-            else:
-                result.set_exception(error)
+        def settle(problem: ExpertdError | None) -> None:
+            if not result.done():  # it is, if the reading was called off
+                result.set_result(problem)
 
         def done(_: int, error: ExpertdError | None) -> None:
             with contextlib.suppress(RuntimeError):  # the daemon ends, and nobody waits for this any more
                 loop.call_soon_threadsafe(settle, error)
 
         self._reader.work(lambda read: read_chunk(chunk, files, read), done)
-        await result
+        return await result
 
 
 def _misfit(manifest: Manifest, info: BaseInfo, size: int, descriptor: int) -> str | None:

@@ -129,22 +129,21 @@ class StoreFile:
         """
         path = self.index.path
         packed, offset = self.index.layout.header.layers[layer], self.index.layout.record(layer, first)
-        failed: FillFailed | None = None
+        problem: str | None = None  # no error: what is kept in a name here holds the rows until a collection
         try:
             try:
                 with self._open() as descriptor:
                     self._transfer(descriptor, offset, packed, blocks, read)
-            except FillFailed as error:
-                failed = error
+            except FillFailed as failed:
+                how = f"ended at byte {failed.offset}, inside a record" if failed.ended else f"cannot be read ({failed.why})"
+                problem = f"the packed store {path} {how}"
             # Afterwards, because the device can work meanwhile; what was read of another file is of no use.
             if _mark(path) != self.index.mark:
                 raise StoreInvalid(f"the packed store {path} has changed since it was opened")
         except OSError as error:
             raise StoreInvalid(f"the packed store {path} cannot be read ({error.strerror})") from error
-        if failed is not None and failed.ended:
-            raise StoreInvalid(f"the packed store {path} ended at byte {failed.offset}, inside a record")
-        if failed is not None:
-            raise StoreInvalid(f"the packed store {path} cannot be read ({failed.why})") from failed
+        if problem is not None:
+            raise StoreInvalid(problem)
         for expert, rows in enumerate(blocks, first):
             if checksum(rows) != self.index.checksums[layer][expert]:
                 raise StoreInvalid(f"the packed store {path} is damaged: layer {layer}, expert {expert}")

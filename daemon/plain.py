@@ -75,17 +75,17 @@ class PlainFile:
             FileChanged: the file is not the one that was indexed.
         """
         descriptor = self._open()
-        failed = self._fill(descriptor, run, read)
+        problem = self._fill(descriptor, run, read)
         # Afterwards, because the device can work meanwhile; what was read of another file is of no use.
         check_unchanged(self._path, self._mark, descriptor)
-        if failed is not None and failed.ended:
-            raise ReadFailed(f"{self._path} ended at byte {failed.offset}, inside a block")
-        if failed is not None:
-            why = f"reading {self._path} failed at byte {failed.offset} ({failed.why})"
-            raise ReadFailed(why) from failed.error
+        if problem is not None:
+            raise ReadFailed(problem)
 
-    def _fill(self, descriptor: int, run: Sequence[Piece], read: Read) -> FillFailed | None:
-        """Fill pieces in the best way that the system takes; returns how that failed."""
+    def _fill(self, descriptor: int, run: Sequence[Piece], read: Read) -> str | None:
+        """Fill pieces in the best way that the system takes; returns how that failed, as a sentence.
+
+        Not as an error: what is kept in a name here holds the rows, and they their segment, until a collection.
+        """
         while True:
             step = self._step
             try:
@@ -95,8 +95,10 @@ class PlainFile:
                     fill(read, descriptor, [piece.row for piece in run], run[0].offset)
                     drop_behind(descriptor, run[0].offset, run[-1].end - run[0].offset)
             except FillFailed as failed:
+                if failed.ended:
+                    return f"{self._path} ended at byte {failed.offset}, inside a block"
                 if not step or not failed.refused:
-                    return failed
+                    return f"reading {self._path} failed at byte {failed.offset} ({failed.why})"
                 self._refuse(descriptor, step)
             else:
                 return None

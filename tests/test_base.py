@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 import expertd
+from expertd.daemon import bases
 from expertd.daemon.bases import AT_ONCE, CHUNK, SharedBases, chunks
 from expertd.daemon.core.bases import Base, Bases
 from expertd.daemon.core.plan import smallest
@@ -38,7 +42,7 @@ from expertd.protocol.manifest import BaseTensor, FileMark, Layer, Manifest, Par
 from expertd.protocol.messages import ModelStatus
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
-from expertd.protocol.segments import map_readonly, segment_name
+from expertd.protocol.segments import Segment, create, map_readonly, segment_name
 from expertd.worker.load import session_of
 from expertd.worker.manifest import LazyModel, load_lazily
 from expertd.worker.verify import first_difference, greedy
@@ -421,6 +425,39 @@ def test_a_reading_that_fails_is_said_once_and_tried_again_by_the_next(
         await daemon.close()
 
     asyncio.run(body())
+
+
+def test_a_reading_that_fails_holds_no_memory(
+    own_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is given back at once, not when rings of what went wrong are collected some day."""
+    mappings: list[weakref.ref[mmap.mmap]] = []
+
+    def watched(name: str, size: int) -> Segment:
+        segment = create(name, size)
+        mappings.append(weakref.ref(segment.mapping))
+        return segment
+
+    def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def body() -> None:
+        daemon = Daemon(home, read)
+        manifest = load_lazily(own_path).manifest
+        index = build_index(manifest)
+        gc.disable()
+        try:
+            assert await daemon.bases.share(manifest, index, 1 << 30, 0, False) is None
+            async with asyncio.timeout(10):  # the thread that read it may be about to let it go
+                while mappings[0]() is not None:
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+        await daemon.close()
+
+    monkeypatch.setattr(bases, "create", watched)
+    asyncio.run(body())
+    assert caplog.text.count("base weights are not shared") == 1
 
 
 def test_a_block_that_somebody_waits_for_comes_between(own_path: Path, home: Home) -> None:
