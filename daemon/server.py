@@ -431,13 +431,15 @@ class Server:
 
     async def _attach(self, identity: bytes, message: messages.Attach) -> None:
         base: Base | None = None
+        opening, key = self._bases.known.opening, message.manifest.key
+        opening[key] += 1
         handed: list[tuple[messages.PoolInfo, SharedPool]] = []
         try:
             if not self._lifelines.attach(message.token):
                 raise MessageInvalid("an Attach came whose lifeline is not open")
             if identity != control_identity(message.token):
                 raise MessageInvalid("an Attach came from a socket that is not named after its lifeline")
-            self._check_limits(message.manifest.key)
+            self._check_limits(key)
             index = await self._index(message.manifest)
             left = await self._recall(message.manifest)
             came = await self._lifelines.handed(message.token, _held(message))
@@ -453,15 +455,22 @@ class Server:
             close_all(handed)
             self._lifelines.attached(message.token)
             self._attaching -= 1
+            opening[key] -= 1
+            if not opening[key]:
+                del opening[key]
             if base is not None:
                 base.opening -= 1
                 self._share_out()
 
     async def _share_base(self, manifest: Manifest, index: BlockIndex) -> Base | None:
         """The base weights of a model that is being opened, if they can be shared; see ``SharedBases.share``."""
-        model = self._core.models.get(manifest.key)
-        most, needed = self._memory.governor.budget, self._core.smallest_budget
-        return await self._bases.share(manifest, index, most, needed, model is not None and model.in_use)
+        return await self._bases.share(manifest, index, *self._room_for_base(manifest.key))
+
+    def _room_for_base(self, model: str) -> tuple[int, int, bool]:
+        """What decides whether base weights have a place: see ``Bases.refusal``."""
+        in_use = [each.key for each in self._core.models.values() if each.in_use]
+        needed = self._core.smallest_budget + self._bases.known.coming(in_use, model)
+        return self._memory.governor.budget, needed, model in in_use
 
     def _open(
         self,
@@ -501,10 +510,8 @@ class Server:
         info = message.held_base
         if info is None or info.segment not in came:
             return None
-        model = self._core.models.get(message.manifest.key)
-        most, needed = self._memory.governor.budget, self._core.smallest_budget
-        opened = model is not None and model.in_use
-        return self._bases.adopt(message.manifest, info, *came.pop(info.segment), most, needed, opened)
+        room = self._room_for_base(message.manifest.key)
+        return self._bases.adopt(message.manifest, info, *came.pop(info.segment), *room)
 
     def _handed(
         self, message: messages.Attach, came: dict[int, tuple[int, int]]

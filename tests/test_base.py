@@ -572,6 +572,34 @@ def test_they_have_a_place_as_soon_as_one_event_fits_beside_them() -> None:
     assert known.refusal(manifest, least, 1, opened=False) is not None
 
 
+def test_of_two_models_that_come_together_each_counts_what_the_other_needs_at_least() -> None:
+    known = Bases(1)
+    first, second = (manifest_of(BaseTensor("t", 0, "U8", (100_000,)), folder=name) for name in ("/a", "/b"))
+    pools, weights = smallest(first), base_layout(first.base)[1]
+    base = known.add(first)
+    base.opening = 1
+    needed = known.coming([], but=second.key)
+    assert needed == pools
+    assert known.refusal(second, 2 * (pools + weights), needed, opened=False) is None
+    assert known.refusal(second, 2 * (pools + weights) - 1, needed, opened=False) is not None
+    assert known.coming([], but=first.key) == 0
+    assert known.coming([first.key], but=second.key) == 0, "the core counts it now"
+
+
+def test_why_they_are_not_shared_is_known_while_their_model_is_opened_and_as_long_as_it_is_there() -> None:
+    known = Bases(1)
+    manifest = manifest_of(BaseTensor("t", 0, "U8", (100_000,)))
+    known.opening[manifest.key] += 1
+    known.failed(known.add(manifest), "why")
+    known.leave([])
+    assert known.problems == {manifest.key: "why"}
+    known.opening[manifest.key] -= 1
+    known.leave([manifest.key])
+    assert known.problems == {manifest.key: "why"}
+    known.leave([])
+    assert known.problems == {}
+
+
 def test_the_batch_generator_and_text_are_as_plain_mlx_lm_s(model_path: Path, start_daemon: StartDaemon) -> None:
     start_daemon("64MiB")
     plain, tokenizer = mlx_lm.load(str(model_path))[:2]

@@ -7,6 +7,7 @@ reads them, and how they reach sessions, is ``expertd.daemon.bases``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ class Base:
         model: ``Manifest.key``.
         size: bytes of its segment.
         read: bytes that were read for it.
+        needs: bytes that pools of its model need at least.
         opening: how many sessions are being opened that wait for it, or have it already.
         users: sessions that have it.
     """
@@ -33,6 +35,7 @@ class Base:
     model: str
     segment: int
     size: int
+    needs: int = 0
     read: int = 0
     opening: int = 0
     users: set[int] = field(default_factory=set)
@@ -47,12 +50,14 @@ class Bases:
 
     Attributes:
         problems: why base weights are not shared, by models' keys.
+        opening: how many sessions of a model are being opened, by its key.
     """
 
     def __init__(self, first_segment: int) -> None:
         self._next = first_segment
         self._bases: dict[str, Base] = {}
         self.problems: dict[str, str] = {}
+        self.opening: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Base]:
         return iter(self._bases.values())
@@ -79,12 +84,22 @@ class Bases:
         """The base weights that ``session`` has from here."""
         return next((base for base in self if session in base.users), None)
 
+    def coming(self, in_use: Collection[str], but: str) -> int:
+        """Bytes that pools of models need at least whose base weights have a place and which are not ``in_use`` yet.
+
+        Args:
+            in_use: keys of the models that are.
+            but: the key of one that is not counted.
+        """
+        others = {base.model: base.needs for base in self if base.opening and base.model not in {but, *in_use}}
+        return sum(others.values())
+
     def refusal(self, manifest: Manifest, most: int, needed: int, opened: bool) -> str | None:
         """Why the base weights of ``manifest`` have no place; None if they have.
 
         Args:
             most: bytes that the user allows.
-            needed: those that pools of the models in use need at least.
+            needed: those that pools of the models in use, and of others that are ``coming``, need at least.
             opened: whether this model is one of these.
         """
         size = base_layout(manifest.base)[1]
@@ -99,7 +114,8 @@ class Bases:
 
     def add(self, manifest: Manifest) -> Base:
         """Base weights that are being read from now on."""
-        base = Base(manifest.base_key, manifest.key, self._next, base_layout(manifest.base)[1])
+        size, needs = base_layout(manifest.base)[1], smallest(manifest)
+        base = Base(manifest.base_key, manifest.key, self._next, size, needs)
         self._next += 1
         self._bases[base.key] = base
         return base
@@ -115,10 +131,13 @@ class Bases:
             base.users.discard(session)
 
     def leave(self, models: Collection[str]) -> list[Base]:
-        """Forget, and return, those that nobody uses and whose model is not kept among ``models``."""
+        """Forget, and return, those that nobody uses and whose model is not kept among ``models``.
+
+        Problems are forgotten with their models; those of models that are being opened stay.
+        """
         gone = [base for base in self if not base.in_use and base.model not in models]
         for base in gone:
             del self._bases[base.key]
-        for model in [model for model in self.problems if model not in models]:
+        for model in [model for model in self.problems if model not in models and not self.opening[model]]:
             del self.problems[model]
         return gone
