@@ -51,7 +51,7 @@ from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waited, Waits
-from expertd.daemon.warm_record import WarmRecord, forget, write
+from expertd.daemon.warm_record import Records
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -164,6 +164,7 @@ class Server:
         self._began = time.monotonic()
         self._diary = Diary()
         self._remembering = Remembering() if remembers else None
+        self._records = Records(home)
         self._why_ended = ""
         self._attaching = 0  # sessions whose headers are being read
         self._frame_at: float | None = None  # when the frame came that is being handled
@@ -214,7 +215,7 @@ class Server:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._remembering is not None and self._fault is None:  # else nobody knows what is true
             changed = self._remembering.changed(self._core.models.values())
-            self._record(record_of(model, time.time()) for model in changed)
+            await self._record(changed)
         await self._bases.close()
         await asyncio.to_thread(self._reader.close)
         await asyncio.to_thread(self._large_pages.close)
@@ -379,7 +380,7 @@ class Server:
             raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
         size = model.size + model.extra + sum(base.size for base in self._bases.known.of_model(model.key))
         self._feed(events.Unwanted(model.key))
-        forget(self._home, model.key)  # who wants it gone does not want it back by itself
+        self._records.forget(model.key)  # who wants it gone does not want it back by itself
         self._send(identity, messages.Unloaded(path=folder, bytes=size))
 
     def _warm(self, identity: bytes, model: Model, blocks: tuple[Block, ...]) -> None:
@@ -835,13 +836,11 @@ class Server:
             due = self._remembering.due(models, time.monotonic()) if self._remembering is not None else ()
             if not due:
                 continue
-            records = [record_of(model, time.time()) for model in due]
-            await asyncio.to_thread(self._record, records)
+            await self._record(due)
 
-    def _record(self, records: Iterable[WarmRecord | None]) -> None:
-        for record in records:
-            if record is not None:
-                write(self._home, record)
+    async def _record(self, models: Iterable[Model]) -> None:
+        records = [record_of(model, time.time()) for model in models]
+        await self._records.write([record for record in records if record is not None])
 
     async def _watch_idle(self) -> None:
         """Give back models that nobody has used for the time that they are kept; end when nobody was here for long."""

@@ -7,10 +7,13 @@ used.  When a record is written, and what becomes of one, is ``expertd.daemon.re
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import os
+import secrets
 import struct
+import time
 import zlib
 from collections.abc import Sequence
 
@@ -28,6 +31,8 @@ KEPT = 64
 """Records that a home keeps: those of models that were changed or removed go when so many others are newer."""
 LATEST = 1e11
 """Seconds since 1970 that are no date any more."""
+ABANDONED_S = 3600.0
+"""After so long nobody is writing a file any more that is not finished."""
 LARGEST = 256 << 20
 """Bytes of a file that may be a record."""
 
@@ -135,7 +140,7 @@ def decode(data: bytes) -> WarmRecord:
 def write(home: Home, record: WarmRecord) -> None:
     """Put ``record`` in the place of the one before.  Never raises: nobody depends on it."""
     path = home.warm_record(record.model)
-    fresh = path.with_name(f"{path.name}.new")
+    fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -176,8 +181,44 @@ def forget(home: Home, model: str) -> None:
         log.warning("the record of what was warm could not be removed", path=path, why=error.strerror)
 
 
+class Records:
+    """Writes and forgets the records of a home for a loop, which owns it and never waits for the disk."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._writing: asyncio.Future[None] | None = None
+        self._forgotten: set[str] = set()  # while something was written
+
+    async def write(self, records: Sequence[WarmRecord]) -> None:
+        """Write them all, after what is being written.  Whoever is cancelled meanwhile leaves the thread at its work."""
+        await self._written()
+        self._writing = asyncio.ensure_future(asyncio.to_thread(self._write, records))
+        await self._written()
+
+    def forget(self, model: str) -> None:
+        """Remove the record of the model with that key, and the one that is being written of it."""
+        if self._writing is not None:
+            self._forgotten.add(model)
+        forget(self._home, model)
+
+    def _write(self, records: Sequence[WarmRecord]) -> None:
+        for record in records:
+            write(self._home, record)
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+            self._writing = None
+            for model in self._forgotten:
+                forget(self._home, model)
+            self._forgotten.clear()
+
+
 def _remove_oldest(home: Home) -> None:
-    """Keep the newest records."""
+    """Keep the newest records, and nothing of those that a process began to write that was killed."""
+    for path in home.warmth.glob("*.new"):
+        if time.time() - path.stat().st_mtime > ABANDONED_S:
+            path.unlink(missing_ok=True)
     paths = [(path.stat().st_mtime_ns, path) for path in home.warmth.glob("*.warm")]
     for _, path in sorted(paths, reverse=True)[KEPT:]:
         path.unlink(missing_ok=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import stat
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ from expertd.daemon.core import events, warmth
 from expertd.daemon.core.state import Model
 from expertd.daemon.policy import Block
 from expertd.daemon.remembering import AT_LEAST_S, RESTS_S, WORKING_S, Remembering, recall, record_of
-from expertd.daemon.warm_record import KEPT, RecordDamaged, WarmRecord, decode, encode, forget, read, write
+from expertd.daemon.warm_record import KEPT, RecordDamaged, Records, WarmRecord, decode, encode, forget, read, write
 from expertd.protocol.paths import Home
 from tests.test_core import Daemon, manifest
 from tests.test_core_warmth import resident, wide
@@ -129,6 +133,71 @@ def test_the_newest_records_are_kept(home: Home, monkeypatch: pytest.MonkeyPatch
         write(home, record(f"model{number}"))
     assert len(list(home.warmth.iterdir())) == 3 < KEPT
     assert read(home, "model4") is not None
+
+
+def test_what_a_process_left_that_was_killed_while_it_wrote_goes_in_the_end(home: Home) -> None:
+    write(home, record())
+    for name, seconds in (("old", 2 * warm_record.ABANDONED_S), ("young", 0)):
+        path = home.warmth / f"{name}.new"
+        path.touch()
+        os.utime(path, (time.time() - seconds,) * 2)
+    write(home, record())
+    assert sorted(path.name for path in home.warmth.iterdir()) == [f"{WIDE.key}.warm", "young.new"]
+
+
+class SlowWrites:
+    """``write``, as long as it takes: each waits to be let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.through = threading.Semaphore(0), threading.Semaphore(0)
+        self.at_once = self.most_at_once = 0
+        monkeypatch.setattr(warm_record, "write", self._write)
+
+    def _write(self, home: Home, what: WarmRecord) -> None:
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        self.begun.release()
+        assert self.through.acquire(timeout=10)
+        write(home, what)
+        self.at_once -= 1
+
+    async def has_begun(self) -> None:
+        assert await asyncio.to_thread(self.begun.acquire, timeout=10)
+
+
+def test_the_last_record_waits_for_one_that_is_being_written(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowWrites(monkeypatch)
+
+    async def body() -> None:
+        records = Records(home)
+        first = asyncio.ensure_future(records.write([record(at=1.0)]))
+        await slow.has_begun()
+        first.cancel()  # as the daemon's tasks are when it ends
+        last = asyncio.ensure_future(records.write([record(at=2.0)]))
+        slow.through.release(2)
+        await last
+
+    asyncio.run(body())
+    assert slow.most_at_once == 1
+    found = read(home, WIDE.key)
+    assert found is not None and found.at == 2.0
+
+
+def test_a_record_that_is_forgotten_while_it_is_written_does_not_come_back(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowWrites(monkeypatch)
+
+    async def body() -> None:
+        records = Records(home)
+        writing = asyncio.ensure_future(records.write([record(), record("other")]))
+        await slow.has_begun()
+        records.forget(WIDE.key)
+        slow.through.release(2)
+        await writing
+
+    asyncio.run(body())
+    assert [path.name for path in home.warmth.iterdir()] == ["other.warm"]
 
 
 # -- when --------------------------------------------------------------------------------------------------------------
