@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from expertd.daemon.core import Core, events, foresight, instructions, quotas, warmth
+from expertd.daemon.core import Core, events, foresight, instructions, quotas, topics, turns, warmth
 from expertd.daemon.core.core import GROWTH
 from expertd.daemon.core.plan import largest, resized
 from expertd.protocol.errors import ReadFailed
@@ -102,6 +102,10 @@ class CacheMachine(World, RuleBasedStateMachine):
             self.patched.setattr(quotas, name, value)
         for name, value in (("EVIDENCE", 1), ("WORTH", 0.0), ("BETTER", 0.0)):  # whatever is announced is read
             self.patched.setattr(foresight, name, value)
+        for name, value in (("CHAPTER", 1), ("STRANGE", -1.0), ("TURNED", -1.5), ("RIPE", 0), ("LOOKED_AT", 1)):
+            self.patched.setattr(topics, name, value)  # sessions turn all the time
+        for name, value in (("LIKELY", 0.0), ("SHARE", 1), ("HORIZON", 2)):  # and all that is absent is likely
+            self.patched.setattr(turns, name, value)
         for hears_at_once in prompt:
             self.attach(model, copy=False, prompt=hears_at_once, slow=False)
 

@@ -37,11 +37,15 @@ LESS = 0.95
 
 
 class Kind(IntEnum):
-    """Kinds of announcements: of an event of many tokens, and of one a layer or two ahead."""
+    """Kinds of announcements: of an event of many tokens, of one a layer or two ahead, and of what a topic will use.
+
+    The last is made by no session, but by ``turns``.
+    """
 
     PROMPT = 0
     NEXT = 1
     SECOND = 2
+    TOPIC = 3
 
 
 @dataclass
@@ -141,7 +145,7 @@ class Foresight:
 
     def reads(self, kind: Kind) -> bool:
         """Whether what is announced is read now."""
-        return self.gates[kind].worth and (kind is Kind.PROMPT or self.comparison.on)
+        return self.gates[kind].worth and (kind not in (Kind.NEXT, Kind.SECOND) or self.comparison.on)
 
     @property
     def wanted(self) -> int:

@@ -1,0 +1,156 @@
+"""A change of topic: misses of the first tokens after it, with and without what the daemon knows of topics.
+
+The real core is driven with recorded routing: one session whose tokens come from each of some traces in turn.  Reads
+are done at once, so this counts blocks and no times.  ``tells``: the policy is told; ``reads``: and blocks are read
+ahead, if the gate finds that it pays; ``always``: without asking it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertd.daemon.core import Core, events, foresight, instructions
+from expertd.daemon.core.state import Model
+from expertd.daemon.core.topics import Topics
+from expertd.protocol.layout import PAGE
+from expertd.protocol.manifest import Layer, Manifest, Part
+from expertd.protocol.traces import DECODE, read_trace
+
+FRACTIONS = (0.3, 0.5, 0.75)
+STRETCH = 200
+"""Tokens about one topic, before the next."""
+ROUNDS = 7
+FIRST = 50
+SKIPPED = 2
+"""Rounds that do not count: nobody can know a topic that was not there before, or what has just begun."""
+KINDS = ("without", "tells", "reads", "always")
+
+Tokens = NDArray[np.intp]
+"""``[tokens, layers, experts of a token]``."""
+
+
+@dataclass
+class Found:
+    """Blocks missed in all stretches that count, in their first tokens, and read because of a topic."""
+
+    missed: int = 0
+    first: int = 0
+    read: int = 0
+    turns: int = 0
+
+
+def stretches(topics: Sequence[Tokens], rounds: int, length: int = STRETCH) -> list[Tokens]:
+    """Parts of each of ``topics`` in turn."""
+    rounds = min(rounds, *(len(topic) // length for topic in topics))
+    return [topic[number * length : (number + 1) * length] for number in range(rounds) for topic in topics]
+
+
+def drive(parts: Sequence[Tokens], experts: int, top_k: int, fraction: float, kind: str, skipped: int) -> Found:
+    """One session runs ``parts`` with a part of the blocks resident."""
+    layers = parts[0].shape[1]
+    found = Found()
+    with knowing(kind):
+        core = Core((1 + round(fraction * layers * experts)) * PAGE)
+        model = _attach(core, layers, experts, top_k)
+        core_feed = _Feed(core)
+        for number, part in enumerate(parts):
+            for place, token in enumerate(part.tolist()):
+                missed = model.misses
+                core_feed.token(model, token)
+                if number >= skipped:
+                    found.missed += model.misses - missed
+                    found.first += (model.misses - missed) * (place < FIRST)
+    gate = model.foresight.gates[foresight.Kind.TOPIC]
+    found.read = (gate.useful_bytes + gate.wasted_bytes) // PAGE
+    found.turns = model.topics.turns
+    return found
+
+
+@contextmanager
+def knowing(kind: str) -> Iterator[None]:
+    """What the core does about topics."""
+    match kind:
+        case "without":
+            changed = mock.patch.object(Topics, "observe", return_value=None)
+        case "tells":
+            changed = mock.patch.object(foresight.Gate, "judge")
+        case "always":
+            changed = mock.patch.multiple(foresight, WORTH=0.0, BETTER=0.0, EVIDENCE=1)
+        case _:
+            changed = nullcontext()
+    with changed:
+        yield
+
+
+def _attach(core: Core, layers: int, experts: int, top_k: int) -> Model:
+    parts = (Part("up_proj.weight", "U8", (PAGE,), ("tensor",), (0,)),)
+    manifest = Manifest("/m", "family", (), tuple(Layer(f"layers.{n}", experts, top_k, parts) for n in range(layers)))
+    out = core.handle(events.Attach(1, 1, "shm", manifest))
+    for create in [each for each in out if isinstance(each, instructions.CreatePool)]:
+        core.handle(events.PoolCreated(create.segment))
+    return core.models[manifest.key]
+
+
+class _Feed:
+    """A session that looks up, fetches what is absent, and logs the rest; every read is done before the next event."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._sequence = 0
+        self._log: list[tuple[int, list[int]]] = []
+
+    def token(self, model: Model, token: list[list[int]]) -> None:
+        for layer, chosen in enumerate(token):
+            experts = list(dict.fromkeys(chosen))
+            pool = model.pool_of_layer[layer]
+            if all(pool.sealed_slot((layer, expert)) is not None for expert in experts):
+                self._log.append((layer, experts))
+                continue
+            self._sequence += 1
+            log, self._log = tuple(self._log), []
+            self._feed(events.Fetch(1, self._sequence, pool.segment, layer, tuple(experts), log))
+        version = model.version  # what was evicted meanwhile is not used any more
+        self._feed(events.Ack(1, version, self._sequence, tuple(self._log)))
+        self._log = []
+
+    def _feed(self, event: events.Event) -> None:
+        waiting = [event]
+        while waiting:
+            for each in self._core.handle(waiting.pop(0)):
+                if isinstance(each, instructions.StartRead):
+                    waiting.append(events.ReadDone(each.segment, each.slot, PAGE))
+                elif isinstance(each, instructions.Cancel):
+                    raise AssertionError("a read that is done at once was called off")
+
+
+def run(quick: bool = False, trace: Path | None = None) -> dict[str, Any]:
+    """Of each part of the blocks: ``first_{kind}_{percent}``, ``missed_...`` and ``read_...``.
+
+    ``trace`` is a folder with a trace of each topic (``python -m tools.demo_traces`` makes one).
+    """
+    if trace is None or not trace.is_dir():
+        raise SystemExit("topics needs a folder with a trace of each topic: --trace FOLDER (see tools.demo_traces)")
+    traces = {path.stem: read_trace(path) for path in sorted(trace.glob("*.npz"))}
+    info = next(iter(traces.values())).info
+    decoded = [each.experts[each.phase == DECODE].astype(np.intp) for each in traces.values()]
+    parts = stretches(decoded, 4 if quick else ROUNDS)
+    skipped = SKIPPED * len(decoded)
+    print(f"{', '.join(traces)} in turn, {STRETCH} tokens each; {len(parts) - skipped} changes count")
+    print(f"{'cached':>8} {'':>10} {'missed':>8} {f'first {FIRST}':>9} {'read':>6} {'turns':>6}")
+    figures: dict[str, Any] = {}
+    for fraction in FRACTIONS:
+        for kind in KINDS:
+            found = drive(parts, info.experts, info.top_k, fraction, kind, skipped)
+            name = f"{kind}_{round(100 * fraction)}"
+            figures |= {f"missed_{name}": found.missed, f"first_{name}": found.first, f"read_{name}": found.read}
+            counts = f"{found.missed:>8} {found.first:>9} {found.read:>6} {found.turns:>6}"
+            print(f"{100 * fraction:>6.0f} % {kind:>10} {counts}", flush=True)
+    return figures
