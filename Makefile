@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Temporary files, MLX's compiled kernels among them, stay in the repository (homes with sockets are short-lived in /tmp).
 export TMPDIR := $(CURDIR)/.tmp
 
-.PHONY: demo demo-large demo-warmth test check conformance bench clean
+.PHONY: demo demo-large demo-warmth test check conformance clients bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo
@@ -31,6 +31,10 @@ check: .venv/ready
 # The vendors' own test suites against a real gateway; the first run takes them from PyPI.
 conformance: .venv/ready
 	$(BIN)/python -m tools.conformance
+
+# Real clients against a real gateway; the first run takes them from PyPI and npm.
+clients: .venv/ready
+	$(BIN)/python -m tools.clients
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks exactness

@@ -1,6 +1,7 @@
 """How good a worker's answers are: held-out perplexity, greedy agreement and pass keys, against plain mlx-lm.
 
-Exact execution changes nothing, to the last bit, at any budget; whatever is lossy is judged by how much it changes.
+Exact execution changes nothing, to the last bit, at any budget; whatever is lossy is judged by how much it changes:
+KV caches in 8 and 4 bits (``--kv-bits``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from numpy.typing import NDArray
 from transformers.utils import logging as hub_logging
 
 import expertd
+from expertd.protocol.errors import KvBitsUnsupported
 from expertd.worker.answers import answer_all, encode_prompt
+from expertd.worker.kv_memory import check_kv_bits
+from expertd.worker.kv_quantized import new_caches
 from expertd.worker.manifest import load_lazily
 from tools.demo_model.corpus import passkey
 from tools.stage import budget_for, running_daemon, temporary_home
@@ -28,6 +32,7 @@ DEMO = Path(__file__).parents[1] / "models" / "demo"
 HELD_OUT = DEMO / "held_out"
 SHARES = (25, 50)
 """Budgets, in percent of all blocks."""
+KV_BITS = (8, 4)
 WINDOW = 512
 ANSWER = 64
 PASSKEY_ANSWER = 24
@@ -71,18 +76,23 @@ class Quality:
         return sum(hits) / len(hits)
 
 
-def measure(model: Any, tokenizer: Any, windows: dict[str, NDArray[np.int32]], keys: int) -> Quality:
-    """What ``model`` makes of held-out ``windows`` ``[n, WINDOW + 1]`` by text, of ``PROMPTS``, and of pass keys."""
+def measure(
+    model: Any, tokenizer: Any, windows: dict[str, NDArray[np.int32]], keys: int, kv_bits: int | None = None
+) -> Quality:
+    """What ``model`` makes of held-out ``windows`` ``[n, WINDOW + 1]`` by text, of ``PROMPTS``, and of pass keys.
+
+    ``kv_bits``: of its KV caches (``new_caches``).
+    """
     out = Quality()
     for name, rows in windows.items():
         losses = []
         for row in rows:
-            logits = model(mx.array(row[None, :-1]))[0].astype(mx.float32)
+            logits = model(mx.array(row[None, :-1]), cache=new_caches(model, kv_bits))[0].astype(mx.float32)
             taken = mx.take_along_axis(logits, mx.array(row[1:, None]), axis=-1)[:, 0]
             losses.append(np.array(mx.logsumexp(logits, axis=-1) - taken, np.float64))
         out.losses[name] = float(np.sum(losses))
         out.counts[name] = sum(map(len, losses))
-    out.answers = _answers(model, tokenizer, PROMPTS, ANSWER)
+    out.answers = _answers(model, tokenizer, PROMPTS, ANSWER, kv_bits)
     text = (HELD_OUT / "prose.txt").read_text(encoding="utf-8")
     chance = random.Random(0)
     for length in PASSKEY_TOKENS:
@@ -90,7 +100,7 @@ def measure(model: Any, tokenizer: Any, windows: dict[str, NDArray[np.int32]], k
         for number in range(keys):
             key, place = f"{chance.randrange(10**5):05}", number / max(1, keys - 1)
             asked, _ = passkey(_cut(tokenizer, text, length, chance), key, place)
-            (tokens,) = _answers(model, tokenizer, [asked], PASSKEY_ANSWER)
+            (tokens,) = _answers(model, tokenizer, [asked], PASSKEY_ANSWER, kv_bits)
             out.found[length].append(key in tokenizer.decode(tokens))
     return out
 
@@ -102,10 +112,12 @@ def _cut(tokenizer: Any, text: str, tokens: int, chance: random.Random) -> str:
     return str(tokenizer.decode(ids[: max(8, tokens - 60)]))
 
 
-def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[list[int]]:
+def _answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, kv_bits: int | None
+) -> list[list[int]]:
     """Greedy answers to ``prompts``, each by itself."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return [answer for _, answer in answer_all(model, tokenizer, encoded, tokens)]
+    return [answer for _, answer in answer_all(model, tokenizer, encoded, tokens, kv_bits=kv_bits)]
 
 
 def held_out(tokenizer: Any, windows: int) -> dict[str, NDArray[np.int32]]:
@@ -125,7 +137,6 @@ def run(quick: bool = False, model: Path = DEMO) -> dict[str, Any]:
     plain, tokenizer, *_ = load_plain(str(model))
     rows = held_out(tokenizer, windows)
     wanted = measure(plain, tokenizer, rows, keys)
-    del plain
     figures: dict[str, Any] = {"held_out_tokens": sum(wanted.counts.values())}
     print(f"{'':>10}  perplexity" + "".join(f"{name:>10}" for name in rows) + "   greedy agreement  pass keys")
 
@@ -139,6 +150,16 @@ def run(quick: bool = False, model: Path = DEMO) -> dict[str, Any]:
         figures[f"passkey_{name}"] = found.retrieved()
 
     tell("plain", wanted)
+    for bits in () if quick else KV_BITS:
+        try:
+            check_kv_bits(plain, bits)
+        except KvBitsUnsupported as error:
+            print(f"{f'kv {bits}':>10}  {error.message}")
+            continue
+        found = measure(plain, tokenizer, rows, keys, bits)
+        tell(f"kv{bits}", found)
+        figures[f"greedy_agreement_kv{bits}"] = found.agreement(wanted)
+    del plain
     figures.update({f"passkey_plain_{length}": sum(hits) / len(hits) for length, hits in wanted.found.items()})
     agreements = []
     equal = True

@@ -50,7 +50,7 @@ from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
-from expertd.daemon.waits import Place, Waits
+from expertd.daemon.waits import Place, Waited, Waits
 from expertd.daemon.warm_record import WarmRecord, write
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
@@ -147,6 +147,7 @@ class Server:
         self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
         self._waits = Waits()
+        self._waited: dict[str, Waited] = {}  # In sessions that have ended, by models' keys.
         self._tokens = TokenCounts()
         self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
@@ -553,12 +554,18 @@ class Server:
         if peer is not None:
             self._diary.session_ended(session, why)
             self._tracing.gone(session)
-            self._waits.ended(session)
+            self._remember(session, self._waits.ended(session, time.monotonic()))
             self._tokens.ended(session)
             self._lifelines.close_line(peer.token)
             self._bases.known.ended(session)
             self._feed(events.Ended(session))
             self._share_out()
+
+    def _remember(self, session: int, waited: Waited) -> None:
+        """A session that ends leaves what it has waited to its model."""
+        for key, model in self._core.models.items():
+            if session in model.sessions:
+                self._waited[key] = self._waited.get(key, Waited()).plus(waited)
 
     # -- what goes out -------------------------------------------------------------------------------------------------
 
@@ -573,6 +580,7 @@ class Server:
                 self._events.popleft()
             for key in self._files.keys() - self._core.models.keys():
                 self._files.pop(key).close()
+                self._waited.pop(key, None)
             self._diary.models_kept(self._core.models.keys())
             self._drop_bases()
         except Exception as error:
@@ -765,7 +773,7 @@ class Server:
         reads = self._reader.devices()
         return daemon_status(
             self._home, self._core, self._memory, self._bases.known, waited, self._tokens.all(), uptime_s, folder,
-            dropped, ssd, reads, packed,
+            dropped, ssd, reads, packed, self._waited,
         )  # fmt: skip
 
     async def _watch_sessions(self) -> None:

@@ -41,6 +41,8 @@ KINDS: Mapping[Kind, Literal["prompt", "next layer", "second next layer", "topic
 )
 TOKENS = (Kind.NEXT, Kind.SECOND)
 NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
+NOBODY_WAITED_BEFORE: Mapping[str, Waited] = MappingProxyType({})
+NO_WAIT = Waited()
 NOTHING_COMPUTED: Mapping[int, Tokens] = MappingProxyType({})
 
 
@@ -64,12 +66,14 @@ def daemon_status(
     simulated_ssd: str,
     reads: ReadStatistics,
     packed: Mapping[str, str] = NOT_PACKED,
+    waited_before: Mapping[str, Waited] = NOBODY_WAITED_BEFORE,
 ) -> Status:
     """All there is to show of this process, which is the daemon of ``home``.
 
     Args:
         waited, tokens: by sessions.
         packed: paths of the packed stores in use, by models' keys.
+        waited_before: by sessions that have ended, by models' keys.
     """
     daemon = DaemonStatus(
         pid=os.getpid(),
@@ -93,7 +97,8 @@ def daemon_status(
         devices=_devices(reads),
         fetch_to_read_us=FetchToRead(p50=round(reads.fetch_to_read_p50_us), p99=round(reads.fetch_to_read_p99_us)),
         models=[
-            model_status(model, waited, packed.get(model.key, ""), tokens, bases) for model in core.models.values()
+            model_status(model, waited, packed.get(key, ""), tokens, bases, waited_before.get(key, Waited()))
+            for key, model in core.models.items()
         ],
     )
 
@@ -127,9 +132,13 @@ def model_status(
     packed: str = "",
     tokens: Mapping[int, Tokens] = NOTHING_COMPUTED,
     bases: Bases | None = None,
+    waited_before: Waited = NO_WAIT,
 ) -> ModelStatus:
     """One model's figures.  ``experts`` and ``block_bytes`` are the largest of its layers where they differ."""
     layers = model.manifest.layers
+    in_all = waited_before
+    for number in model.sessions:
+        in_all = in_all.plus(waited.get(number, NO_WAIT))
     known = bases or Bases(0)
     shared = known.of_model(model.key)
     return ModelStatus(
@@ -162,6 +171,8 @@ def model_status(
         ahead=_ahead(model),
         warming=warmth.wished(model),
         pinned=len(model.pinned),
+        waited_s=round(in_all.all_s, 6),
+        read_wait_s=round(in_all.read_s, 6),
         recalled=_recalled(model.recalled),
         base_bytes=sum(base.size for base in shared),
         base_read=sum(base.read for base in shared),

@@ -17,6 +17,10 @@ class Waited(NamedTuple):
     all_s: float = 0.0
     read_s: float = 0.0
 
+    def plus(self, other: Waited) -> Waited:
+        """Both together."""
+        return Waited(self.all_s + other.all_s, self.read_s + other.read_s)
+
 
 class Place(NamedTuple):
     """Where a block is read to.  Numbers of segments are not reused, and a block has one slot in a segment at most."""
@@ -105,9 +109,10 @@ class Waits:
                 if not known.reading:
                     known.read_s += max(0.0, now - known.since)
 
-    def ended(self, session: int) -> None:
-        """It is over."""
-        self._sessions.pop(session, None)
+    def ended(self, session: int, now: float) -> Waited:
+        """It is over; what it had waited."""
+        known = self._sessions.pop(session, None)
+        return Waited() if known is None else known.so_far(now)
 
     def all(self, now: float) -> dict[int, Waited]:
         """What each session that ever sent a Fetch has waited, with the one that it still waits in."""

@@ -10,6 +10,7 @@ the user has called.  A running daemon keeps what it was started with; its budge
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -22,6 +23,9 @@ from expertd.protocol.sizes import AUTO, parse_budget, parse_rate, parse_size, s
 
 POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
 """Of ``expertd.daemon.policy.POLICIES``; the first is the default, the others are there to be compared with."""
+
+KV_BITS = ("4", "8", "16")
+NOT_QUANTIZED = "16"
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
@@ -37,6 +41,9 @@ UNLIMITED = ("inf", "unlimited")
 
 SMALLEST_LOG = 64 << 10
 MOST_LOGS = 100
+
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f:]{2,39}")
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?")
 
 T = TypeVar("T")
 
@@ -126,6 +133,42 @@ def _host(value: object) -> str:
     raise ConfigInvalid(f'{value!r} is not an address to listen on; write text as "127.0.0.1"')
 
 
+def _file(value: object) -> Path:
+    if isinstance(value, str | Path) and str(value).strip():
+        path = Path(value).expanduser()
+        if path.is_absolute():
+            return path
+        raise ConfigInvalid(f"'{path}' is relative, but to what?  Write the file's whole path, or ~/...")
+    raise ConfigInvalid(f'{value!r} is not a file; write its path as text, for example "~/.expertd/keys"')
+
+
+def _hosts(value: object) -> tuple[str, ...]:
+    found = _texts(value, 'host names; write for example ["studio.local"]')
+    for name in found:
+        if not _HOST.fullmatch(name):
+            raise ConfigInvalid(f"{name!r} is not the name of a host; write it without a scheme, a port or a path")
+    return tuple(dict.fromkeys(name.lower() for name in found))
+
+
+def _origins(value: object) -> tuple[str, ...]:
+    found = _texts(value, 'origins; write for example ["https://chat.example.org"]')
+    for origin in found:
+        if origin == "*":
+            raise ConfigInvalid("'*' would let every page that you visit use your models; name each origin")
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigInvalid(
+                f"{origin!r} is not an origin; write scheme and host as browsers do, https://chat.example.org, "
+                "with a port if it is not the usual one, and without a path"
+            )
+    return tuple(dict.fromkeys(origin.lower() for origin in found))
+
+
+def _texts(value: object, what: str) -> list[str]:
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return [str(item).strip() for item in value]
+    raise ConfigInvalid(f"{value!r} is not a list of {what}")
+
+
 def _tokens(value: object) -> int:
     if isinstance(value, int) and _is_whole(value) and value >= 1:
         return value
@@ -136,6 +179,12 @@ def _temperature(value: object) -> float:
     if isinstance(value, int | float) and _is_number(value) and 0 <= value < float("inf"):
         return float(value)
     raise ConfigInvalid(f"{value!r} is not a temperature; write 0 or more (0 is greedy)")
+
+
+def _kv_bits(value: object) -> int | None:
+    if _is_whole(value) and str(value) in KV_BITS:
+        return None if str(value) == NOT_QUANTIZED else int(str(value))
+    raise ConfigInvalid(f"{value!r} is not a number of bits; write 8 or 4, or 16 to quantize nothing")
 
 
 def _log_size(value: object) -> int:
@@ -186,6 +235,10 @@ def _paths(text: str) -> object:
     return [part for part in text.split(os.pathsep) if part]
 
 
+def _words(text: str) -> object:
+    return text.replace(",", " ").split()
+
+
 # -- how values are shown ----------------------------------------------------------------------------------------------
 
 
@@ -205,10 +258,22 @@ def _shown_number(value: Any) -> str:
     return f"{value:.12g}"
 
 
+def _shown_kv_bits(value: Any) -> str:
+    return f"{NOT_QUANTIZED}: not quantized" if value is None else str(value)
+
+
 def _shown_folders(value: Any) -> str:
     home = Path.home()
     shown = [f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path) for path in value]
     return ", ".join(shown) or "none"
+
+
+def _shown_file(value: Any) -> str:
+    return "none" if value is None else _shown_folders((value,))
+
+
+def _shown_words(value: Any) -> str:
+    return ", ".join(value) or "none"
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -257,8 +322,8 @@ class Key:
     @property
     def flag(self) -> str:
         """``--idle-exit``; what a command is called after is left out (``--port`` of ``serve``), but for logs."""
-        if self.name == "model_folders":
-            return "--model-folder"  # one at a time
+        if isinstance(self.default, tuple):
+            return "--" + self.word.removesuffix("s").replace("_", "-")  # one at a time
         return "--" + (self.name if self.section == "log" else self.word).replace("_", "-")
 
     @property
@@ -333,6 +398,22 @@ class Config:
         _port, 8080, "Port to listen on; 0 takes any free one.",
         section="serve", form="PORT", example="8080", read=_whole,
     ))  # fmt: skip
+    serve_api_key_file: Setting[Path | None] = field(metadata=_key(
+        _file, None, "File of the API keys that requests need, one a line.",
+        section="serve", form="FILE", example='"~/.expertd/keys"', shown=_shown_file,
+    ))  # fmt: skip
+    serve_allow_hosts: Setting[tuple[str, ...]] = field(metadata=_key(
+        _hosts, (), "Another name that the gateway is called by, for example studio.local.",
+        section="serve", form="NAME", example='["studio.local"]', read=_words, shown=_shown_words,
+    ))  # fmt: skip
+    serve_allow_origins: Setting[tuple[str, ...]] = field(metadata=_key(
+        _origins, (), "Site whose pages may use the gateway, for example https://chat.example.org.",
+        section="serve", form="URL", example='["https://chat.example.org"]', read=_words, shown=_shown_words,
+    ))  # fmt: skip
+    serve_kv_bits: Setting[int | None] = field(metadata=_key(
+        _kv_bits, None, "Bits of the KV cache's numbers; 8 and 4 take less memory, but tokens are no longer exact.",
+        section="serve", form="BITS", example="8", read=_whole, shown=_shown_kv_bits,
+    ))  # fmt: skip
     serve_ttl: Setting[float | None] = field(metadata=_key(
         _seconds, 900.0, "End the worker of one of several models when nobody has asked it for so long.",
         section="serve", form="SECONDS", example="900", read=_number, shown=_shown_seconds("never"),
@@ -347,6 +428,10 @@ class Config:
     generate_temperature: Setting[float] = field(metadata=_key(
         _temperature, 0.0, "How freely tokens are chosen; 0 is greedy.",
         section="generate", form="NUMBER", example="0.7", read=_number, shown=_shown_number,
+    ))  # fmt: skip
+    generate_kv_bits: Setting[int | None] = field(metadata=_key(
+        _kv_bits, None, "Bits of the KV cache's numbers; 8 and 4 take less memory, but tokens are no longer exact.",
+        section="generate", form="BITS", example="8", read=_whole, shown=_shown_kv_bits,
     ))  # fmt: skip
     log_level: Setting[str] = field(metadata=_key(
         _choice("level", LOG_LEVELS), "info", "What is written into the logs, and all that is worse.",

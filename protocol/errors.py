@@ -21,6 +21,7 @@
     |-- BudgetTooSmall                budget_too_small
     |-- SizeInvalid                   size_invalid
     |-- ConfigInvalid                 config_invalid
+    |   `-- KeyFileInvalid            key_file_invalid
     |-- SegmentFailed                 segment_failed
     |-- HomeError                     home_invalid
     |   `-- HomeTooLong               home_too_long
@@ -38,6 +39,7 @@
     |-- SessionUnknown                session_unknown
     |-- SessionClosed                 session_closed
     |-- AliasFailed                   alias_failed
+    |-- KvBitsUnsupported             kv_bits_unsupported
     |-- TraceInvalid                  trace_invalid
     |-- TraceWriteFailed              trace_write_failed
     |-- ProfileInvalid                profile_invalid
@@ -50,6 +52,7 @@
     |   |-- ServiceManagerMissing     service_manager_missing
     |   `-- ServiceNotInstalled       service_not_installed
     |-- RequestInvalid                request_invalid
+    |   |-- KeyInvalid                invalid_api_key
     |   |-- ParameterUnsupported      parameter_unsupported
     |   |-- ModelNotFound             model_not_found
     |   |-- ResponseNotFound          response_not_found
@@ -234,6 +237,13 @@ class ConfigInvalid(ExpertdError):
     exit_status = 2
 
 
+class KeyFileInvalid(ConfigInvalid):
+    """The file of API keys cannot be read, others can read it, or it has no usable key."""
+
+    code = "key_file_invalid"
+    http_status = 503
+
+
 class SegmentFailed(ExpertdError):
     """The system gave no shared memory."""
 
@@ -358,6 +368,14 @@ class AliasFailed(ExpertdError):
     code = "alias_failed"
 
 
+class KvBitsUnsupported(ExpertdError):
+    """The model's KV caches cannot be quantized."""
+
+    code = "kv_bits_unsupported"
+    exit_status = 2
+    http_status = 400
+
+
 class TraceInvalid(ExpertdError):
     """A file is no routing trace, is damaged, or is of a newer format; or a file of prompts cannot be used."""
 
@@ -436,6 +454,13 @@ class RequestInvalid(ExpertdError):
 
     code = "request_invalid"
     http_status = 400
+
+
+class KeyInvalid(RequestInvalid):
+    """The gateway needs an API key, and the request has none or a wrong one.  The code is OpenAI's."""
+
+    code = "invalid_api_key"
+    http_status = 401
 
 
 class ParameterUnsupported(RequestInvalid):

@@ -350,6 +350,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ``layers`` and all that follows ``sessions`` may be left out, as by daemons of this version of the protocol that do
     not know them.  ``packed`` is the store that blocks are read from, empty if there is none; ``warming``: blocks that
     are still to be brought in for somebody who asked for that; ``pinned``: blocks that somebody wants to stay;
+    ``waited_s`` and ``read_wait_s`` are the sums of its sessions', those that have ended included;
     ``recalled``: what came of what an earlier daemon held, None if it left nothing.
     ``base_bytes``: base weights in shared memory; ``base_read``: bytes read for them; ``base_problem``: why they are
     not shared, "" if they are, or nobody wanted that.
@@ -378,6 +379,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ahead: list[AheadStatus] = []
     warming: int = 0
     pinned: int = 0
+    waited_s: float = 0.0
+    read_wait_s: float = 0.0
     recalled: RecalledStatus | None = None
     base_bytes: int = 0
     base_read: int = 0
@@ -605,7 +608,8 @@ class Generate(Message):
     """Start generating.
 
     Exactly one of the three is given: ``messages``, chat messages as the tokenizer's template takes them (with
-    ``tools``, and ``template`` for its further variables); ``text``, a prompt as it is; ``tokens``, one in tokens.
+    ``tools``, and ``template`` and ``hints`` for its further variables: an unknown one of ``template`` is an error, of
+    ``hints`` it is left out); ``text``, a prompt as it is; ``tokens``, one in tokens.
     ``tool_choice`` required: one of the tools has to be called; without ``parallel_calls`` a call ends the answer.
     ``goes_on``: the answer is the rest of the last message, which the assistant has begun.
 
@@ -623,6 +627,7 @@ class Generate(Message):
     tool_choice: Literal["auto", "required"] = "auto"
     parallel_calls: bool = True
     template: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     goes_on: bool = False
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     stop: list[Name] = []
@@ -665,6 +670,7 @@ class Delta(Message):
     """More of an answer (no text while a character is incomplete); ``tokens`` counts those since the last.
 
     ``reasoning``: what comes before the answer itself, without its markers; ``calls``: tools that it calls.
+    ``prompt_tokens`` and ``cached_tokens`` are told once, in the first of an answer, and are 0 in all others.
     """
 
     request: Count
@@ -673,6 +679,8 @@ class Delta(Message):
     reasoning: Text = ""
     calls: list[ToolCall] = []
     logprobs: list[TokenLogprob] = []
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
 
 
 class Finished(Message):

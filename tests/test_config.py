@@ -111,6 +111,8 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_file(
         ("serve_port", None, None, {"serve": {}}, (8080, DEFAULT)),
         ("serve_host", None, None, {"serve": {"host": "::1"}}, ("::1", FILE)),
         ("generate_max_tokens", None, "9", {}, (9, ENVIRONMENT)),
+        ("generate_kv_bits", None, "8", {"generate": {"kv_bits": 4}}, (8, ENVIRONMENT)),
+        ("serve_kv_bits", 16, "8", {"serve": {"kv_bits": 4}}, (None, FLAG)),
         ("generate_temperature", None, "0.5", {"generate": {"temperature": 1}}, (0.5, ENVIRONMENT)),
         ("log_level", None, "DEBUG", {"log": {"level": "error"}}, ("debug", ENVIRONMENT)),
         ("log_size", None, None, {"log": {"size": "1MiB"}}, (1 << 20, FILE)),
@@ -178,7 +180,17 @@ IN_FILE = f" in {PATH}: "
         ({"serve": {"port": True}}, "True is not a port"),
         ({"serve": {"port": "8080"}}, "'8080' is not a port"),
         ({"serve": {"host": ""}}, "'' is not an address to listen on"),
+        ({"serve": {"api_key_file": 5}}, "5 is not a file; write its path as text"),
+        ({"serve": {"api_key_file": "keys"}}, "'keys' is relative, but to what?"),
+        ({"serve": {"allow_hosts": "a.local"}}, "'a.local' is not a list of host names"),
+        ({"serve": {"allow_hosts": ["http://a.local"]}}, "'http://a.local' is not the name of a host"),
+        ({"serve": {"allow_hosts": ["*"]}}, "'*' is not the name of a host"),
+        ({"serve": {"allow_origins": ["*"]}}, "'*' would let every page that you visit use your models"),
+        ({"serve": {"allow_origins": ["https://a.example/x"]}}, "'https://a.example/x' is not an origin"),
+        ({"serve": {"allow_origins": ["a.example"]}}, "'a.example' is not an origin"),
         ({"generate": {"max_tokens": 0}}, "0 is not a number of tokens"),
+        ({"generate": {"kv_bits": 3}}, "3 is not a number of bits; write 8 or 4, or 16 to quantize nothing"),
+        ({"serve": {"kv_bits": True}}, "True is not a number of bits"),
         ({"generate": {"temperature": -0.1}}, "-0.1 is not a temperature"),
         ({"generate": {"temperature": float("nan")}}, "nan is not a temperature"),
         ({"log": {"level": "loud"}}, "'loud' is not a level; there are: debug, info, warning, error"),
@@ -380,10 +392,15 @@ def test_each_setting_has_a_section_a_flag_and_a_variable_of_its_own() -> None:
     assert {key.dotted: (key.flag, key.variable) for key in KEYS.values() if key.section} == {
         "serve.host": ("--host", "EXPERTD_SERVE_HOST"),
         "serve.port": ("--port", "EXPERTD_SERVE_PORT"),
+        "serve.api_key_file": ("--api-key-file", "EXPERTD_SERVE_API_KEY_FILE"),
+        "serve.allow_hosts": ("--allow-host", "EXPERTD_SERVE_ALLOW_HOSTS"),
+        "serve.allow_origins": ("--allow-origin", "EXPERTD_SERVE_ALLOW_ORIGINS"),
+        "serve.kv_bits": ("--kv-bits", "EXPERTD_SERVE_KV_BITS"),
         "serve.ttl": ("--ttl", "EXPERTD_SERVE_TTL"),
         "serve.deadline": ("--deadline", "EXPERTD_SERVE_DEADLINE"),
         "generate.max_tokens": ("--max-tokens", "EXPERTD_GENERATE_MAX_TOKENS"),
         "generate.temperature": ("--temperature", "EXPERTD_GENERATE_TEMPERATURE"),
+        "generate.kv_bits": ("--kv-bits", "EXPERTD_GENERATE_KV_BITS"),
         "log.level": ("--log-level", "EXPERTD_LOG"),
         "log.format": ("--log-format", "EXPERTD_LOG_FORMAT"),
         "log.size": ("--log-size", "EXPERTD_LOG_SIZE"),
@@ -430,10 +447,11 @@ def test_serve_listens_where_the_file_says(home: Home, checkpoints: dict[str, Pa
 def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     home.config.write_text(
         'budget = "2GiB"\nidle_exit = 60\nbackground_rate = "200MB/s"\nmodel_folders = ["/a", "/b"]\n'
-        '[serve]\nport = 0\n[log]\nlevel = "debug"\n'
+        '[serve]\nport = 0\nallow_hosts = ["A.local", "b.local"]\n[log]\nlevel = "debug"\n'
     )
     monkeypatch.setenv("EXPERTD_IDLE_EXIT", "120")
     monkeypatch.setenv("EXPERTD_LOG", "warning")
+    monkeypatch.setenv("EXPERTD_SERVE_API_KEY_FILE", "/keys")
     assert expertd("config", "show").stdout.splitlines() == [
         f"file                  {home.config}",
         "budget                2.1 GB  (config.toml)",
@@ -445,10 +463,15 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
         "model_folders         /a, /b  (config.toml)",
         "serve.host            127.0.0.1  (default)",
         "serve.port            0  (config.toml)",
+        "serve.api_key_file    /keys  (EXPERTD_SERVE_API_KEY_FILE)",
+        "serve.allow_hosts     a.local, b.local  (config.toml)",
+        "serve.allow_origins   none  (default)",
+        "serve.kv_bits         16: not quantized  (default)",
         "serve.ttl             900 s  (default)",
         "serve.deadline        no limit  (default)",
         "generate.max_tokens   256  (default)",
         "generate.temperature  0  (default)",
+        "generate.kv_bits      16: not quantized  (default)",
         "log.level             warning  (EXPERTD_LOG)",
         "log.format            text  (default)",
         "log.size              10.0 MB  (default)",

@@ -19,10 +19,12 @@ import openai
 import pytest
 from aiohttp import web
 
+from expertd.clients.gateway.access import Access
 from expertd.clients.gateway.app import Gateway
 from expertd.clients.gateway.lifetime import listen
 from expertd.clients.gateway.served import Models
 from expertd.clients.gateway.wanted import Wanted
+from expertd.clients.gateway.watch import DaemonWatch
 from expertd.protocol.errors import ExpertdError, PortInUse, QueueFull, WorkerUnavailable
 from expertd.protocol.messages import Delta
 from expertd.protocol.paths import Home
@@ -202,7 +204,7 @@ def test_what_does_not_fit_is_refused_before_a_stream_begins(
     ("method", "path", "body", "status", "code"),
     [
         ("GET", "/v1/nothing", None, 404, "route_not_found"),
-        ("GET", "/", None, 404, "route_not_found"),
+        ("GET", "/nothing", None, 404, "route_not_found"),
         ("GET", "/v1/chat/completions", None, 405, "method_not_allowed"),
         ("POST", "/v1/models", b"{}", 405, "method_not_allowed"),
         ("POST", "/v1/chat/completions", b"{not json", 400, "request_invalid"),
@@ -303,6 +305,9 @@ class EndlessWorker:
     def __exit__(self, *exception: object) -> None:
         self.released += 1
 
+    def watch(self, watcher: Callable[[int, Delta], None]) -> None:
+        """Nobody is told."""
+
     async def receive(self, timeout_s: float) -> tuple[int, Delta] | None:
         self.sent += 1
         if self.silent_after is not None and self.sent > self.silent_after:
@@ -316,7 +321,8 @@ async def with_endless_worker(
     worker: EndlessWorker, use: Callable[[asyncio.StreamReader], Any], **limits: float
 ) -> None:
     """Stream from a gateway in this process, configured as the real one is."""
-    gateway = Gateway(Models([worker]), "127.0.0.1", **limits)  # type: ignore[list-item]
+    watch = DaemonWatch(Home(Path("nowhere")))
+    gateway = Gateway(Models([worker]), Access("127.0.0.1"), watch, **limits)  # type: ignore[list-item]
     runner = web.AppRunner(gateway.app, handler_cancellation=True, access_log=None)
     await runner.setup()
     with listen("127.0.0.1", 0) as listener:
@@ -437,7 +443,7 @@ def test_a_taken_port_is_told_before_anything_starts(own_home: Home, checkpoints
 
 @pytest.mark.parametrize(
     ("options", "status", "code"),
-    [(["--budget", "much"], 2, "size_invalid"), (["--host", "203.0.113.1"], 1, "internal")],
+    [(["--budget", "much"], 2, "size_invalid"), (["--host", "203.0.113.1"], 2, "config_invalid")],
     ids=["budget", "host"],
 )
 def test_options_are_checked_before_anything_starts(

@@ -158,12 +158,13 @@ def test_whatever_happens_nothing_is_left_and_no_more_was_read_than_waited(steps
                 waits.read_ended(place(expert), now)
                 reading.discard(expert)
             case "over":
-                waits.ended(session)
+                before = waits.all(now).get(session, Waited())
+                assert waits.ended(session, now) == before
         assert all(0 <= waited.read_s <= waited.all_s <= now for waited in waits.all(now).values())
     for expert in reading:
         waits.read_ended(place(expert), len(steps))
     for session in range(4):
-        waits.ended(session)
+        waits.ended(session, len(steps))
     assert not waits.all(len(steps))
     assert not waits._reads
 
@@ -204,3 +205,6 @@ def test_a_daemon_tells_how_long_its_sessions_waited_for_reads(
     again = session_here(home)
     assert (again.fetches, again.waited_s, again.read_wait_s) == (3, first.waited_s, first.read_wait_s)
     expertd.unload(model)
+    wait_for(lambda: not ask_status(home).models[0].sessions)
+    (left,) = ask_status(home).models
+    assert (left.waited_s, left.read_wait_s) == (first.waited_s, first.read_wait_s), "the model remembers"

@@ -74,7 +74,8 @@ def _settings() -> Iterator[str]:
         yield f"| `{key.dotted}` | `{flag}` | `{key.variable}` | {key.default_shown} | {key.help}{values} |"
     yield ""
     yield "Sizes are `512MB`, `2GiB` or bytes; rates the same with `/s`; seconds may be `inf`. Several folders in"
-    yield "`EXPERTD_MODEL_FOLDERS` are separated by colons. A file in which everything is set:"
+    yield "`EXPERTD_MODEL_FOLDERS` are separated by colons, hosts and sites in their variables by commas. A file in"
+    yield "which everything is set:"
 
 
 def _example() -> Iterator[str]:

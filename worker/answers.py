@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
 from expertd.worker.engine import new_generator
+from expertd.worker.kv_quantized import new_caches
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]], *, raw: bool = False) -> list[int]:
@@ -28,6 +29,7 @@ def answer_all(
     temperature: float = 0.0,
     seed: int = 0,
     parallel: int = 1,
+    kv_bits: int | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Generate an answer to each of ``prompts``: ``(its place in prompts, tokens)``, as they come to their end.
 
@@ -36,6 +38,7 @@ def answer_all(
         max_tokens: longest answer.
         temperature: 0 is greedy; above, ``seed`` makes it repeatable.
         parallel: how many are generated at a time.
+        kv_bits: as in ``new_caches``.
     """
     mx.random.seed(seed)
     sampler = make_sampler(temperature) if temperature else None
@@ -46,7 +49,9 @@ def answer_all(
         while waiting or running:
             while waiting and len(running) < parallel:
                 place, prompt = waiting.pop()
-                (uid,) = generator.insert([prompt], [max_tokens], samplers=[sampler])
+                (uid,) = generator.insert(
+                    [prompt], [max_tokens], samplers=[sampler], caches=[new_caches(model, kv_bits)]
+                )
                 running[uid] = place, []
             for answer in generator.next()[1]:
                 place, tokens = running[answer.uid]

@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
 
 from expertd.protocol.errors import (
     ExpertdError,
@@ -34,6 +33,7 @@ from expertd.protocol.messages import Delta, Finished, Generate, Refused, TokenL
 from expertd.worker.channels import Channels, Piece
 from expertd.worker.grammar import Vocabulary
 from expertd.worker.kv_memory import CacheMemory, Growth, available_bytes
+from expertd.worker.kv_quantized import new_caches
 from expertd.worker.pressure import Buffers, Gauge
 from expertd.worker.prompt_cache import PromptCache
 from expertd.worker.sampling import LogitsProcessor, Sampler, processors_of, sampler_of
@@ -49,8 +49,9 @@ log = logging.getLogger(__name__)
 Event = Delta | Finished | Refused
 
 DEFAULT_CONTEXT = 32768
-PREFILL_TOKENS = 512
-"""Longest piece of a prompt that one step computes, so that a cancel never waits for more than that."""
+PREFILL_TOKENS = 512 if mx.metal.is_available() else 32
+"""Longest piece of a prompt that one step computes, so that a cancel never waits for more than that.  A CPU takes as
+long for each token however many there are, so short pieces cost it nothing."""
 PREFILL_REQUESTS = 4
 """Prompts that are computed side by side: they share each expert that a step fetches."""
 DECODE_REQUESTS = 32
@@ -81,9 +82,15 @@ class _Request:
     channels: Channels
     detokenizer: Any
     cached: int = 0
+    told: bool = False  # whether the client knows how long its prompt is
     prefilling: bool = True
     tokens: int = 0
     unreported: int = field(default=0)
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words for the log."""
+        return "in its prompt" if self.prefilling else f"after {self.tokens} tokens"
 
     @property
     def growth(self) -> Growth:
@@ -109,7 +116,7 @@ def context_length(model: Any) -> int:
 def new_generator(model: Any, tokenizer: Any, prompts: int, answers: int) -> Any:
     """A generator of so many prompts and answers at a time, or of one where the caches cannot be batched."""
     ends = set(tokenizer.eos_token_ids)
-    if not all(hasattr(layer, "merge") for layer in make_prompt_cache(model)):
+    if not all(hasattr(layer, "merge") for layer in new_caches(model, None)):
         return SequentialGenerator(model, ends, PREFILL_TOKENS)
     return BatchGenerator(
         model,
@@ -137,6 +144,7 @@ class Engine:
         wired: WiredLimit | None = None,
         memory: CacheMemory | None = None,
         prompt_cache: int | None = None,
+        kv_bits: int | None = None,
     ) -> None:
         """Take a model and its tokenizer as ``mlx_lm.load`` returns them.
 
@@ -146,6 +154,7 @@ class Engine:
             wired: the wired limit to hold until ``close``.
             memory: what its requests' caches need; None: no request is refused for it.
             prompt_cache: bytes of caches to keep for requests to come; None: a share of what there is.
+            kv_bits: of the caches' numbers; None: as the model computes them.
         """
         self.context = context or context_length(model)
         self._model = model
@@ -153,6 +162,7 @@ class Engine:
         self._buffers = buffers or Buffers(Gauge())
         self._wired = wired
         self._memory = memory or CacheMemory([])
+        self._kv_bits = kv_bits
         self._vocabulary = Vocabulary(tokenizer)
         self._kept = PromptCache(available_bytes() // PROMPT_CACHE_SHARE if prompt_cache is None else prompt_cache)
         self._hold_limit()  # once before the first generator, which sets its own: what is former is not that
@@ -196,9 +206,12 @@ class Engine:
     def cancel(self, request: int) -> None:
         """Forget a request: no event about it follows.  An unknown one has just ended, which is no error."""
         self._outbox = [event for event in self._outbox if event.request != request]
+        if any(waiting.id == request for waiting in self._waiting):
+            log.debug("request %d was cancelled while it waited", request)
         self._waiting = deque(waiting for waiting in self._waiting if waiting.id != request)
         running = [uid for uid, running in self._running.items() if running.id == request]
         if running:
+            log.debug("request %d was cancelled %s", request, self._running[running[0]].progress)
             self._drop(running)
             self._buffers.after_request(idle=not self._running)
 
@@ -227,7 +240,7 @@ class Engine:
             if request is not None and progress.end_of_prompt:
                 request.prefilling = False
             elif request is not None:
-                events.append(Delta(request=request.id, text="", tokens=0))
+                events.append(self._delta(request, Piece(), []))
         for answer in answers:
             events += self._advance(answer)
         if len(self._running) < before:
@@ -321,7 +334,7 @@ class Engine:
             said = [one.get("content") for one in message.messages or [] if isinstance(one, dict)]
             self._check_length(said, "messages")
             prompt = encode_chat(
-                self._tokenizer, message.messages or [], message.tools, message.template, message.goes_on
+                self._tokenizer, message.messages or [], message.tools, message.template, message.goes_on, message.hints
             )
             param = "messages"
         if not prompt:
@@ -393,7 +406,7 @@ class Engine:
         (uid,) = self._generator.insert(
             [rest],
             [request.max_tokens],
-            caches=[cache],
+            caches=[new_caches(self._model, self._kv_bits) if cache is None else cache],
             all_tokens=[request.prompt[: request.cached]],
             samplers=[request.sampler],
             logits_processors=[request.processors],
@@ -447,6 +460,7 @@ class Engine:
     @staticmethod
     def _delta(request: _Request, piece: Piece, logprobs: list[TokenLogprob]) -> Delta:
         tokens, request.unreported = request.unreported, 0
+        first, request.told = not request.told, True
         return Delta(
             request=request.id,
             text=piece.text,
@@ -454,6 +468,8 @@ class Engine:
             reasoning=piece.reasoning,
             calls=piece.calls,
             logprobs=logprobs,
+            prompt_tokens=len(request.prompt) if first else 0,
+            cached_tokens=request.cached if first else 0,
         )
 
     def _logprobs(self, request: _Request, answer: Any) -> list[TokenLogprob]:

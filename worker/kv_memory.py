@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import psutil
-from mlx_lm.models.cache import make_prompt_cache
 
 from expertd.protocol.cgroups import cgroup_room
-from expertd.protocol.errors import MemoryPressure
+from expertd.protocol.errors import KvBitsUnsupported, MemoryPressure
 from expertd.protocol.sizes import show_size
 from expertd.worker.experts import CachedExperts
+from expertd.worker.kv_quantized import new_caches
 
-__all__ = ["CacheMemory", "Growth", "LayerCache", "available_bytes", "cache_bytes", "caches_of", "measure"]
+__all__ = ["CacheMemory", "Growth", "LayerCache", "available_bytes", "cache_bytes", "caches_of", "check_kv_bits",
+           "measure"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,12 @@ def cache_bytes(layers: Iterable[LayerCache], tokens: int) -> int:
     return total
 
 
-def measure(model: Any) -> list[LayerCache]:
-    """What the caches of ``model`` take, seen on those of a forward of one token.
+def measure(model: Any, kv_bits: int | None = None) -> list[LayerCache]:
+    """What the caches of ``model`` take, seen on those of a forward of one token; ``kv_bits`` as in ``new_caches``.
 
     The forward is never evaluated, since an array's shape is known without its values.  Experts are left out of it.
     """
-    caches = make_prompt_cache(model)
+    caches = new_caches(model, kv_bits)
     # Not through the session: nothing is looked up, and this is no token of anybody's.
     forward = getattr(type(model), "_expertd_plain", type(model)).__call__
     with _without_experts(model):
@@ -65,10 +66,32 @@ def measure(model: Any) -> list[LayerCache]:
     return [_layer(cache) for cache in _leaves(caches)]
 
 
-def caches_of(model: Any) -> list[LayerCache]:
-    """``measure``; a model whose caches cannot be measured is taken to need nothing, so nothing is refused."""
+def check_kv_bits(model: Any, kv_bits: int | None) -> None:
+    """Find out whether ``model`` computes with caches of ``kv_bits``, before anybody waits for it.
+
+    Raises:
+        KvBitsUnsupported: it does not.
+    """
+    if kv_bits is None:
+        return
     try:
-        return measure(model)
+        measure(model, kv_bits)
+    except KvBitsUnsupported:
+        raise
+    except Exception as error:  # attention sinks, heads too narrow for a group: each model says it in its own way
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise KvBitsUnsupported(f"the model's caches cannot be quantized ({reason}); leave --kv-bits out") from error
+
+
+def caches_of(model: Any, kv_bits: int | None = None) -> list[LayerCache]:
+    """``measure``; a model whose caches cannot be measured is taken to need nothing, so nothing is refused.
+
+    Raises:
+        KvBitsUnsupported: see ``check_kv_bits``.
+    """
+    check_kv_bits(model, kv_bits)
+    try:
+        return measure(model, kv_bits)
     except Exception as error:  # a model's code may do anything, and it may still generate
         log.warning("what the model's caches need could not be measured (%r): no prompt is too long for it", error)
         return []
@@ -104,6 +127,8 @@ def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
 
 def _layer(cache: Any) -> LayerCache:
     keys = getattr(cache, "keys", None)
+    if isinstance(keys, tuple | list):
+        keys = keys[0]  # quantized; scales and biases have as many rows
     if not isinstance(keys, mx.array):
         return LayerCache(fixed=cache.nbytes)  # a state of fixed size, or a kind that says no more of itself
     window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
@@ -143,9 +168,13 @@ class CacheMemory:
         self._available = available
 
     @classmethod
-    def of(cls, model: Any) -> CacheMemory:
-        """That of ``model``."""
-        return cls(caches_of(model))
+    def of(cls, model: Any, kv_bits: int | None = None) -> CacheMemory:
+        """That of ``model``.
+
+        Raises:
+            KvBitsUnsupported: see ``check_kv_bits``.
+        """
+        return cls(caches_of(model, kv_bits))
 
     def fits(self, prompt_tokens: int, max_tokens: int | None, running: Sequence[Growth]) -> bool:
         """Whether a request's cache fits beside what the ``running`` ones may still grow to; if not now, it may later.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from expertd.protocol import logs
-from expertd.protocol.config import config_without_file, read_config
+from expertd.protocol.config import Config, config_without_file, read_config
 from expertd.protocol.errors import ExpertdError, MessageInvalid
 from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.messages import (
@@ -72,7 +72,7 @@ def run(
         alias: how shared pages become arrays, as in ``expertd.load``.
         parent: process whose end ends this one; by default the one that is the parent now.
     """
-    _set_up_log(Home.current())
+    config = _settings(Home.current())
     # The model is a folder on this machine: nothing that loads it may ask the network, or chat about the attempt.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -82,13 +82,14 @@ def run(
     threading.Thread(target=_end_with, args=[parent or os.getppid()], name="expertd-gateway-watch", daemon=True).start()
     worker = _Worker(gateway)
     try:
-        return worker.run(model_path, budget, alias)
+        return worker.run(model_path, budget, alias, config.serve_kv_bits.value)
     finally:
         worker.close()
 
 
-def _set_up_log(home: Home) -> None:
-    """As the settings say, which the gateway has judged.  One that has become wrong since ends no worker."""
+def _settings(home: Home) -> Config:
+    """The settings, with the log set up as they say.  The gateway has judged them, and passes on what it was given in
+    the environment; one that has become wrong since ends no worker."""
     problem: ExpertdError | None = None
     try:
         config = read_config(home)
@@ -97,6 +98,7 @@ def _set_up_log(home: Home) -> None:
     logs.set_up("worker", home.worker_log(os.getpid()), home, config)
     if problem is not None:
         log.warning("the settings cannot be used: %s", problem.message, code=problem.code)
+    return config
 
 
 def _end_with(parent: int) -> None:
@@ -132,7 +134,7 @@ class _Worker:
         self._poller.register(self._bell.fileno(), zmq.POLLIN)
         self._passed_on = "normal"
 
-    def run(self, model_path: str | Path, budget: str | None, alias: Alias) -> int:
+    def run(self, model_path: str | Path, budget: str | None, alias: Alias, kv_bits: int | None) -> int:
         began = time.monotonic()
         try:
             # Here, because importing mlx takes a second in which the gateway could not be told that it failed.
@@ -146,8 +148,10 @@ class _Worker:
             folder = find_model(model_path)
             model, tokenizer = load(folder, budget=budget, alias=alias)
             events = events_of(model)
-            memory = CacheMemory.of(model)
-            engine = Engine(model, tokenizer, buffers=events.buffers, wired=WiredLimit(mx), memory=memory)
+            memory = CacheMemory.of(model, kv_bits)
+            engine = Engine(
+                model, tokenizer, buffers=events.buffers, wired=WiredLimit(mx), memory=memory, kv_bits=kv_bits
+            )
         except ExpertdError as error:
             log.info("the model was not loaded: %s", error.message, code=error.code)  # the gateway tells it, too
             self._send(WorkerFailed(pid=os.getpid(), code=error.code, message=error.message))
@@ -211,6 +215,7 @@ class _Worker:
     def _handle(self, engine: Engine, message: Message) -> None:
         match message:
             case Generate():
+                log.debug("a request came", request=message.request)
                 engine.submit(message)
             case Cancel():
                 engine.cancel(message.request)

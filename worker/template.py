@@ -17,6 +17,7 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] = (),
     variables: Mapping[str, Any] | None = None,
     goes_on: bool = False,
+    hints: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """The prompt of a conversation, at least one token.
 
@@ -24,6 +25,7 @@ def encode_chat(
         tools: what may be called, as OpenAI describes tools.
         variables: further variables of the template; that nothing should be thought is taken from any model.
         goes_on: the answer is the rest of the last message.
+        hints: variables that the template is told if it knows them.
     Raises:
         RequestInvalid: the model has no template, or it refuses the messages.
         ParameterUnsupported: the template knows no tools, or not one of the variables; names it.
@@ -40,6 +42,7 @@ def encode_chat(
             raise ParameterUnsupported(f"this model's chat template knows no '{name}'; leave it out", param=name)
         if known:
             more[name] = value
+    more = {name: value for name, value in (hints or {}).items() if name in template} | more
     more |= {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
     try:
         prompt = list(tokenizer.apply_chat_template(list(messages), **more))

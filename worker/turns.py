@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mlx_lm.generate import stream_generate
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from expertd.protocol.errors import PromptTooLong
 from expertd.worker.engine import context_length
+from expertd.worker.kv_memory import check_kv_bits
+from expertd.worker.kv_quantized import new_caches
 from expertd.worker.sampling import COLDEST
 
 __all__ = ["Reuse", "Turns", "reuse"]
@@ -56,8 +58,16 @@ class Turns:
         computed: how many tokens of the last prompt were not in it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, piece_tokens: int = PIECE_TOKENS) -> None:
-        """Take a model and its tokenizer as ``expertd.load`` or ``mlx_lm.load`` returns them."""
+    def __init__(
+        self, model: Any, tokenizer: Any, piece_tokens: int = PIECE_TOKENS, kv_bits: int | None = None
+    ) -> None:
+        """Take a model and its tokenizer as ``expertd.load`` or ``mlx_lm.load`` returns them.
+
+        Raises:
+            KvBitsUnsupported: the model's caches cannot have ``kv_bits``.
+        """
+        check_kv_bits(model, kv_bits)
+        self._kv_bits = kv_bits
         self._piece_tokens = piece_tokens
         self._model = model
         self._tokenizer = tokenizer
@@ -96,7 +106,7 @@ class Turns:
             )
         kept, dropped = reuse(self.cached, prompt, not self._cache or can_trim_prompt_cache(self._cache))
         if not kept or not self._cache:
-            self._cache = make_prompt_cache(self._model)
+            self._cache = new_caches(self._model, self._kv_bits)
         elif dropped:
             trim_prompt_cache(self._cache, dropped)
         self.computed = len(prompt) - kept

@@ -56,6 +56,7 @@ STATUS_S = 2.0
     help="Longest answer.",
 )
 @config_option("generate_temperature")
+@config_option("generate_kv_bits")
 @budget_option
 def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: Any) -> None:
     """Chat with MODEL, a checkpoint's folder, or the name of one ('expertd models' lists what is here).
@@ -67,15 +68,17 @@ def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: 
     \"\"\", or each but the last with \\ at its end.  The first answer that fails ends it.  Exits with 2 if a line was a
     command that there is not, with 1 if the chat could not be saved.
     """
-    temperature = read_config(Home.current(), **flags).generate_temperature.value
+    config = read_config(Home.current(), **flags)
     folder = find_or_pull(model)  # before mlx is imported, which takes a second
     import expertd
     from expertd.worker.turns import Turns
 
     loaded, tokenizer = expertd.load(folder, budget=budget)
-    talk = _Talk(shown_name(folder), loaded, tokenizer, Turns(loaded, tokenizer), system, max_tokens, temperature)
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:
+        turns = Turns(loaded, tokenizer, kv_bits=config.generate_kv_bits.value)
+        temperature = config.generate_temperature.value
+        talk = _Talk(shown_name(folder), loaded, tokenizer, turns, system, max_tokens, temperature)
         if on_terminal:
             _at_terminal(talk)
         else:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -107,12 +108,18 @@ def as_object(home: Home, found: Config) -> dict[str, object]:
     """The object that ``--json`` prints: settings by their names, those of a section as ``serve.port``."""
     settings = {
         key.dotted: {
-            "value": [str(item) for item in setting.value] if isinstance(setting.value, tuple) else setting.value,
+            "value": _as_json(setting.value),
             "source": setting.source,
         }
         for key, setting in _settings(found)
     }
     return {"file": str(home.config), "settings": settings}
+
+
+def _as_json(value: Any) -> object:
+    if isinstance(value, tuple):
+        return [str(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def table(home: Home, found: Config, columns: int | None = None) -> list[str]:

@@ -40,9 +40,11 @@ def config_option(name: str, *, note: str = "", callback: Callable[..., Any] | N
     kinds: dict[type, Any] = {int: int, float: float}
     kind = click.Choice(key.choices) if key.choices else kinds.get(type(key.read("1")), str)
     metavar = None if key.choices else key.form
+    if key.form == "FILE":
+        kind = click.Path(dir_okay=False, resolve_path=True)
     several = isinstance(key.default, tuple)
     if several:
-        kind = click.Path(file_okay=False, resolve_path=True)
+        kind = click.Path(file_okay=False, resolve_path=True) if key.form == "FOLDER" else str
         callback = callback or (lambda ctx, param, value: value or None)
     return click.option(key.flag, name, type=kind, metavar=metavar, multiple=several, callback=callback, help=help)
 

@@ -19,7 +19,7 @@ import click
 
 from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull, log_options
 from expertd.protocol.checkpoint import weight_files
-from expertd.protocol.config import Config, read_config
+from expertd.protocol.config import KEYS, NOT_QUANTIZED, Config, read_config
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
@@ -53,6 +53,10 @@ pin_option = click.option(
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True, shell_complete=complete_model)
 @config_option("serve_port")
 @config_option("serve_host")
+@config_option("serve_api_key_file")
+@config_option("serve_allow_hosts", note="; may be given several times")
+@config_option("serve_allow_origins", note="; may be given several times")
+@config_option("serve_kv_bits")
 @budget_option
 @alias_option
 @pin_option
@@ -141,17 +145,22 @@ def _serve(
     models: Sequence[str], budget: str | None, aliases: Sequence[str], pins: Sequence[str], **flags: Any
 ) -> None:
     from expertd.clients.gateway import lifetime
+    from expertd.clients.gateway.access import Access
+    from expertd.clients.gateway.keys import KeyFile, check_exposure
     from expertd.protocol import logs
 
     named = named_models(models, aliases, pins)
     home = Home.current()
     config = read_config(home, **flags)
     host, port = config.serve_host.value, config.serve_port.value
+    key_file = config.serve_api_key_file.value
+    check_exposure(host, key_file is not None)
+    keys = None if key_file is None else KeyFile(key_file)
+    access = Access(host, config.serve_allow_hosts.value, config.serve_allow_origins.value, keys)
+    os.environ[KEYS["serve_kv_bits"].variable] = str(config.serve_kv_bits.value or NOT_QUANTIZED)  # for its worker
     home.prepare()
     logs.set_up("gateway", home.gateway_log(os.getpid()), home, config)
     os.environ.update(logs.environment(config))  # its workers, and the daemon if there is none, log as it does
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        click.echo(f"expertd: there is no key: whoever can reach {host} can use the model, and your machine", err=True)
     # The port comes first: whoever cannot listen should not have started anything.
     with lifetime.listen(host, port) as listener:
         connection, started = connect_or_start(
@@ -164,7 +173,8 @@ def _serve(
             sys.stdout.flush()
 
         try:
-            asyncio.run(lifetime.serve(listener, host, _maker(home, named, config, budget), ready=announce))
+            make = _maker(home, named, config, budget)
+            asyncio.run(lifetime.serve(listener, host, make, home, access=access, ready=announce))
         except ExpertdError:
             if started:
                 stop_if_idle(home, "gateway")

@@ -20,7 +20,7 @@ import msgspec
 
 from expertd.clients.cli.parameters import json_option
 from expertd.clients.cli.serve import alias_option, named_models, pin_option
-from expertd.protocol.config import KEYS, read_config, variable
+from expertd.protocol.config import KEYS, Source, read_config, variable
 from expertd.protocol.connection import Connection, package_version
 from expertd.protocol.errors import DaemonNotRunning, ProtocolMismatch, ServiceFailed, ServiceNotInstalled
 from expertd.protocol.paths import Home
@@ -315,6 +315,8 @@ def _gateway(
     pins: tuple[str, ...],
 ) -> Gateway | None:
     """The gateway that is wished, where ``before`` is the one that there is."""
+    from expertd.clients.gateway.keys import check_exposure
+
     if models and not wished:
         raise click.UsageError("name the models of a gateway after --gateway")
     if wished and not models and before is None:
@@ -334,7 +336,11 @@ def _gateway(
                       tuple(map(_lasting_name, pins)))  # fmt: skip
     elif aliases or pins:
         raise click.UsageError("--alias and --pin are of models: name these after --gateway, too")
-    return msgspec.structs.replace(had, host=host or had.host, port=port or had.port)
+    wished_gateway = msgspec.structs.replace(had, host=host or had.host, port=port or had.port)
+    # A variable of this shell is none of the service's.
+    keys = config.serve_api_key_file
+    check_exposure(wished_gateway.host, keys.value is not None and keys.source is Source.FILE)
+    return wished_gateway
 
 
 def _lasting_alias(alias: str) -> str:

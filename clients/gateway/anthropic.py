@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from expertd.clients.gateway.answers import Told, sse
@@ -19,6 +19,7 @@ from expertd.clients.gateway.wanted import (
     Wanted,
     body_object,
     boolean,
+    choose,
     invalid,
     json_schema,
     model_name,
@@ -27,7 +28,7 @@ from expertd.clients.gateway.wanted import (
     whole,
     within,
 )
-from expertd.protocol.errors import ExpertdError, ParameterUnsupported, RequestInvalid
+from expertd.protocol.errors import ExpertdError, ParameterUnsupported
 from expertd.protocol.messages import Delta, Finished, Sampling, ToolCall
 
 __all__ = ["IGNORED", "PING", "Rendering", "error_body", "parse", "parse_count"]
@@ -49,8 +50,16 @@ BILLING = re.compile(r"^x-anthropic-billing-header:[^\n]*\n?", re.MULTILINE)
 """A line that Claude Code puts in front of each request's system prompt, another one each time: nothing that a model
 should read, and with it no two prompts would begin alike."""
 
+_NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
+    "speed": lambda value: value == "standard",
+    "context_management": lambda value: isinstance(value, dict) and all(map(_keeps_all, value.get("edits") or [])),
+}
+"""Parameters that are not supported, each with the test of the value that changes nothing."""
+
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
           413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+_MODES = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -81,7 +90,7 @@ def error_body(error: ExpertdError) -> dict[str, Any]:
 
 def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
     for name, value in body.items():
-        neutral = value is None or (name == "speed" and value == "standard")
+        neutral = value is None or (name in _NEUTRAL and _NEUTRAL[name](value))
         if name not in _HONOURED and name not in IGNORED and not neutral:
             unsupported(name)
     temperature = within(body, "temperature", 0.0, HOTTEST, 1.0)
@@ -98,6 +107,7 @@ def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
         tool_choice=choice,
         parallel_calls=several,
         template=_thinking(body.get("thinking")),
+        hints=_effort(body.get("output_config")),
         max_tokens=max_tokens,
         stop=stops(body.get("stop_sequences"), "stop_sequences"),
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=whole(body, "top_k", 0) or 0),
@@ -105,6 +115,11 @@ def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
         stream=boolean(body, "stream"),
         include_usage=True,
     )
+
+
+def _keeps_all(edit: object) -> bool:
+    """Whether an edit of the context leaves all in it, as the one does that Claude Code asks for."""
+    return isinstance(edit, dict) and edit.get("type") == "clear_thinking_20251015" and edit.get("keep") == "all"
 
 
 def _thinking(value: object) -> dict[str, Any]:
@@ -124,7 +139,7 @@ def _output_config(value: object) -> str | None:
     if not isinstance(value, dict):
         invalid("output_config", "an object")
     for name, part in value.items():
-        if name != "format" and part is not None:
+        if name not in ("format", "effort") and part is not None:
             unsupported(f"output_config.{name}")
     form = value.get("format")
     if form is None:
@@ -132,6 +147,16 @@ def _output_config(value: object) -> str | None:
     if not isinstance(form, dict) or form.get("type") != "json_schema":
         invalid("output_config.format", "an object of type 'json_schema'")
     return json_schema(form.get("schema"), "output_config.format.schema")
+
+
+def _effort(value: object) -> dict[str, Any]:
+    """What the template is told if it knows of effort.  If not it means nothing: Claude Code always sends one."""
+    effort = value.get("effort") if isinstance(value, dict) else None
+    if effort is None:
+        return {}
+    if effort not in EFFORTS:
+        invalid("output_config.effort", f"one of {', '.join(EFFORTS)}")
+    return {"reasoning_effort": effort}
 
 
 def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal["auto", "required"], bool]:
@@ -145,22 +170,9 @@ def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal
         invalid("tool_choice", "an object with a type")
     several = not boolean(choice, "disable_parallel_tool_use")
     kind = choice.get("type")
-    if kind == "auto":
-        return tools, "auto", several
-    if kind == "none":
-        return [], "auto", True
-    if kind == "any":
-        if not tools:
-            raise RequestInvalid("'tool_choice' is 'any', but there are no tools", param="tool_choice")
-        return tools, "required", several
-    if kind != "tool":
-        invalid("tool_choice.type", "one of auto, any, tool, none")
-    chosen = [tool for tool in tools if tool["function"]["name"] == choice.get("name")]
-    if not chosen:
-        raise RequestInvalid(
-            f"'tool_choice' names {choice.get('name')!r}, which is none of the tools", param="tool_choice"
-        )
-    return chosen, "required", several
+    if kind not in _MODES:
+        invalid("tool_choice.type", f"one of {', '.join(_MODES)}")
+    return *choose(tools, _MODES[kind], [choice.get("name")] if kind == "tool" else None), several
 
 
 def _tool(value: object, param: str) -> dict[str, Any]:
@@ -291,6 +303,7 @@ class Rendering:
     def __init__(self, model: str) -> None:
         """``model``: the name of what answers."""
         self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+        self._begun = False
         self._place = -1
         self._open: str | None = None
         self._end: Finished | None = None
@@ -304,17 +317,19 @@ class Rendering:
         if told.text or not (told.calls or content):
             content.append({"type": "text", "text": told.text})
         content += [_use(call) | {"input": _input(call)} for call in told.calls]
-        return {**self._head, "content": content, **_stop(told.end), "usage": _usage(told.end)}
+        return {**self._head, "content": content, **_stop(told.end), "usage": _usage_of(told.end)}
 
     def begin(self) -> Iterator[bytes]:
-        """What a stream begins with.  How long the prompt is comes at the end, when it is known."""
-        usage = {"input_tokens": 0, "output_tokens": 0}
-        end = {"stop_reason": None, "stop_sequence": None}
-        message: dict[str, Any] = {**self._head, "content": [], **end, "usage": usage}
-        yield _event("message_start", message=message)
+        """Nothing yet: a stream begins with how long the prompt is, which the first event tells."""
+        yield from ()
 
     def event(self, place: int, event: Delta | Finished) -> Iterator[bytes]:
         """What an event is in a stream."""
+        if not self._begun:
+            self._begun = True
+            usage = _usage(event.prompt_tokens, event.cached_tokens, 0)
+            end = {"stop_reason": None, "stop_sequence": None}
+            yield _event("message_start", message={**self._head, "content": [], **end, "usage": usage})
         if isinstance(event, Finished):
             self._end = event
             return
@@ -336,7 +351,7 @@ class Rendering:
             yield from self._in("text", {"type": "text", "text": ""})
         yield from self._close()
         assert self._end is not None
-        yield _event("message_delta", delta=_stop(self._end), usage=_usage(self._end))
+        yield _event("message_delta", delta=_stop(self._end), usage=_usage_of(self._end))
         yield _event("message_stop")
 
     def failed(self, error: ExpertdError) -> Iterator[bytes]:
@@ -381,10 +396,14 @@ def _stop(end: Finished) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": end.stop}
 
 
-def _usage(end: Finished) -> dict[str, Any]:
+def _usage_of(end: Finished) -> dict[str, Any]:
+    return _usage(end.prompt_tokens, end.cached_tokens, end.completion_tokens)
+
+
+def _usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> dict[str, Any]:
     return {
-        "input_tokens": end.prompt_tokens - end.cached_tokens,
+        "input_tokens": prompt_tokens - cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": end.cached_tokens,
-        "output_tokens": end.completion_tokens,
+        "cache_read_input_tokens": cached_tokens,
+        "output_tokens": completion_tokens,
     }

@@ -2,14 +2,13 @@
 
 Turns requests into calls of ``expertd.clients.gateway.served``; what each API reads and writes is in a module of its
 own (``chat``, ``completions``, ``responses``, ``anthropic``).  It starts and stops nothing: see
-``expertd.clients.gateway.lifetime``.  No CORS headers are sent, and a ``Host`` that is not this machine's is refused,
-so that a web page cannot reach the API through a name of its own (DNS rebinding).
+``expertd.clients.gateway.lifetime``.  Who may use it is ``expertd.clients.gateway.access``; what whoever runs it can
+see is ``expertd.clients.gateway.operations``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -17,19 +16,24 @@ from contextvars import ContextVar
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
 
 from expertd.clients.gateway import anthropic, awake, chat, completions, plain, responses
+from expertd.clients.gateway.access import Access, challenges
 from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.discreet import wordless
+from expertd.clients.gateway.observe import Observer, Seen
+from expertd.clients.gateway.operations import Operations
 from expertd.clients.gateway.served import Answers, Models, Served
 from expertd.clients.gateway.stored import Stored
 from expertd.clients.gateway.wanted import Wanted
+from expertd.clients.gateway.watch import DaemonWatch
 from expertd.protocol import VERSION
 from expertd.protocol.errors import (
     ExpertdError,
+    KeyInvalid,
     MemoryPressure,
     MethodNotAllowed,
     ParameterUnsupported,
@@ -57,6 +61,8 @@ RETRY_QUEUE_S, RETRY_S, RETRY_MEMORY_S = 1, 5, 10
 
 FACTS: ContextVar[dict[str, Any]] = ContextVar("facts")
 """What the log will say of the request that is being answered; nothing, if it asks for no text."""
+SEEN: ContextVar[Seen | None] = ContextVar("seen")
+"""The same request for the metrics and the status page; None, if it asks for no text."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -65,9 +71,15 @@ class Gateway:
     """The application over ``models``."""
 
     def __init__(
-        self, models: Models, host: str, *, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S
+        self,
+        models: Models,
+        access: Access,
+        watch: DaemonWatch,
+        *,
+        keepalive_s: float = KEEPALIVE_S,
+        stall_s: float = STALL_S,
     ) -> None:
-        """``host`` is what the gateway listens on, and so a ``Host`` that it takes."""
+        """Let in whom ``access`` does; ``watch`` tells of the daemon, for whoever looks."""
         self.app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
         self.app.add_routes(
             [
@@ -90,9 +102,11 @@ class Gateway:
                 web.get("/health/ready", self._ready),
             ]
         )
+        self.observer = Observer()
+        self.app.add_routes(Operations(models, self.observer, watch).routes())
+        self.app.on_response_prepare.append(access.add_headers)
+        self._access = access
         self._models = models
-        self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
-        self._any_address = _is_wildcard(host)
         self._keepalive_s = keepalive_s
         self._stall_s = stall_s
         self._created = int(time.time())
@@ -167,12 +181,15 @@ class Gateway:
     async def _body(self, request: web.Request) -> Any:
         """The decoded body of a request for text, which the log has a line of."""
         FACTS.get()["model"] = None
+        SEEN.set(self.observer.begin(request.path, FACTS.get().get("key")))
         return _decode(await request.read())
 
     def _served(self, name: str) -> Served:
         """The model that is asked for, which the log tells."""
         served = self._models.find(name)
         FACTS.get()["model"] = served.name
+        if (seen := SEEN.get()) is not None:
+            seen.of(served.name)
         return served
 
     async def _compute(
@@ -181,6 +198,8 @@ class Gateway:
         """Have ``wanted`` computed by ``served``, and write it as ``rendering`` says."""
         with served.open(_client(request), *wanted) as answers:
             told = [Told() for _ in range(answers.count)]
+            if (seen := SEEN.get()) is not None:
+                answers.watch(seen.event)
             if wanted[0].stream:
                 response = await self._stream(request, answers, rendering, told)
             else:
@@ -314,6 +333,7 @@ class Gateway:
         status: int | None = None
         facts: dict[str, Any] = {}
         FACTS.set(facts)
+        SEEN.set(None)
         try:
             response = await self._answer(request, handler)
             status = response.status
@@ -323,14 +343,17 @@ class Gateway:
             raise
         finally:
             self.busy.discard(request.protocol)
+            if (seen := SEEN.get()) is not None:
+                seen.end(status, facts.get("error", ""), left="ended" in facts)
             if "model" in facts:
                 log.info("request finished", status=status, seconds=round(time.monotonic() - began, 2), **facts)
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """What the route answers, or its error."""
         try:
-            self._check_host(request.headers.get("Host", ""))
-            self._check_origin(request.headers.get("Origin", ""))
+            if (answer := self._access.preflight(request)) is not None:
+                return answer
+            FACTS.get()["key"] = self._access.check(request)
             return await handler(request)
         except ExpertdError as error:
             return self._refuse(request, error)
@@ -348,15 +371,21 @@ class Gateway:
             return self._refuse(request, RequestInvalid(f"the request was not understood ({error.reason})"))
         except (ConnectionError, asyncio.CancelledError):
             raise
-        except Exception:
-            log.exception("a request failed", method=request.method, path=request.path)
+        except Exception as error:
+            route = request.match_info.route.resource
+            log.error(
+                "a request failed", method=request.method, path=route and route.canonical, exc_info=wordless(error)
+            )
             return self._refuse(request, ExpertdError("the gateway failed; its log says where"))
 
     def _refuse(self, request: web.Request, error: ExpertdError) -> web.Response:
         """``error`` as the API writes it that was called."""
         FACTS.get()["error"] = error.code
         body = anthropic.error_body if request.path.startswith("/v1/messages") else error_body
-        return _error_response(error, self._retry_after_s(error), body=body)
+        response = _error_response(error, self._retry_after_s(error), body=body)
+        if isinstance(error, KeyInvalid):
+            response.headers.update(challenges(request.path))
+        return response
 
     def _retry_after_s(self, error: ExpertdError) -> float:
         if isinstance(error, QueueFull):
@@ -368,22 +397,6 @@ class Gateway:
             asked = FACTS.get().get("model")
             return min(one.retry_after_s() for one in self._models.all if asked in (None, one.name))
         return RETRY_S
-
-    def _check_host(self, header: str) -> None:
-        host = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
-        if host.lower() in self._hosts or (self._any_address and _is_address(host)):
-            return
-        raise RequestInvalid(
-            f"the Host '{header}' is not this gateway's; use localhost, or this machine's address in numbers"
-        )
-
-    def _check_origin(self, header: str) -> None:
-        """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed."""
-        if not header or header == "null":
-            return
-        host = urlsplit(header).hostname or ""
-        if host not in self._hosts and not (self._any_address and _is_address(host)):
-            raise RequestInvalid(f"pages of '{header}' may not use this gateway; no page of another site may")
 
     def _model_object(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "expertd"}
@@ -465,16 +478,3 @@ def _client(request: web.Request) -> str:
     headers = request.headers
     key = headers.get("Authorization") or headers.get("x-api-key") or ""
     return f"{request.remote} {hash(key)} {headers.get('User-Agent', '')}"
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_wildcard(host: str) -> bool:
-    """Whether ``host`` means all of the machine's addresses.  A numeric Host cannot be rebound, a name can."""
-    return _is_address(host) and ipaddress.ip_address(host).is_unspecified

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from expertd.clients.gateway.answers import DONE, KEEPALIVE, Told, error_body, sse
 from expertd.clients.gateway.wanted import (
@@ -19,11 +19,13 @@ from expertd.clients.gateway.wanted import (
     Wanted,
     body_object,
     boolean,
+    function_tools,
     invalid,
     json_schema,
     model_name,
     sampling_of,
     stops,
+    tool_choice,
     unsupported,
     whole,
 )
@@ -77,7 +79,8 @@ def parse(body: object) -> Wanted:
     body = body_object(body)
     check_names(body, HONOURED)
     stream = boolean(body, "stream")
-    tools, choice = _tools(body.get("tools"), body.get("tool_choice"))
+    given = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(function_tools(body.get("tools")))]
+    tools, choice = tool_choice(body.get("tool_choice"), given)
     schema = _response_format(body.get("response_format"))
     if schema is not None and tools:
         unsupported("response_format", "cannot be combined with tools; leave one of them out")
@@ -179,51 +182,8 @@ def _template(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal["auto", "required"]]:
-    """The tools that may be called, and whether one has to be."""
-    if value is None:
-        value = []
-    if not isinstance(value, list):
-        invalid("tools", "a list of tools")
-    tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(value)]
-    names = [tool["function"]["name"] for tool in tools]
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        holder = choice.get("allowed_tools")
-        allowed = holder.get("tools") if isinstance(holder, dict) else None
-        if not isinstance(holder, dict) or not isinstance(allowed, list):
-            invalid("tool_choice.allowed_tools", "an object with a mode and tools")
-        kept = {_named(tool, "tool_choice.allowed_tools.tools", names) for tool in allowed}
-        tools = [tool for tool in tools if tool["function"]["name"] in kept]
-        choice = holder.get("mode", "auto")
-    if choice is None or choice == "auto":
-        return tools, "auto"
-    if choice == "none":
-        return [], "auto"
-    if choice == "required":
-        if not tools:
-            raise RequestInvalid("'tool_choice' is 'required', but there are no tools", param="tool_choice")
-        return tools, "required"
-    name = _named(choice, "tool_choice", names)
-    return [tool for tool in tools if tool["function"]["name"] == name], "required"
-
-
-def _named(value: object, param: str, names: Sequence[str]) -> str:
-    """The tool that an object names."""
-    if not isinstance(value, dict) or value.get("type") != "function":
-        invalid(param, "'none', 'auto', 'required', or an object that names a function")
-    function = value.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
-    if name not in names:
-        raise RequestInvalid(f"'{param}' names {name!r}, which is none of the tools", param=param)
-    return str(name)
-
-
-def _tool(value: object, param: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        invalid(param, "an object with a type")
-    if value["type"] != "function":
-        unsupported(param, f"is of type {value['type']!r}; only functions are supported")
-    function = value.get("function")
+def _tool(tool: Mapping[str, Any], param: str) -> dict[str, Any]:
+    function = tool.get("function")
     if not isinstance(function, dict):
         invalid(f"{param}.function", "an object")
     return {"type": "function", "function": function_of(function, f"{param}.function")}

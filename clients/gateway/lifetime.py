@@ -12,11 +12,15 @@ from typing import Any
 
 from aiohttp import web
 
+from expertd.clients.gateway.access import Access
 from expertd.clients.gateway.app import STALL_S, Gateway
 from expertd.clients.gateway.connections import connection_limit, take_connections
+from expertd.clients.gateway.discreet import server_log
 from expertd.clients.gateway.served import Models
+from expertd.clients.gateway.watch import DaemonWatch
 from expertd.protocol.errors import ConfigInvalid, PortInUse
 from expertd.protocol.logs import Log
+from expertd.protocol.paths import Home
 
 __all__ = ["listen", "serve"]
 
@@ -66,7 +70,9 @@ async def serve(
     listener: socket.socket,
     host: str,
     models: Callable[[], Models],
+    home: Home,
     *,
+    access: Access | None = None,
     stall_s: float = STALL_S,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
@@ -77,17 +83,21 @@ async def serve(
 
     Args:
         models: makes them; called within the loop.
+        home: whose daemon the status page and the metrics tell of.
+        access: who may use it; None: who calls it by this machine's name, or ``host``.
         stall_s: how long a client may leave a full buffer unread.
 
     Raises:
         ExpertdError: a model that always has to be there could not be loaded.
     """
     served = models()
-    gateway = Gateway(served, host, stall_s=stall_s)
+    watch = DaemonWatch(home)
+    gateway = Gateway(served, access or Access(host), watch, stall_s=stall_s)
     runner = web.AppRunner(
         gateway.app,
         handler_cancellation=True,
         access_log=None,
+        logger=server_log(),
         shutdown_timeout=HANGUP_S,
         keepalive_timeout=KEEP_OPEN_S,
     )
@@ -96,7 +106,10 @@ async def serve(
         try:
             await runner.setup()
             assert runner.server is not None
-            async with _background(take_connections(listener, runner.server, gateway.busy, connection_limit())):
+            async with (
+                _background(take_connections(listener, runner.server, gateway.busy, connection_limit())),
+                _background(watch.keep_looking(lambda: bool(gateway.observer.under_way))),
+            ):
                 for one in served.all:
                     one.start()
                 loads = asyncio.ensure_future(_loaded(served))
@@ -115,6 +128,7 @@ async def serve(
         finally:
             await runner.cleanup()
             await asyncio.gather(*[one.stop() for one in served.all])
+            await watch.close()
             log.info("the gateway has ended")
 
 

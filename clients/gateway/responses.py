@@ -20,14 +20,16 @@ from expertd.clients.gateway.wanted import (
     Wanted,
     body_object,
     boolean,
+    function_tools,
     invalid,
     json_schema,
     model_name,
     sampling_of,
+    tool_choice,
     unsupported,
     whole,
 )
-from expertd.protocol.errors import ExpertdError, ParameterUnsupported, RequestInvalid
+from expertd.protocol.errors import ExpertdError, ParameterUnsupported
 from expertd.protocol.messages import Delta, Finished, TokenLogprob, ToolCall
 
 __all__ = ["Items", "Rendering", "Request", "parse"]
@@ -37,7 +39,7 @@ Items = list[dict[str, Any]]
 
 IGNORED = frozenset(
     {"user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
-)
+) | {"client_metadata"}
 """Parameters that only mean something to OpenAI's own service; ``metadata`` is told again."""
 
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
@@ -99,7 +101,11 @@ def parse(body: object) -> Request:
     instructions = body.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
         invalid("instructions", "a string")
-    tools, choice = _tools(body.get("tools"), body.get("tool_choice"))
+    given_tools = [
+        {"type": "function", "function": function_of(tool, f"tools[{place}]")}
+        for place, tool in enumerate(function_tools(body.get("tools")))
+    ]
+    tools, choice = tool_choice(body.get("tool_choice"), given_tools)
     schema = _format(body.get("text"))
     if schema is not None and tools:
         unsupported("text", "cannot ask for a format beside tools; leave one of them out")
@@ -201,34 +207,6 @@ def _format(value: object) -> str | None:
     if kind != "json_schema":
         unsupported("text.format", f"of type {kind!r} is not supported; 'json_schema' is")
     return json_schema(form.get("schema"), "text.format.schema")
-
-
-def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal["auto", "required"]]:
-    if value is not None and not isinstance(value, list):
-        invalid("tools", "a list of tools")
-    tools: list[dict[str, Any]] = []
-    for place, tool in enumerate(value or []):
-        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-            invalid(f"tools[{place}]", "an object with a type")
-        if tool["type"] != "function":
-            unsupported(f"tools[{place}]", f"is of type {tool['type']!r}; only functions are supported")
-        tools.append({"type": "function", "function": function_of(tool, f"tools[{place}]")})
-    if choice is None or choice == "auto":
-        return tools, "auto"
-    if choice == "none":
-        return [], "auto"
-    if choice == "required":
-        if not tools:
-            raise RequestInvalid("'tool_choice' is 'required', but there are no tools", param="tool_choice")
-        return tools, "required"
-    if not isinstance(choice, dict) or choice.get("type") != "function":
-        invalid("tool_choice", "'none', 'auto', 'required', or an object that names a function")
-    chosen = [tool for tool in tools if tool["function"]["name"] == choice.get("name")]
-    if not chosen:
-        raise RequestInvalid(
-            f"'tool_choice' names {choice.get('name')!r}, which is none of the tools", param="tool_choice"
-        )
-    return chosen, "required"
 
 
 # -- the conversation --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,12 @@ class Answers:
     def __init__(self, served: Served, answers: Sequence[Answer], events: Events, limits: Limits) -> None:
         self._served, self._answers, self._events, self._limits = served, answers, events, limits
         self._opened_at = asyncio.get_running_loop().time()
+        self._watcher: Callable[[int, Delta | Finished], None] | None = None
         self.count = len(answers)
+
+    def watch(self, watcher: Callable[[int, Delta | Finished], None]) -> None:
+        """Have ``watcher`` told of every event that is received, and the place of its answer."""
+        self._watcher = watcher
 
     @property
     def ended(self) -> bool:
@@ -107,6 +112,8 @@ class Answers:
             return None
         if isinstance(event, ExpertdError):
             raise event
+        if self._watcher is not None:
+            self._watcher(place, event)
         return place, event
 
     def _left(self) -> tuple[float, ExpertdError]:

@@ -6,7 +6,7 @@ Pure: no sockets, no clock, no worker.  A parameter is honoured, or refused with
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
@@ -26,6 +26,8 @@ ANY_MODEL = ""
 """The model of a request that names none, where the API lets it: whatever is served."""
 WHOLE_LIMIT = (1 << 63) - 1
 GREEDY = Sampling()
+ToolsWanted = tuple[list[dict[str, Any]], Literal["auto", "required"]]
+"""What may be called, and whether something has to be."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Wanted:
         messages, text, tokens: the prompt, in one of three forms (``messages.Generate``).
         tools: what may be called, as OpenAI describes tools; empty: nothing.
         tool_choice: "auto", or "required": one has to be; ``parallel_calls``: several may be, one after the other.
-        template: further variables of the chat template.
+        template: further variables of the chat template; ``hints``: those that matter only if it knows them.
         goes_on: whether the answer is the rest of the last message, which the assistant has begun.
         max_tokens: None: as many as fit into the context.
         schema: a JSON schema, itself JSON, that the answer has to fit.
@@ -55,6 +57,7 @@ class Wanted:
     tool_choice: Literal["auto", "required"] = "auto"
     parallel_calls: bool = True
     template: dict[str, Any] = field(default_factory=dict)
+    hints: dict[str, Any] = field(default_factory=dict)
     goes_on: bool = False
     max_tokens: int | None = None
     stop: list[str] = field(default_factory=list)
@@ -80,6 +83,7 @@ class Wanted:
             tool_choice=self.tool_choice,
             parallel_calls=self.parallel_calls,
             template=self.template,
+            hints=self.hints,
             goes_on=self.goes_on,
             max_tokens=self.max_tokens,
             stop=self.stop,
@@ -197,6 +201,64 @@ def sampling_of(body: Mapping[str, Any]) -> Sampling:
         frequency_penalty=within(body, "frequency_penalty", -2.0, 2.0, 0.0),
         repetition_penalty=repetition,
     )
+
+
+def function_tools(value: object) -> list[Any]:
+    """The entries of ``tools``, each an object with a type."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        invalid("tools", "a list of tools")
+    for place, tool in enumerate(value):
+        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
+            invalid(f"tools[{place}]", "an object with a type")
+        if tool["type"] != "function":
+            unsupported(f"tools[{place}]", f"is of type {tool['type']!r}; only functions are supported")
+    return value
+
+
+def tool_choice(value: object, tools: list[dict[str, Any]]) -> ToolsWanted:
+    """Which of ``tools`` may be called, and whether one has to be, as both of OpenAI's APIs say it.
+
+    In chat completions a function's name, and a list of tools that are allowed, lie one object deeper.
+    """
+    if value is None or value in ("auto", "none", "required"):
+        return choose(tools, str(value or "auto"))
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(value, dict) and kind == "allowed_tools":
+        holder = value.get("allowed_tools", value)
+        allowed = holder.get("tools") if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or not isinstance(allowed, list):
+            invalid("tool_choice.allowed_tools", "an object with a mode and tools")
+        names = [_named(tool, "tool_choice.allowed_tools.tools") for tool in allowed]
+        mode = holder.get("mode", "auto")
+        if mode not in ("auto", "required"):
+            invalid("tool_choice.allowed_tools.mode", "'auto' or 'required'")
+        return choose(tools, mode, names, "tool_choice.allowed_tools.tools")
+    return choose(tools, "required", [_named(value, "tool_choice")])
+
+
+def choose(
+    tools: list[dict[str, Any]], mode: str, names: Sequence[object] | None = None, param: str = "tool_choice"
+) -> ToolsWanted:
+    """``tools`` that may be called in ``mode`` ("auto", "none" or "required"); with ``names`` only those."""
+    if names is not None:
+        known = [tool["function"]["name"] for tool in tools]
+        for name in names:
+            if name not in known:
+                raise RequestInvalid(f"'{param}' names {name!r}, which is none of the tools", param=param)
+        tools = [tool for tool in tools if tool["function"]["name"] in names]
+    if mode == "required" and not tools:
+        raise RequestInvalid(f"'{param}' wants a tool to be called, but there are no tools", param=param)
+    return ([], "auto") if mode == "none" else (tools, "required" if mode == "required" else "auto")
+
+
+def _named(value: object, param: str) -> object:
+    """The name in an object that names a function."""
+    if not isinstance(value, dict) or value.get("type") != "function":
+        invalid(param, "'none', 'auto', 'required', or an object that names a function")
+    function = value.get("function", value)
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def json_schema(value: object, name: str) -> str:

@@ -1,0 +1,51 @@
+"""The gateway's log of failures, without a word of what clients have sent.
+
+An exception's message may quote it: aiohttp's of a broken header has the whole line, and that may be the one with a
+key.  So where a failure is logged, it is logged with its place and its kind, and its words are left out.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp.http_exceptions import HttpProcessingError
+
+from expertd.protocol.logs import Sparsely
+
+__all__ = ["server_log", "wordless"]
+
+
+class _Wordless(Exception):
+    """Stands in a log for an exception whose message must not."""
+
+
+def wordless(error: BaseException) -> BaseException:
+    """What can be logged of ``error``: where it happened, and of which class it is."""
+    found = _Wordless(f"{type(error).__qualname__}; what it says is left out, for it may be a client's")
+    return found.with_traceback(error.__traceback__)
+
+
+class _Discreet(logging.Filter):
+    """For what aiohttp's server says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._strangers = Sparsely()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, HttpProcessingError):  # anybody can send such, all day
+            record.msg, record.args, record.exc_info = "what came from a client is no HTTP", (), None
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            return self._strangers.add()
+        if error is not None:
+            record.exc_info = (_Wordless, wordless(error), error.__traceback__)
+        return True
+
+
+def server_log() -> logging.Logger:
+    """The logger for aiohttp's server."""
+    log = logging.getLogger("expertd.clients.gateway.server")
+    if not any(isinstance(known, _Discreet) for known in log.filters):
+        log.addFilter(_Discreet())
+    return log
