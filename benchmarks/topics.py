@@ -83,7 +83,7 @@ def knowing(kind: str) -> Iterator[None]:
         case "tells":
             changed = mock.patch.object(foresight.Gate, "judge")
         case "always":
-            changed = mock.patch.multiple(foresight, WORTH=0.0, BETTER=0.0, EVIDENCE=1)
+            changed = mock.patch.multiple(foresight, WORTH_LASTING=0.0, BETTER=0.0, EVIDENCE=1)
         case _:
             changed = nullcontext()
     with changed:

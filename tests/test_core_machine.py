@@ -100,11 +100,11 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.patched = pytest.MonkeyPatch()  # pools should give each other memory as often as they can
         for name, value in (("WINDOW", 1), ("STEP", 0.4), ("COPYING", 0.0)):
             self.patched.setattr(quotas, name, value)
-        for name, value in (("EVIDENCE", 1), ("WORTH", 0.0), ("BETTER", 0.0)):  # whatever is announced is read
-            self.patched.setattr(foresight, name, value)
+        for name, value in (("EVIDENCE", 1), ("WORTH", 0.0), ("WORTH_LASTING", 0.0), ("BETTER", 0.0)):
+            self.patched.setattr(foresight, name, value)  # whatever is announced is read
         for name, value in (("CHAPTER", 1), ("STRANGE", -1.0), ("TURNED", -1.5), ("RIPE", 0), ("LOOKED_AT", 1)):
             self.patched.setattr(topics, name, value)  # sessions turn all the time
-        for name, value in (("LIKELY", 0.0), ("SHARE", 1), ("HORIZON", 2)):  # and all that is absent is likely
+        for name, value in (("LIKELY", 0.0), ("SHARE", 1), ("HORIZON", 1)):  # and all that is absent is likely
             self.patched.setattr(turns, name, value)
         for hears_at_once in prompt:
             self.attach(model, copy=False, prompt=hears_at_once, slow=False)

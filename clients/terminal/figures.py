@@ -128,12 +128,10 @@ def _kept(model: ModelStatus) -> list[str]:
 
 
 def _ahead(kind: AheadStatus) -> str:
-    name = f"{kind.kind}:"
+    name = f"{kind.kind} ({kind.turns} changes):" if kind.turns else f"{kind.kind}:"
     found = f"{name:18} {100 * kind.useful:.0f} % used (shuffled {100 * kind.shuffled:.0f} %)"
     if kind.useful_bytes or kind.wasted_bytes:
         found += f", {show_size(kind.useful_bytes)} useful, {show_size(kind.wasted_bytes)} wasted"
-    if kind.turns:
-        found += f", {kind.turns} changes"
     return found + ("" if kind.reading else ", off now")
 
 

@@ -18,6 +18,8 @@ from math import gcd
 
 WORTH = 0.4
 """Of what is read ahead so much has to be used: less would cost more than it can save, however idle the disk is."""
+WORTH_LASTING = 0.6
+"""The same of what has to be used within several tokens.  As long it takes the place of something that is used too."""
 BETTER = 1.5
 """So many times as much of it has to be used as of what a predictor without knowledge names, unless that pays too."""
 EVIDENCE = 64
@@ -53,6 +55,7 @@ class Gate:
     """What is known of one kind of announcements; ``worth``: enough of them is used.
 
     Attributes:
+        lasting: they are not of one event, but of several tokens.
         announced: blocks, since the model came.
         judged, used, shuffled: lately: blocks whose events have passed, those that these used, and those that they
             used of as many that were named without knowledge.
@@ -60,6 +63,7 @@ class Gate:
     """
 
     worth: bool
+    lasting: bool = False
     announced: int = 0
     judged: float = 0.0
     used: float = 0.0
@@ -83,8 +87,8 @@ class Gate:
         self.used += used
         self.shuffled += shuffled
         if self.judged >= EVIDENCE:
-            luck = self.shuffled_part
-            self.worth = self.useful_part >= WORTH and (luck >= WORTH or self.useful_part >= BETTER * luck)
+            luck, enough = self.shuffled_part, WORTH_LASTING if self.lasting else WORTH
+            self.worth = self.useful_part >= enough and (luck >= enough or self.useful_part >= BETTER * luck)
         if self.judged >= REMEMBERED:
             self.judged, self.used, self.shuffled = self.judged / 2, self.used / 2, self.shuffled / 2
 
@@ -132,7 +136,9 @@ class Foresight:
     """
 
     layers: int
-    gates: dict[Kind, Gate] = field(default_factory=lambda: {kind: Gate(kind is Kind.PROMPT) for kind in Kind})
+    gates: dict[Kind, Gate] = field(
+        default_factory=lambda: {kind: Gate(kind is Kind.PROMPT, lasting=kind is Kind.TOPIC) for kind in Kind}
+    )
     comparison: Comparison = field(default_factory=Comparison)
     _events: int = 0
     _guesses: int = 0
