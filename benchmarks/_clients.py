@@ -20,7 +20,10 @@ ENDS = {
 }
 ERRORS = (b'data: {"error"', b"event: error")
 STAMP = re.compile(rb"\b(\d{12,20}) ")
-LONGEST_S = 60.0
+LONGEST_S = 300.0
+"""So long a client waits for all of its answer: longer than 64 of them take on two busy processors."""
+PROGRAMS = 4
+"""The gateway is fair between programs, which it tells by their User-Agent."""
 SLOW_S = 0.05
 """How long a slow reader waits before it reads on."""
 TEXTS = ("What is the module socket for?", "Explain os.path.join.", "Go on: The ship went down in the night.",
@@ -54,6 +57,7 @@ class Behaviour:
     tokens: int
     slow: bool = False
     hangs_up: bool = False
+    endless: bool = False  # the tokens that end an answer of the demo model are never chosen
 
 
 def behaviours(chance: random.Random) -> Behaviour:
@@ -71,11 +75,14 @@ async def ask(port: int, model: str, client: Behaviour, seed: int, out: Outcomes
     body["max_output_tokens" if client.api == "responses" else "max_tokens"] = client.tokens
     if client.api != "messages":  # Anthropic's has no seed, so its cancels are not measured
         body["seed"] = seed
+    if client.endless:
+        body["logit_bias"] = {"0": -100, "2": -100}
     prompt: Any = [{"role": "user", "content": f"{text} ({seed})"}]
     name = {"completions": "prompt", "responses": "input"}.get(client.api, "messages")
     body[name] = prompt[0]["content"] if client.api == "completions" else prompt
     data = json.dumps(body).encode()
     head = f"POST /v1/{client.api} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n"
+    head += f"User-Agent: program-{seed % PROGRAMS}\r\n"
     out.requests += 1
     out.streams += client.stream
     try:
@@ -99,6 +106,10 @@ async def _read(reader: asyncio.StreamReader, client: Behaviour, seed: int, out:
     status = int(head.split()[1])
     if status in (429, 503):
         out.refused += 1
+        wait = re.search(rb"(?i)\r\nretry-after: (\d+)", head)
+        if wait is None:
+            out.errors.append(f"{client}: a {status} without Retry-After")
+        await asyncio.sleep(float(wait[1]) if wait else 1.0)  # as all clients do that are worth the name
         return
     said = b""
     seen: set[int] = set()

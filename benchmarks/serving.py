@@ -7,7 +7,9 @@ The overhead per token is the time from the moment at which the worker hands a t
 client has it, both by the system's monotonic clock; so it has in it ZeroMQ's way, the gateway, and TCP's.  It is taken
 with one stream alone, where nothing waits for its turn, and less the time that the same bytes take by ZeroMQ and TCP
 with nothing between but a loop that passes them on.  ``overhead_loaded_us`` is the same under all 64 clients, with
-their waits for a processor; ``gateway_cpu_us_per_token`` is what the gateway's process computes for a token there.
+their waits for a processor; ``gateway_cpu_us_alone`` is what the gateway's process computes for a token of one stream,
+which other programs on the machine hardly change, and ``gateway_cpu_us_per_token`` under load, all else that it does
+there included.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ CLIENTS = 64
 WARM_SHARE = 0.25
 """Of the time, before the memory is looked at: pools of buffers and the prompt cache are filled then."""
 PROBES = 400
+ALONE = 3
 
 
 @contextmanager
@@ -88,11 +91,11 @@ async def _transport_us(folder: Path) -> float:
     return median_us(lags)
 
 
-async def _alone(port: int, model: str) -> Outcomes:
+async def _alone(port: int, model: str, streams: int = ALONE) -> Outcomes:
     """One stream after the other."""
     out = Outcomes()
-    for seed in range(6):
-        await ask(port, model, Behaviour("chat/completions", True, 48), seed, out)
+    for seed in range(streams):
+        await ask(port, model, Behaviour("chat/completions", True, 200, endless=True), seed, out)
     return out
 
 
@@ -147,10 +150,13 @@ def run(quick: bool = False, minutes: float = 2.0) -> dict[str, Any]:
 
 async def _measure(gateway: psutil.Process, port: int, cancels: Path, clients: int, seconds: float) -> dict[str, Any]:
     transport = await _transport_us(cancels.parent)
+    await _alone(port, DEMO.name, 1)  # what the first request alone loads and compiles
+    before = sum(gateway.cpu_times()[:2])
     alone = await _alone(port, DEMO.name)
+    cpu_alone_s = sum(gateway.cpu_times()[:2]) - before
     cancel_alone = Outcomes()
     for seed in range(100, 110):
-        await ask(port, DEMO.name, Behaviour("chat/completions", True, 400, hangs_up=True), seed, cancel_alone)
+        await ask(port, DEMO.name, Behaviour("chat/completions", True, 400, False, True, True), seed, cancel_alone)
         await asyncio.sleep(0.3)
     (worker,) = [child for child in gateway.children() if "worker" in child.cmdline()]
     memory = _Memory({"gateway": gateway, "worker": worker})
@@ -178,8 +184,9 @@ async def _measure(gateway: psutil.Process, port: int, cancels: Path, clients: i
         "overhead_us_per_token": round(alone_us - transport, 1),
         "send_to_receive_us": alone_us,
         "transport_us": transport,
+        "gateway_cpu_us_alone": round(1e6 * cpu_alone_s / max(1, len(alone.lags_ns)), 1),
         "overhead_loaded_us": median_us(out.lags_ns),
-        "gateway_cpu_us_per_token": round(1e6 * cpu_s / max(1, len(out.lags_ns)), 1),
+        "gateway_cpu_us_per_token": round(1e6 * cpu_s / max(1, len(out.lags_ns)), 1),  # whatever else it did, too
         "cancel_ms_max": round(max(_cancels_ms(cancel_alone, cancels), default=0.0), 1),
         "cancels_measured": len(_cancels_ms(cancel_alone, cancels)),
         "cancel_loaded_ms_median": round(statistics.median(loaded or [0.0]), 1),

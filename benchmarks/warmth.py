@@ -66,7 +66,7 @@ def run(quick: bool = False) -> Figures:
         return {
             "model_bytes": size,
             "base_bytes": base,
-            **second_process(path, manifest, size, apps=3 if quick else 4),
+            **second_process(path, manifest, size, apps=4),
             **first_tokens(path, manifest, tokens=4 if quick else 6),
         }
 

@@ -23,13 +23,20 @@ from expertd.daemon.index import BlockIndex
 from expertd.daemon.large_pages import LargePages
 from expertd.daemon.plain import Piece, PlainFile, runs
 from expertd.daemon.reader import Reader
-from expertd.protocol.errors import ExpertdError
-from expertd.protocol.layout import BASE_GENERATION, base_layout, write_header
+from expertd.protocol.errors import ExpertdError, SegmentFailed
+from expertd.protocol.layout import (
+    BASE_GENERATION,
+    base_layout,
+    has_contents,
+    read_header,
+    write_contents,
+    write_header,
+)
 from expertd.protocol.logs import Log
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import BaseInfo
 from expertd.protocol.model_names import shown_name
-from expertd.protocol.segments import Segment, create
+from expertd.protocol.segments import Segment, create, map_readonly
 from expertd.protocol.sizes import show_size
 
 log = Log("expertd.daemon")
@@ -105,6 +112,32 @@ class SharedBases:
         base.opening -= 1
         return None
 
+    def adopt(
+        self, manifest: Manifest, info: BaseInfo, size: int, descriptor: int, most: int, needed: int, opened: bool
+    ) -> Base | None:
+        """Base weights of an earlier daemon that a session goes on with, as ``share``; None: they are not used here.
+
+        They were handed over when they were complete, and nobody can write to them.  Owns ``descriptor``.
+        """
+        base = self.known.find(manifest.base_key)
+        if base is not None:
+            os.close(descriptor)
+            sealed = self._sealed.get(base.segment)
+            if sealed is None or sealed.nonce != info.nonce:
+                return None  # of two copies one is enough for those who come
+            base.opening += 1
+            return base
+        problem = _misfit(manifest, info, size, descriptor) or self.known.refusal(manifest, most, needed, opened)
+        if problem is not None:
+            os.close(descriptor)
+            self._tell(manifest, f"those that a session handed back are not used: {problem}")
+            return None
+        base = self.known.add(manifest)
+        base.opening = 1
+        self._sealed[base.segment] = _Sealed(descriptor, info.nonce)
+        self._changed()
+        return base
+
     def info(self, base: Base) -> BaseInfo:
         """What a session is told of it."""
         return BaseInfo(segment=base.segment, size=base.size, nonce=self._sealed[base.segment].nonce)
@@ -147,6 +180,7 @@ class SharedBases:
                 segment = await asyncio.to_thread(create, self._name, base.size)
             nonce = secrets.token_bytes(16)
             write_header(memoryview(segment.mapping), nonce, BASE_GENERATION)
+            write_contents(memoryview(segment.mapping), base.key, (), 0)
             base.read = await self._fill(segment, manifest, index)
             self._large_pages.gather(base.segment, segment.readonly, base.size)
             self._sealed[base.segment] = _Sealed(os.dup(segment.readonly), nonce)
@@ -211,6 +245,20 @@ class SharedBases:
 
         self._reader.work(lambda read: read_chunk(chunk, files, read), done)
         await result
+
+
+def _misfit(manifest: Manifest, info: BaseInfo, size: int, descriptor: int) -> str | None:
+    """Why a segment does not hold the base weights of ``manifest``; None: it does."""
+    if size != info.size or size != base_layout(manifest.base)[1]:
+        return f"they have {size} bytes"
+    try:
+        mapping = map_readonly(os.dup(descriptor), size)
+    except (OSError, SegmentFailed) as error:
+        return str(error)
+    with mapping, memoryview(mapping) as view:
+        if read_header(view) == (info.nonce, BASE_GENERATION) and has_contents(view, manifest.base_key, (), 0):
+            return None
+    return "their header is another one's"
 
 
 def chunks(manifest: Manifest, starts: Sequence[int], segment: memoryview) -> list[Chunk]:

@@ -60,11 +60,12 @@ class Remembering:
         """The models that should be recorded now, in seconds of a clock that never goes back; asked once a second."""
         for gone in self._seen.keys() - {model.key for model in models}:
             del self._seen[gone]
-        return [model for model in models if self._is_due(model, now)]
+        return [model for model in models if self._is_due(model, now) and not model.unwanted]
 
     def changed(self, models: Collection[Model]) -> list[Model]:
         """The models of which more is known than was recorded: what should be recorded at the end."""
-        return [m for m in models if m.key not in self._seen or self._seen[m.key].recorded != _done(m)]
+        wanted = [model for model in models if not model.unwanted]
+        return [m for m in wanted if m.key not in self._seen or self._seen[m.key].recorded != _done(m)]
 
     def _is_due(self, model: Model, now: float) -> bool:
         done = _done(model)

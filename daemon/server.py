@@ -51,7 +51,7 @@ from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Place, Waited, Waits
-from expertd.daemon.warm_record import WarmRecord, write
+from expertd.daemon.warm_record import WarmRecord, forget, write
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
@@ -93,6 +93,7 @@ class _Peer:
     token: bytes
     pid: int
     mode: str
+    has_base: bool
 
     @property
     def control(self) -> bytes:
@@ -378,6 +379,7 @@ class Server:
             raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
         size = model.size + model.extra + sum(base.size for base in self._bases.known.of_model(model.key))
         self._feed(events.Unwanted(model.key))
+        forget(self._home, model.key)  # who wants it gone does not want it back by itself
         self._send(identity, messages.Unloaded(path=folder, bytes=size))
 
     def _warm(self, identity: bytes, model: Model, blocks: tuple[Block, ...]) -> None:
@@ -438,8 +440,11 @@ class Server:
             self._check_limits(message.manifest.key)
             index = await self._index(message.manifest)
             left = await self._recall(message.manifest)
-            handed = await self._handed(message)
-            base = await self._share_base(message.manifest, index)
+            came = await self._lifelines.handed(message.token, _held(message))
+            base = self._adopt_base(message, came)
+            handed = self._handed(message, came)
+            if message.held_base is None:
+                base = await self._share_base(message.manifest, index)
             self._open(identity, message, index, base, left, handed)
             handed = []
         except ExpertdError as error:
@@ -475,7 +480,8 @@ class Server:
         if not self._lifelines.bind(message.token, number):
             # It died meanwhile (and nobody hears this), or it has a session already.
             raise MessageInvalid("an Attach came whose lifeline has a session already")
-        self._peers[number] = _Peer(message.token, message.pid, message.mode)
+        has_base = message.held_base is not None
+        self._peers[number] = _Peer(message.token, message.pid, message.mode, has_base)
         if base is not None:
             base.users.add(number)
         files = self._files.setdefault(message.manifest.key, OpenFiles(index))
@@ -489,13 +495,23 @@ class Server:
         elif handed:
             self._adopt(message.manifest, handed)
 
-    async def _handed(self, message: messages.Attach) -> list[tuple[messages.PoolInfo, SharedPool]]:
+    def _adopt_base(self, message: messages.Attach, came: dict[int, tuple[int, int]]) -> Base | None:
+        """The base weights of an earlier daemon that a session hands back, if they are good; see ``SharedBases``."""
+        info = message.held_base
+        if info is None or info.segment not in came:
+            return None
+        model = self._core.models.get(message.manifest.key)
+        most, needed = self._memory.governor.budget, self._core.smallest_budget
+        opened = model is not None and model.in_use
+        return self._bases.adopt(message.manifest, info, *came.pop(info.segment), most, needed, opened)
+
+    def _handed(
+        self, message: messages.Attach, came: dict[int, tuple[int, int]]
+    ) -> list[tuple[messages.PoolInfo, SharedPool]]:
         """The pools of an earlier daemon that a session hands back of a model that is not here, if they are good."""
-        if not message.held or message.manifest.key in self._core.models:
-            return []
-        came = await self._lifelines.handed(message.token, [info.segment for info in message.held])
         good = []
-        for info in message.held:
+        wanted = [] if message.manifest.key in self._core.models else message.held
+        for info in wanted:
             if info.segment in came:
                 pool = handed_pool(message.manifest, info, *came.pop(info.segment))
                 if isinstance(pool, SharedPool):
@@ -713,7 +729,7 @@ class Server:
     def _hand_over_base(self, session: int) -> messages.BaseInfo | None:
         """Send the descriptor of the session's base weights, if it has any."""
         base = self._bases.known.of_session(session)
-        if base is None:
+        if base is None or self._peers[session].has_base:
             return None
         token, descriptor = self._peers[session].token, self._bases.descriptor(base)
         try:
@@ -828,6 +844,12 @@ class Server:
                 self._feed(events.Unwanted(key))
             if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching)):
                 self._end_because(f"nobody was attached for {self._idleness.exit_s:.0f} s")
+
+
+def _held(message: messages.Attach) -> list[int]:
+    """The segments that a session hands back."""
+    base = [] if message.held_base is None else [message.held_base.segment]
+    return [*base, *(info.segment for info in message.held)]
 
 
 def _blocks(packed: bytes) -> tuple[Block, ...]:

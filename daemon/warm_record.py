@@ -26,6 +26,8 @@ log = Log("expertd.daemon")
 
 KEPT = 64
 """Records that a home keeps: those of models that were changed or removed go when so many others are newer."""
+LATEST = 1e11
+"""Seconds since 1970 that are no date any more."""
 LARGEST = 256 << 20
 """Bytes of a file that may be a record."""
 
@@ -124,6 +126,8 @@ def decode(data: bytes) -> WarmRecord:
         record = msgspec.msgpack.decode(payload, type=WarmRecord)
     except msgspec.DecodeError as error:
         raise RecordDamaged(str(error)) from error
+    if not 0 <= record.at < LATEST:
+        raise RecordDamaged("its date is none")
     record.blocks, record.statistics  # noqa: B018  (so that nobody else has to expect what they raise)
     return record
 
@@ -161,6 +165,15 @@ def read(home: Home, model: str) -> WarmRecord | None:
         log.warning("the record of what was warm is not used: %s", error, path=path)
         return None
     return record
+
+
+def forget(home: Home, model: str) -> None:
+    """Remove the record of the model with that key, if there is one.  Never raises."""
+    path = home.warm_record(model)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("the record of what was warm could not be removed", path=path, why=error.strerror)
 
 
 def _remove_oldest(home: Home) -> None:

@@ -82,10 +82,19 @@ class PoolInfo(msgspec.Struct, frozen=True, kw_only=True):
     nonce: Token
 
 
+class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Base weights in shared memory, for good.  The segment's descriptor comes over the lifeline under ``segment``."""
+
+    segment: Count
+    size: Count
+    nonce: Token
+
+
 class Attach(Message):
     """Open a session for a model.  ``token`` is the one that the lifeline was opened with.
 
-    ``held``: pools of an earlier daemon whose descriptors were sent over the lifeline, under ``segment``.
+    ``held``: pools of an earlier daemon whose descriptors were sent over the lifeline, under ``segment``;
+    ``held_base``: likewise its base weights, which the session goes on with.
     """
 
     token: Token
@@ -93,14 +102,7 @@ class Attach(Message):
     mode: AliasMode
     manifest: Manifest
     held: Annotated[list[PoolInfo], Meta(max_length=1024)] = []
-
-
-class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """Base weights in shared memory, for good.  The segment's descriptor comes over the lifeline under ``segment``."""
-
-    segment: Count
-    size: Count
-    nonce: Token
+    held_base: BaseInfo | None = None
 
 
 class Attached(Message):

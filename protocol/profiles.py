@@ -19,6 +19,9 @@ from expertd.protocol.errors import ProfileInvalid, ProfileNotFound
 from expertd.protocol.paths import Home
 
 FORMAT = 1
+MOST = 1 << 53
+LATEST = 1e11
+"""Beyond these counts are no counts, and seconds since 1970 no date."""
 LARGEST = 64 << 20
 """Bytes of a file that may be a profile."""
 EVERYWHERE = 0.5
@@ -132,8 +135,9 @@ def read_profile(home: Home, name: str) -> Profile:
     if found.format > FORMAT:
         raise ProfileInvalid(f"the profile {path} has format {found.format}; this expertd reads {FORMAT}: update it")
     shapes = [[len(row) for row in rows] for rows in (found.uses, found.seen)]
-    least = min((count for rows in (found.uses, found.seen) for row in rows for count in row), default=0)
-    if shapes != [found.experts] * 2 or least < 0:
+    numbers = [count for rows in (found.uses, found.seen) for row in rows for count in row]
+    believable = 0 <= min(numbers, default=-1) <= max(numbers, default=0) < MOST and 0 <= found.made_at < LATEST
+    if shapes != [found.experts] * 2 or 0 in found.experts or not believable:
         raise ProfileInvalid(f"{path} is damaged; {_REMOVE} {name}")
     return found
 

@@ -306,9 +306,10 @@ def test_they_outlive_their_daemon(own_path: Path, home: Home, start_daemon: Sta
     start_daemon("64MiB")
     wait_for(lambda: bool(ask_status(home).models) and bool(the_model(home).sessions))
     assert first_difference(expected, greedy(model, PROMPT, 8)) is None
-    assert the_model(home).base_bytes == 0, "the session has those of before"
+    assert the_model(home).base_bytes == base_layout(load_lazily(own_path).manifest.base)[1]
     other, _ = expertd.load(own_path)
-    assert [session.shares_base for session in the_model(home).sessions] == [False, True]
+    assert [session.shares_base for session in the_model(home).sessions] == [True, True]
+    assert the_model(home).base_read == 0, "the session has handed back those of before"
     assert first_difference(expected, greedy(other, PROMPT, 8)) is None
     expertd.unload(model)
     expertd.unload(other)

@@ -460,6 +460,7 @@ def test_config_show_tells_each_setting_and_where_it_comes_from(home: Home, monk
         "policy                forecast  (default)",
         "background_rate       200 MB/s  (config.toml)",
         "read_ahead            where it pays  (default)",
+        "remember              yes  (default)",
         "model_folders         /a, /b  (config.toml)",
         "serve.host            127.0.0.1  (default)",
         "serve.port            0  (config.toml)",

@@ -143,6 +143,14 @@ def test_the_log_names_the_key_and_keeps_it(served: Served) -> None:
     assert ANNA not in log.read_text() and BERT not in log.read_text()
 
 
+def test_the_log_tells_of_wrong_keys_now_and_then(served: Served) -> None:
+    for _ in range(3):
+        assert served.request("GET", "/v1/models", headers=bearer("wrong"))[0] == 401
+    lines = re.findall(r"WARNING .* a request had no key, or a wrong one: remote=127\.0\.0\.1 times=\d+\n",
+                       served.home.gateway_log(served.process.pid).read_text())  # fmt: skip
+    assert 1 <= len(lines) <= 2, "once a minute"
+
+
 # -- hosts and sites ---------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +184,10 @@ def test_a_page_of_a_named_site_may_ask_and_read(served: Served) -> None:
     assert headers["access-control-allow-origin"] == SITE, "it can read errors, too"
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", f"{SITE}.evil.example", f"{SITE}:81", "http://chat.example.org"])
+@pytest.mark.parametrize(
+    "origin",
+    ["https://evil.example", f"{SITE}.evil.example", f"{SITE}:81", "http://chat.example.org", "http://[", "x"],
+)
 def test_a_page_of_any_other_site_may_not(served: Served, origin: str) -> None:
     for method, more in (("OPTIONS", ASKS), ("GET", bearer())):
         status, headers, body = served.request(method, "/v1/models", headers=more | {"Origin": origin})

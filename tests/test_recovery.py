@@ -132,7 +132,7 @@ def test_a_model_that_is_resident_as_a_whole_needs_no_daemon(
         end_daemon(home)
         assert generate(model, 20) == expected[:20]
         assert session_of(model).pools == before
-        start_daemon(str(pool_for(manifest, 20)))  # its base weights the session has
+        start_daemon(str(budget_for(manifest, 20)))
         wait_for(lambda: session_of(model).pools != before, "for the idle session to adopt")
         assert generate(model, 40) == expected[:40]
         assert ask_status(home).models[0].slots == 20

@@ -5,6 +5,7 @@ All figures (``--verbose``, ``--layers``, ``--journal``, ``--json``) are in ``te
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -17,6 +18,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from expertd.clients import quick_status as quick
+from expertd.clients.cli.status import as_object
+from expertd.clients.quick_status import show_status
 from expertd.clients.terminal.figures import table
 from expertd.clients.terminal.glance import PLAIN_BLOCKS, bar, duration, glance, percent
 from expertd.clients.terminal.programs import program, programs
@@ -295,6 +299,21 @@ def test_both_ways_fail_alike(home: Home) -> None:
     assert short.stderr == ordinary.stderr and short.stderr.endswith("[home_invalid]\n")
 
 
+def test_an_older_daemon_s_state_is_shown_the_ordinary_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It leaves out what it does not know, and a message's class knows what that means."""
+    whole = as_object(status(model()))
+    older = {name: value for name, value in whole.items() if name not in ("simulated_ssd", "devices")}
+    for answer, shown in ((whole, True), (older, False)):
+        monkeypatch.setattr(quick, "quick_status", lambda home, answer=answer: msgspec.json.encode(answer))
+        for options in ([], ["-v"]):
+            assert show_status(options) is shown
+            assert bool(capsys.readouterr().out) is shown
+        assert show_status(["--json"])
+        assert json.loads(capsys.readouterr().out) == answer
+
+
 @pytest.mark.parametrize("answer", [b"\x01", b"", b'{"protocol": 4, "daem', b'{"models": []}\n'])
 def test_a_daemon_that_does_not_know_the_question_is_asked_the_ordinary_way(answer: bytes, home: Home) -> None:
     """It greets as it greets a session; one that hangs up in the middle of its answer has told nothing either."""
@@ -329,7 +348,8 @@ def test_status_names_who_uses_the_model(start_daemon: StartDaemon) -> None:
     lines = done.stdout.splitlines()
     assert lines[0].endswith("; all is well.")
     assert lines[4].startswith("demo  /")
-    assert lines[8].startswith(f"  used by  tests.programs (process {user.pid})")
+    assert lines[6] == "  shared   9.5 MB of other weights, once for all programs"
+    assert [line for line in lines if line.startswith(f"  used by  tests.programs (process {user.pid})")]
 
 
 def test_changes_of_topic_are_a_line_of_what_is_read_ahead() -> None:
@@ -353,6 +373,4 @@ def test_an_output_that_has_no_blocks_gets_plain_bars(start_daemon: StartDaemon)
 
 def test_the_shape_of_json_is_the_message_s() -> None:
     found = status(model())
-    from expertd.clients.cli.status import as_object
-
     assert as_object(found) == {k: v for k, v in msgspec.to_builtins(found).items() if k != "type"}

@@ -14,7 +14,7 @@ from expertd.daemon.core.state import Model
 from expertd.daemon.core.topics import MOST
 from expertd.daemon.policy import Block
 from expertd.daemon.remembering import AT_LEAST_S, RESTS_S, WORKING_S, Remembering, recall, record_of
-from expertd.daemon.warm_record import KEPT, RecordDamaged, WarmRecord, decode, encode, read, write
+from expertd.daemon.warm_record import KEPT, RecordDamaged, WarmRecord, decode, encode, forget, read, write
 from expertd.protocol.paths import Home
 from expertd.protocol.profiles import Profile, write_profile
 from tests.test_core import Daemon, manifest
@@ -63,6 +63,12 @@ def test_whatever_byte_is_damaged_it_is_told() -> None:
             decode(whole[:length])
 
 
+@pytest.mark.parametrize("at", [-1.0, 1e12, float("nan"), float("inf")])
+def test_a_date_that_is_none_is_told(at: float) -> None:
+    with pytest.raises(RecordDamaged, match="its date is none"):
+        decode(encode(record(at=at)))
+
+
 @pytest.mark.parametrize(
     "spoilt",
     [
@@ -109,6 +115,13 @@ def test_a_home_that_cannot_be_written_costs_a_warning_only(home: Home, caplog: 
     home.warmth.write_text("in the way")
     write(home, record())
     assert "could not be recorded" in caplog.text
+    assert read(home, WIDE.key) is None
+
+
+def test_a_record_can_be_forgotten(home: Home) -> None:
+    write(home, record())
+    forget(home, WIDE.key)
+    forget(home, WIDE.key)
     assert read(home, WIDE.key) is None
 
 

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from expertd.protocol.messages import ModelStatus
@@ -113,6 +114,11 @@ def test_a_model_whose_files_were_changed_begins_cold(tmp_path: Path, home: Home
         assert held(home).recalled is None
 
 
+def without_base(manifest: Any, slots: int) -> int:
+    """The budget for so many slots where sessions have the base weights already, of an earlier daemon."""
+    return budget_for(msgspec.structs.replace(manifest, base=()), slots)
+
+
 def kill(daemon: subprocess.Popen[bytes]) -> None:
     daemon.kill()
     daemon.wait()
@@ -122,21 +128,21 @@ def test_the_pool_of_a_killed_daemon_is_adopted_without_reading_a_byte(
     model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
 ) -> None:
     budget = budget_for(manifest, SLOTS)
-    daemon = start_daemon(str(budget))
+    daemon = start_daemon(str(budget), "--no-remember")
     with Program(model_path, budget) as one, Program(model_path, budget) as two:
         first = one.run(TOKENS)
         assert two.run(TOKENS) == first
         there = held(home).resident_blocks
-        for killed in range(2):  # what was adopted can be adopted again
+        for _ in range(2):  # what was adopted can be adopted again
             kill(daemon)
-            daemon = start_daemon(str(budget), *(("--no-remember",) if killed else ()))
+            daemon = start_daemon(str(without_base(manifest, SLOTS)), "--no-remember")
             wait_for(lambda: [len(model.sessions) for model in ask_status(home).models] == [2])
-            wait_for(lambda: held(home).resident_blocks == there)
+            wait_for(lambda: held(home).resident_blocks >= there)
             found = held(home)
-            assert (found.bytes_read, found.misses) == (0, 0)
+            assert (found.resident_blocks, found.bytes_read, found.misses) == (there, 0, 0)
             assert found.recalled is not None and found.recalled.adopted == there
-            # The sessions are idle and move over, so the old pool is in memory no more.
-            assert found.pool_bytes == budget == ask_status(home).used_bytes
+            # What was copied from is given back.
+            assert found.pool_bytes <= budget
         assert (one.run(TOKENS), two.run(TOKENS)) == (first, first)
 
 
@@ -185,7 +191,7 @@ def test_with_a_smaller_budget_a_part_is_adopted(
     with Program(model_path) as program:
         first = program.run(TOKENS)
         kill(daemon)
-        start_daemon(str(budget_for(manifest, 12)))
+        start_daemon(str(without_base(manifest, 12)))
         wait_for(lambda: [model.resident_blocks for model in ask_status(home).models] == [12])
         assert held(home).bytes_read == 0
         assert program.run(TOKENS) == first

@@ -142,8 +142,9 @@ class Session:
         self.on_close: Callable[[], None] = lambda: None
         alone = msgspec.structs.replace(manifest, base=())
         self._link = self._active = Link(home, manifest if mode == "shm" else alone, mode)
-        # Of another daemon they are not wanted: what is mapped stays, and nobody ever writes to it.
-        self._manifest_again = alone
+        # Of another daemon none are wanted: what is mapped stays, and nobody ever writes to it.
+        self._held_base = self._link.held_base
+        self._manifest_again = alone if self._held_base is None else manifest
         self.base, self._link.base = self._link.base, None
         self.pools, self._link.pools = self._link.pools, []
         self._follow_unmapping(self._link, self.pools)
@@ -544,11 +545,15 @@ class Session:
                 self._start()
             with self._exchange:
                 held = [*self._offers.values(), *self.pools]
-            link = Link(self._home, self._manifest_again, self.mode, held)
+            link = Link(self._home, self._manifest_again, self.mode, held, self._held_base)
         except (ExpertdError, OSError) as error:
             with self._exchange:
                 self._attempts += 1
-                self._trouble = error if isinstance(error, ExpertdError) else DaemonLost(str(error))
+                # A new one: this one's story holds the pools that were to be handed back, and they their memory.
+                if isinstance(error, ExpertdError):
+                    self._trouble = from_code(error.code, error.message)
+                else:
+                    self._trouble = DaemonLost(str(error))
                 self._exchange.notify_all()
             if not isinstance(error, DaemonNotRunning) and self._refusals.add():
                 log.warning("the model could not be attached again: %s", error, attempts=self._attempts)

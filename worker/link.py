@@ -65,24 +65,41 @@ class MappedPool:
     descriptor: int
 
 
+@dataclass(frozen=True)
+class HeldBase:
+    """Base weights that are mapped, and their descriptor, which is there as long as they are."""
+
+    info: messages.BaseInfo
+    descriptor: int
+
+
 class Link:
     """Open from construction until ``hang_up`` (control thread) and ``data.close`` (whoever computes).
 
     Attributes:
         number: of the session in this daemon.
         pools: as they were when it attached.
-        base: the pages of ``Manifest.base``; None if they are not shared.
+        base: the pages of ``Manifest.base``, if they came over this link.
+        held_base: those that the session has, to hand them to the next daemon; None if it has its own.
         told_by_request, told_by_answer: newest versions that the control and the computing thread were told.
         sequence: of the last Fetch.
         announce: what the daemon wants to be announced, as it said last (``messages.Announce``).
         lost: the daemon is gone, or does not know the session any more; nothing more is sent.
     """
 
-    def __init__(self, home: Home, manifest: Manifest, mode: Mode, held: Sequence[MappedPool] = ()) -> None:
+    def __init__(
+        self,
+        home: Home,
+        manifest: Manifest,
+        mode: Mode,
+        held: Sequence[MappedPool] = (),
+        held_base: HeldBase | None = None,
+    ) -> None:
         """Attach.
 
         Args:
             held: pools of a daemon that has gone, which this one may copy from.
+            held_base: base weights of such a daemon, which the session goes on with, and this one may hand to others.
         Raises:
             DaemonNotRunning, ProtocolMismatch, BudgetTooSmall, CheckpointError, SegmentFailed: as the daemon says.
         """
@@ -103,16 +120,22 @@ class Link:
             stack.callback(self._drop_descriptors)
             for pool in held:
                 lifeline.hand_back(self.line, pool.segment, pool.layout.size, pool.descriptor)
+            if held_base is not None:
+                lifeline.hand_back(self.line, held_base.info.segment, held_base.info.size, held_base.descriptor)
             attached = self._await_attached(
                 messages.Attach(
-                    token=token, pid=os.getpid(), mode=mode, manifest=manifest, held=[pool.info for pool in held]
+                    token=token, pid=os.getpid(), mode=mode, manifest=manifest, held=[pool.info for pool in held],
+                    held_base=None if held_base is None else held_base.info,
                 )
-            )
+            )  # fmt: skip
             self.number = attached.session
             self.told_by_request = attached.version
             self.announce = attached.announce
             self.pools = [self.receive_pool(info) for info in attached.pools]
-            self.base = None if attached.base is None else self._receive_base(attached.base)
+            self.base: mmap.mmap | None = None
+            self.held_base = held_base
+            if attached.base is not None:
+                self.base, self.held_base = self._receive_base(attached.base)
             stack.pop_all()
 
     def _await_attached(self, request: messages.Attach) -> messages.Attached:
@@ -163,12 +186,12 @@ class Link:
         table = np.frombuffer(mapping, np.int32, count, layout.table_offset).reshape(layout.layers, layout.experts)
         return MappedPool(self, info.segment, tuple(info.layers), layout, mapping, table, info.complete, info, kept)
 
-    def _receive_base(self, info: messages.BaseInfo) -> mmap.mmap:
-        mapping, size, _ = self._receive_segment(info.segment)
+    def _receive_base(self, info: messages.BaseInfo) -> tuple[mmap.mmap, HeldBase]:
+        mapping, size, kept = self._receive_segment(info.segment)
         expected = base_layout(self._manifest.base)[1]
         if size != expected or read_header(memoryview(mapping)) != (info.nonce, BASE_GENERATION):
             raise AliasFailed("the base weights that the daemon handed over are not those that it announced")
-        return mapping
+        return mapping, HeldBase(info, kept)
 
     def _receive_segment(self, wanted: int) -> tuple[mmap.mmap, int, int]:
         """Its mapping, its size, and its descriptor, which is there as long as the mapping."""

@@ -78,5 +78,5 @@ def main() -> None:
     """One warm cache of Mixture-of-Experts weights for every app on the machine.
 
     Whatever goes wrong is one line on stderr, 'expertd: SENTENCE [CODE]', or with --json an object.  'expertd COMMAND
-    --help' tells all of a command, its exit statuses too.
+    --help' tells all about a command.
     """

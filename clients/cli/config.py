@@ -17,6 +17,7 @@ import click
 
 from expertd.clients.cli.group import Group
 from expertd.clients.cli.parameters import json_option
+from expertd.clients.cli.wrap import note
 from expertd.clients.terminal.fit import beside, folded, width_of
 from expertd.protocol.config import KEYS, Config, Key, Setting, Source, near, read_config
 from expertd.protocol.paths import Home
@@ -83,7 +84,7 @@ def check(as_json: bool) -> None:
         click.echo(json.dumps(shown, indent=2))
         return
     for name, meant in near_misses:
-        click.echo(f"expertd: the variable {name} is not a setting; did you mean {meant}?", err=True)
+        note(f"the variable {name} is not a setting; did you mean {meant}?")
     words = (
         f"can be used ({said} {'setting' if said == 1 else 'settings'})"
         if exists

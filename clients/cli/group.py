@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from expertd.clients.terminal.fit import folded, width_of, wrapped
+from expertd.clients.cli.wrap import note
+from expertd.clients.terminal.fit import width_of, wrapped
 from expertd.protocol.errors import ExpertdError
 
 INTERRUPTED = 130
@@ -91,6 +92,5 @@ def _tell(message: str, code: str, status: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"error": {"code": code, "message": message, "exit_status": status}}), err=True)
     else:
-        for line in folded(f"expertd: {message} [{code}]", width_of(sys.stderr)):
-            click.echo(line, err=True)
+        note(f"{message} [{code}]")
     sys.exit(status)

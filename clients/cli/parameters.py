@@ -67,14 +67,15 @@ def _checked_and_told(ctx: click.Context, param: click.Parameter, budget: str | 
     """As ``_checked``; and say so where a daemon runs already, with another budget, because that one stays."""
     if _checked(ctx, param, budget) is None or ctx.resilient_parsing:
         return budget
+    from expertd.clients.cli.wrap import note
     from expertd.protocol.quick import quick_status
 
     answer = quick_status(str(Home.current().root))
     if answer is not None and (has := json.loads(answer)["budget_bytes"]) != parse_budget(str(budget)):
-        click.echo(
-            f"expertd: --budget {budget} changes nothing: a daemon runs already, with {show_size(has)}; "
-            f"change it with: expertd budget {budget}", err=True,
-        )  # fmt: skip
+        note(
+            f"--budget {budget} changes nothing: a daemon runs already, with {show_size(has)}; "
+            f"change it with: expertd budget {budget}"
+        )
     return budget
 
 

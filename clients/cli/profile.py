@@ -55,7 +55,7 @@ def profile() -> None:
 @click.option(
     "--prompts", type=_file, metavar="FILE", help="Answer these: one a line, or .jsonl with 'prompt' or 'messages'."
 )
-@click.option("--trace", "traces", type=_file, multiple=True, metavar="OUT.npz", help="Count a trace; repeatable.")
+@click.option("--trace", "traces", type=_file, multiple=True, metavar="FILE", help="Count a trace; repeatable.")
 @click.option("--seconds", type=click.FloatRange(min=0), metavar="SECONDS", help="Watch live traffic for so long.")
 @click.option(
     "--max-tokens", default=128, show_default=True, type=click.IntRange(min=1), metavar="TOKENS", help="Longest answer."
@@ -67,7 +67,9 @@ def record(
     name: str, model: str | None, prompts: Path | None, traces: tuple[Path, ...], seconds: float | None,
     max_tokens: int, raw: bool, replace: bool, budget: str | None,
 ) -> None:  # fmt: skip
-    """Make the profile NAME of what MODEL (a checkpoint's folder or name; else the one that is loaded) uses.
+    """Make the profile NAME of what MODEL uses.
+
+    MODEL is a checkpoint's folder or name; without it, it is the one that is loaded.
 
     Without --prompts or --trace it watches the live traffic of every process that uses the model, until Ctrl-C.
     """

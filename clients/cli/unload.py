@@ -20,7 +20,8 @@ from expertd.protocol.sizes import show_size
 def unload(model: str) -> None:
     """Give back the memory of MODEL (its hub id, or the name or path of its folder), which nobody uses any more.
 
-    The next program that loads it reads its experts from disk again.  Exits with 3 if no daemon runs in this home.
+    The next program that loads it begins anew: what was worth keeping of it is forgotten, too.  Exits with 3 if no
+    daemon runs in this home.
     """
     home = Home.current()
     with connect(home, "cli") as connection:

@@ -115,6 +115,8 @@ def _bring_in(home: Home, folder: Path, name: str, wait: bool, budget: str | Non
     click.echo(show_resident(after))
     brought = max(0, after.resident_blocks - before.resident_blocks)
     told = f"{brought} experts came in for the profile {name}, which names {len(blocks)}"
-    if before.resident_blocks >= before.slots:
+    if before.resident_blocks >= before.blocks:
+        told = f"the profile {name} had nothing to bring in: all experts are there"
+    elif before.resident_blocks >= before.slots:
         told += f"; there was no free memory, and what is there stays: 'expertd unload {shown_name(folder)}' empties it"
     click.echo(told)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import textwrap
+
+import click
+
+from expertd.clients.terminal.fit import folded, width_of
 
 NARROWEST, WIDEST = 40, 160
 
@@ -18,3 +23,9 @@ def wrapped(head: str, text: str) -> list[str]:
         text, max(NARROWEST, width), initial_indent=head, subsequent_indent=" " * len(head),
         break_long_words=False, break_on_hyphens=False,
     ) or [head.rstrip()]  # fmt: skip
+
+
+def note(sentence: str) -> None:
+    """Say something beside what a command is asked for: on stderr, on one line where that is no terminal."""
+    for line in folded(f"expertd: {sentence}", width_of(sys.stderr)):
+        click.echo(line, err=True)

@@ -15,8 +15,11 @@ from aiohttp import web
 
 from expertd.clients.gateway.keys import KeyFile, given_key
 from expertd.protocol.errors import KeyInvalid, RequestInvalid
+from expertd.protocol.logs import Log, Sparsely
 
 __all__ = ["Access", "challenges"]
+
+log = Log(__name__)
 
 OPEN_PATHS = frozenset({"/health/live"})
 """What needs no key: it says only that somebody is there."""
@@ -26,6 +29,8 @@ METHODS = "GET, POST, DELETE"
 EXPOSED = "Retry-After, x-should-retry"
 """Headers that a page may read, beyond those that every page may."""
 PREFLIGHT_S = 600
+WRONG_KEYS_S = 60.0
+"""Wrong keys are told of once in so long, with how many there were."""
 
 
 class Access:
@@ -44,6 +49,7 @@ class Access:
         self._any_address = _is_address(host) and ipaddress.ip_address(host).is_unspecified
         self._origins = frozenset(origins)
         self._keys = keys
+        self._wrong = Sparsely(WRONG_KEYS_S)
 
     def check(self, request: web.Request) -> str | None:
         """Let a request in; the name of the key that it has, or None where none is needed.
@@ -60,6 +66,8 @@ class Access:
         secret = given_key(request.headers)
         name = self._keys.name_of(secret)
         if name is None:
+            if self._wrong.add():
+                log.warning("a request had no key, or a wrong one", remote=request.remote, times=self._wrong.new)
             raise KeyInvalid(
                 "this gateway needs an API key; send one as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'"
                 if secret is None
@@ -109,7 +117,10 @@ class Access:
         """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed."""
         if not header or header == "null" or header in self._origins:
             return
-        host = urlsplit(header).hostname or ""
+        try:
+            host = urlsplit(header).hostname or ""
+        except ValueError:
+            host = ""
         if host not in self._hosts and not (self._any_address and _is_address(host)):
             raise RequestInvalid(
                 f"pages of '{header}' may not use this gateway; if they should, start it with --allow-origin"

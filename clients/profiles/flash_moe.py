@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from expertd.protocol.errors import ProfileInvalid
-from expertd.protocol.profiles import LARGEST, Profile
+from expertd.protocol.profiles import LARGEST, MOST, Profile
 
 
 class _Layer(msgspec.Struct):
@@ -53,7 +53,7 @@ def read_flash_moe(path: Path, model: str, made_at: float, paths: Sequence[str],
         for expert in layer.universal:
             seen.setdefault(expert, max(1, found.num_prompts))
         for expert, count in seen.items():
-            if not 0 <= expert < len(row) or count < 0:
+            if not 0 <= expert < len(row) or not 0 <= count < MOST:
                 raise ProfileInvalid(
                     f"{path} is of another model: it counts expert {expert} of layer {name}, where {model} has "
                     f"{len(row)} experts"

@@ -113,7 +113,7 @@ def _kept(model: ModelStatus) -> list[str]:
     if left is not None and left.blocks:
         whence = "from before the restart" if left.recorded_at or left.adopted else "of its profile"
         kept.append(f"{left.back} of {left.blocks} experts {whence} are back")
-    if model.warming:
+    if model.warming and model.sessions:  # without anybody nothing is read
         kept.append(f"{model.warming} on their way")
     if model.pinned:
         kept.append(f"{model.pinned} pinned")
