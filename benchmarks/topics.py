@@ -53,18 +53,33 @@ def stretches(topics: Sequence[Tokens], rounds: int, length: int = STRETCH) -> l
     return [topic[number * length : (number + 1) * length] for number in range(rounds) for topic in topics]
 
 
-def drive(parts: Sequence[Tokens], experts: int, top_k: int, fraction: float, kind: str, skipped: int) -> Found:
-    """One session runs ``parts`` with a part of the blocks resident."""
+def profile(tokens: Tokens, experts: int) -> NDArray[np.float32]:
+    """How often a token uses each block: ``[layers, experts]``."""
+    return np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in tokens.swapaxes(0, 1)]) / len(tokens)
+
+
+def drive(
+    parts: Sequence[Tokens],
+    experts: int,
+    top_k: int,
+    fraction: float,
+    kind: str,
+    skipped: int,
+    profiles: Sequence[NDArray[np.float32]] = (),
+) -> Found:
+    """One session runs ``parts`` with a part of the blocks resident; ``profiles`` are in the home."""
     layers = parts[0].shape[1]
     found = Found()
     with knowing(kind):
         core = Core((1 + round(fraction * layers * experts)) * PAGE)
         model = _attach(core, layers, experts, top_k)
-        core_feed = _Feed(core)
+        for each in profiles:
+            model.topics.know(each)
+        session = _Feed(core)
         for number, part in enumerate(parts):
             for place, token in enumerate(part.tolist()):
                 missed = model.misses
-                core_feed.token(model, token)
+                session.token(model, token)
                 if number >= skipped:
                     found.missed += model.misses - missed
                     found.first += (model.misses - missed) * (place < FIRST)
@@ -153,4 +168,18 @@ def run(quick: bool = False, trace: Path | None = None) -> dict[str, Any]:
             figures |= {f"missed_{name}": found.missed, f"first_{name}": found.first, f"read_{name}": found.read}
             counts = f"{found.missed:>8} {found.first:>9} {found.read:>6} {found.turns:>6}"
             print(f"{100 * fraction:>6.0f} % {kind:>10} {counts}", flush=True)
+    _first_changes(decoded, info.experts, info.top_k, figures)
     return figures
+
+
+def _first_changes(decoded: Sequence[Tokens], experts: int, top_k: int, figures: dict[str, Any]) -> None:
+    """Changes to what was not there before, with profiles of the topics in the home and without."""
+    profiles = [profile(tokens[len(tokens) // 2 :], experts) for tokens in decoded]
+    parts = stretches([tokens[: len(tokens) // 2] for tokens in decoded], 1)
+    print(f"\nthe first change to each, misses of {FIRST} tokens: without anything, and with profiles of all")
+    for fraction in FRACTIONS:
+        without = drive(parts, experts, top_k, fraction, "without", 1).first
+        known = drive(parts, experts, top_k, fraction, "reads", 1, profiles).first
+        percent = round(100 * fraction)
+        figures |= {f"first_change_without_{percent}": without, f"first_change_profiles_{percent}": known}
+        print(f"{percent:>6} % {without:>10} {known:>8}", flush=True)
