@@ -168,7 +168,8 @@ def run(quick: bool = False, trace: Path | None = None) -> dict[str, Any]:
             figures |= {f"missed_{name}": found.missed, f"first_{name}": found.first, f"read_{name}": found.read}
             counts = f"{found.missed:>8} {found.first:>9} {found.read:>6} {found.turns:>6}"
             print(f"{100 * fraction:>6.0f} % {kind:>10} {counts}", flush=True)
-    _first_changes(decoded, info.experts, info.top_k, figures)
+    if len(decoded) > 1:
+        _first_changes(decoded, info.experts, info.top_k, figures)
     return figures
 
 
