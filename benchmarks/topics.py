@@ -98,7 +98,7 @@ def knowing(kind: str) -> Iterator[None]:
         case "tells":
             changed = mock.patch.object(foresight.Gate, "judge")
         case "always":
-            changed = mock.patch.multiple(foresight, WORTH_LASTING=0.0, BETTER=0.0, EVIDENCE=1)
+            changed = mock.patch.multiple(foresight, WORTH_LASTING=0.0, BETTER=0.0, EVIDENCE_LASTING=1)
         case _:
             changed = nullcontext()
     with changed:

@@ -100,8 +100,10 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.patched = pytest.MonkeyPatch()  # pools should give each other memory as often as they can
         for name, value in (("WINDOW", 1), ("STEP", 0.4), ("COPYING", 0.0)):
             self.patched.setattr(quotas, name, value)
-        for name, value in (("EVIDENCE", 1), ("WORTH", 0.0), ("WORTH_LASTING", 0.0), ("BETTER", 0.0)):
-            self.patched.setattr(foresight, name, value)  # whatever is announced is read
+        for name in ("WORTH", "WORTH_LASTING", "BETTER"):  # whatever is announced is read
+            self.patched.setattr(foresight, name, 0.0)
+        for name in ("EVIDENCE", "EVIDENCE_LASTING"):
+            self.patched.setattr(foresight, name, 1)
         for name, value in (("CHAPTER", 1), ("STRANGE", -1.0), ("TURNED", -1.5), ("RIPE", 0), ("LOOKED_AT", 1)):
             self.patched.setattr(topics, name, value)  # sessions turn all the time
         for name, value in (("LIKELY", 0.0), ("SHARE", 1), ("HORIZON", 1)):  # and all that is absent is likely
@@ -547,6 +549,7 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.settle()
         self.fetch_all()
         self.patched.setattr(quotas, "COPYING", inf)  # no pool moves any more
+        self.patched.setattr(topics, "TURNED", inf)  # and nobody turns: a slot stays free when a turn is called off
         self.settle()
         self.fetch_all()
         for session in _awake(self):
