@@ -226,7 +226,7 @@ def test_a_home_that_others_can_write_is_a_problem(mac: Surroundings) -> None:
 def test_a_home_whose_path_is_too_long_is_a_problem(mac: Surroundings) -> None:
     found = check_home(replace(mac, home=Home(Path("/tmp") / ("x" * 100))))
     assert found.verdict is Verdict.PROBLEM
-    assert "too long for a socket" in found.text and "at most 78 bytes" in found.todo
+    assert "too long for a socket" in found.text and "at most 75 bytes" in found.todo
 
 
 def test_leftovers_are_named_and_what_lives_is_not(mac: Surroundings) -> None:

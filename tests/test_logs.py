@@ -349,10 +349,11 @@ def test_a_daemon_writes_what_a_user_would_want_to_know(
     assert expertd("daemon", "stop").returncode == 0
     said = said_by(home, "daemon")
     assert re.fullmatch(r'the daemon is ready: version=\S+ budget="67.1 MB" home=\S+', said[0])
+    assert re.fullmatch(r'base weights are shared: model=stacked size="\d+ kB" seconds=N', said[1])
     assert re.fullmatch(
-        rf"model opened: model=stacked folder={model} size=\S+ \S+ pools=\d slots=\d+ blocks=\d+", said[1]
+        rf"model opened: model=stacked folder={model} size=\S+ \S+ pools=\d slots=\d+ blocks=\d+", said[2]
     )
-    assert said[2:] == [
+    assert said[3:] == [
         "session opened: session=N pid=N model=stacked mode=shm",
         "session ended: session=N pid=N model=stacked seconds=N",
         'budget changed: before="67.1 MB" now="32.0 MB"',

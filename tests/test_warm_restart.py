@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from expertd.protocol.messages import ModelStatus
@@ -114,11 +113,6 @@ def test_a_model_whose_files_were_changed_begins_cold(tmp_path: Path, home: Home
         assert held(home).recalled is None
 
 
-def without_base(manifest: Any, slots: int) -> int:
-    """The budget for so many slots where sessions have the base weights already, of an earlier daemon."""
-    return budget_for(msgspec.structs.replace(manifest, base=()), slots)
-
-
 def kill(daemon: subprocess.Popen[bytes]) -> None:
     daemon.kill()
     daemon.wait()
@@ -135,14 +129,15 @@ def test_the_pool_of_a_killed_daemon_is_adopted_without_reading_a_byte(
         there = held(home).resident_blocks
         for _ in range(2):  # what was adopted can be adopted again
             kill(daemon)
-            daemon = start_daemon(str(without_base(manifest, SLOTS)), "--no-remember")
+            daemon = start_daemon(str(budget), "--no-remember")
             wait_for(lambda: [len(model.sessions) for model in ask_status(home).models] == [2])
             wait_for(lambda: held(home).resident_blocks >= there)
             found = held(home)
             assert (found.resident_blocks, found.bytes_read, found.misses) == (there, 0, 0)
             assert found.recalled is not None and found.recalled.adopted == there
-            # What was copied from is given back.
-            assert found.pool_bytes <= budget
+            # What was copied from is given back, and base weights are the old ones, which count.
+            assert found.pool_bytes <= budget - found.base_bytes < budget
+            assert found.base_read == 0
         assert (one.run(TOKENS), two.run(TOKENS)) == (first, first)
 
 
@@ -191,7 +186,7 @@ def test_with_a_smaller_budget_a_part_is_adopted(
     with Program(model_path) as program:
         first = program.run(TOKENS)
         kill(daemon)
-        start_daemon(str(without_base(manifest, 12)))
+        start_daemon(str(budget_for(manifest, 12)))
         wait_for(lambda: [model.resident_blocks for model in ask_status(home).models] == [12])
         assert held(home).bytes_read == 0
         assert program.run(TOKENS) == first

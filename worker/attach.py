@@ -549,7 +549,7 @@ class Session:
         except (ExpertdError, OSError) as error:
             with self._exchange:
                 self._attempts += 1
-                # A new one: this one's story holds the pools that were to be handed back, and they their memory.
+                # A new one: this one's story holds the pools that were to be handed back.
                 if isinstance(error, ExpertdError):
                     self._trouble = from_code(error.code, error.message)
                 else:
