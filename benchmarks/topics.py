@@ -31,6 +31,8 @@ ROUNDS = 7
 FIRST = 50
 SKIPPED = 2
 """Rounds that do not count: nobody can know a topic that was not there before, or what has just begun."""
+FAR_APART = (4, 12, 64, 4)
+"""Topics, layers, experts and experts of a token of a model where reading ahead pays."""
 KINDS = ("without", "tells", "reads", "always")
 
 Tokens = NDArray[np.intp]
@@ -51,6 +53,19 @@ def stretches(topics: Sequence[Tokens], rounds: int, length: int = STRETCH) -> l
     """Parts of each of ``topics`` in turn."""
     rounds = min(rounds, *(len(topic) // length for topic in topics))
     return [topic[number * length : (number + 1) * length] for number in range(rounds) for topic in topics]
+
+
+def far_apart(topics: int, layers: int, experts: int, top_k: int, tokens: int) -> list[Tokens]:
+    """Topics of a model that nobody has: each has a few experts of its own, and nine in ten uses are of these."""
+    chance = np.random.default_rng(0)
+    out = []
+    for _ in range(topics):
+        own = [chance.choice(experts, 3 * top_k, replace=False) for _ in range(layers)]
+        weights = np.full((layers, experts), 0.1 / (experts - 3 * top_k))
+        np.put_along_axis(weights, np.array(own), 0.9 / (3 * top_k), 1)
+        chosen = [[chance.choice(experts, top_k, replace=False, p=row) for row in weights] for _ in range(tokens)]
+        out.append(np.array(chosen, np.intp))
+    return out
 
 
 def profile(tokens: Tokens, experts: int) -> NDArray[np.float32]:
@@ -98,7 +113,7 @@ def knowing(kind: str) -> Iterator[None]:
         case "tells":
             changed = mock.patch.object(foresight.Gate, "judge")
         case "always":
-            changed = mock.patch.multiple(foresight, WORTH_LASTING=0.0, BETTER=0.0, EVIDENCE_LASTING=1)
+            changed = mock.patch.multiple(foresight, WORTH_LASTING=0.0, BETTER=0.0, EVIDENCE=1)
         case _:
             changed = nullcontext()
     with changed:
@@ -159,18 +174,28 @@ def run(quick: bool = False, trace: Path | None = None) -> dict[str, Any]:
     parts = stretches(decoded, 4 if quick else ROUNDS)
     skipped = SKIPPED * len(decoded)
     print(f"{', '.join(traces)} in turn, {STRETCH} tokens each; {len(parts) - skipped} changes count")
-    print(f"{'cached':>8} {'':>10} {'missed':>8} {f'first {FIRST}':>9} {'read':>6} {'turns':>6}")
     figures: dict[str, Any] = {}
+    _changes(parts, info.experts, info.top_k, skipped, "", figures)
+    if len(decoded) > 1:
+        _first_changes(decoded, info.experts, info.top_k, figures)
+    topics, layers, experts, top_k = FAR_APART
+    print(f"\n{topics} topics of a model of {layers} layers x {experts}, which have hardly an expert in common")
+    parts = stretches(far_apart(topics, layers, experts, top_k, ROUNDS * STRETCH), 4 if quick else ROUNDS)
+    _changes(parts, experts, top_k, SKIPPED * topics, "far_apart_", figures)
+    return figures
+
+
+def _changes(
+    parts: Sequence[Tokens], experts: int, top_k: int, skipped: int, prefix: str, figures: dict[str, Any]
+) -> None:
+    print(f"{'cached':>8} {'':>10} {'missed':>8} {f'first {FIRST}':>9} {'read':>6} {'turns':>6}")
     for fraction in FRACTIONS:
         for kind in KINDS:
-            found = drive(parts, info.experts, info.top_k, fraction, kind, skipped)
-            name = f"{kind}_{round(100 * fraction)}"
+            found = drive(parts, experts, top_k, fraction, kind, skipped)
+            name = f"{prefix}{kind}_{round(100 * fraction)}"
             figures |= {f"missed_{name}": found.missed, f"first_{name}": found.first, f"read_{name}": found.read}
             counts = f"{found.missed:>8} {found.first:>9} {found.read:>6} {found.turns:>6}"
             print(f"{100 * fraction:>6.0f} % {kind:>10} {counts}", flush=True)
-    if len(decoded) > 1:
-        _first_changes(decoded, info.experts, info.top_k, figures)
-    return figures
 
 
 def _first_changes(decoded: Sequence[Tokens], experts: int, top_k: int, figures: dict[str, Any]) -> None:

@@ -102,8 +102,7 @@ class CacheMachine(World, RuleBasedStateMachine):
             self.patched.setattr(quotas, name, value)
         for name in ("WORTH", "WORTH_LASTING", "BETTER"):  # whatever is announced is read
             self.patched.setattr(foresight, name, 0.0)
-        for name in ("EVIDENCE", "EVIDENCE_LASTING"):
-            self.patched.setattr(foresight, name, 1)
+        self.patched.setattr(foresight, "EVIDENCE", 1)
         for name, value in (("CHAPTER", 1), ("STRANGE", -1.0), ("TURNED", -1.5), ("RIPE", 0), ("LOOKED_AT", 1)):
             self.patched.setattr(topics, name, value)  # sessions turn all the time
         for name, value in (("LIKELY", 0.0), ("SHARE", 1), ("HORIZON", 1)):  # and all that is absent is likely

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.topics import drive, far_apart, stretches
 from expertd.daemon.core.ahead import LIKELY_READS
 from expertd.daemon.core.events import BudgetChanged, Ended, Fetch, PoolCreated, Recall, Routed
 from expertd.daemon.core.foresight import Gate, Kind
@@ -237,6 +238,16 @@ def test_changes_of_topic_are_seen_in_the_routing_of_real_sessions_and_told_by_s
     (topic,) = [each for each in model_status(model).ahead if each.kind == "topic"]
     assert topic.turns == 5, "the first is found late, when enough is known of what is new"
     assert sum(each.turns for each in model_status(model).ahead) == 5
+
+
+def test_where_topics_have_little_in_common_reading_ahead_proves_itself_and_saves_misses() -> None:
+    parts = stretches(far_apart(3, 8, 64, 4, 640), 8, 80)
+    without, reads = (drive(parts, 64, 4, 0.3, kind, 3) for kind in ("without", "reads"))
+    assert (without.read, without.turns) == (0, 0)
+    assert reads.turns >= 21, "every change but the first three"
+    assert reads.read > 0
+    assert reads.missed < without.missed
+    assert reads.first < without.first
 
 
 @pytest.mark.parametrize("routing", [((7, [0]),), ((0, [99]),), ((1, []),)])

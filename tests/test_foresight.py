@@ -7,7 +7,6 @@ import pytest
 from expertd.daemon.core.foresight import (
     BETTER,
     EVIDENCE,
-    EVIDENCE_LASTING,
     HOLD,
     PAIRS,
     REMEMBERED,
@@ -35,21 +34,10 @@ def test_a_gate_opens_when_enough_is_used_and_not_before_there_is_evidence() -> 
 def test_what_lasts_for_several_tokens_has_to_be_used_more() -> None:
     one, lasting = Gate(worth=False), Gate(worth=False, lasting=True)
     for gate in (one, lasting):
-        gate.judge(EVIDENCE_LASTING, EVIDENCE_LASTING // 2, 0)
+        gate.judge(EVIDENCE, EVIDENCE // 2, 0)
     assert (one.worth, lasting.worth) == (True, False)
-    lasting.judge(EVIDENCE_LASTING, EVIDENCE_LASTING, 0)
+    lasting.judge(EVIDENCE, EVIDENCE, 0)
     assert lasting.worth
-
-
-def test_what_lasts_for_several_tokens_needs_more_evidence() -> None:
-    gate = Gate(worth=False, lasting=True)
-    gate.judge(EVIDENCE_LASTING - 1, EVIDENCE_LASTING - 1, 0)
-    assert not gate.worth
-    gate.judge(1, 1, 0)
-    assert gate.worth
-
-
-def test_only_what_a_topic_makes_likely_lasts() -> None:
     gates = Foresight(4).gates
     assert [kind for kind, gate in gates.items() if gate.lasting] == [Kind.TOPIC]
 

@@ -24,8 +24,6 @@ BETTER = 1.5
 """So many times as much of it has to be used as of what a predictor without knowledge names, unless that pays too."""
 EVIDENCE = 64
 """Blocks that have to be judged before it is decided."""
-EVIDENCE_LASTING = 256
-"""The same of what has to be used within several tokens: many blocks are judged by the same few tokens."""
 REMEMBERED = 2048
 """When so many are judged, they count half."""
 TRIAL, TRIALS = 8, 128
@@ -88,9 +86,8 @@ class Gate:
         self.judged += announced
         self.used += used
         self.shuffled += shuffled
-        evidence, enough = (EVIDENCE_LASTING, WORTH_LASTING) if self.lasting else (EVIDENCE, WORTH)
-        if self.judged >= evidence:
-            luck = self.shuffled_part
+        if self.judged >= EVIDENCE:
+            luck, enough = self.shuffled_part, WORTH_LASTING if self.lasting else WORTH
             self.worth = self.useful_part >= enough and (luck >= enough or self.useful_part >= BETTER * luck)
         if self.judged >= REMEMBERED:
             self.judged, self.used, self.shuffled = self.judged / 2, self.used / 2, self.shuffled / 2

@@ -116,7 +116,7 @@ def _likely(model: Model, pool: Pool, chances: NDArray[np.float32]) -> list[Bloc
     found = []
     for layer in pool.layers:
         kind = model.manifest.layers[layer]
-        row = chances[layer]
+        row = chances[layer, : kind.experts]
         for expert in np.flatnonzero(row >= LIKELY * kind.top_k / kind.experts).tolist():
             if (layer, expert) not in pool.where:
                 found.append((-row.item(expert), layer, expert))
