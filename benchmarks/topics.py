@@ -8,7 +8,7 @@ ahead, if the gate finds that it pays; ``always``: without asking it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def far_apart(topics: int, layers: int, experts: int, top_k: int, tokens: int) -
 
 def profile(tokens: Tokens, experts: int) -> NDArray[np.float32]:
     """How often a token uses each block: ``[layers, experts]``."""
-    return np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in tokens.swapaxes(0, 1)]) / len(tokens)
+    counts = np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in tokens.swapaxes(0, 1)])
+    return (counts / len(tokens)).astype(np.float32)
 
 
 def drive(
@@ -107,6 +108,7 @@ def drive(
 @contextmanager
 def knowing(kind: str) -> Iterator[None]:
     """What the core does about topics."""
+    changed: AbstractContextManager[Any]
     match kind:
         case "without":
             changed = mock.patch.object(Topics, "observe", return_value=None)
