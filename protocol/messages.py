@@ -20,7 +20,8 @@ FRAME_LIMIT = 64 << 20
 
 Count = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(max_length=4096)]
-Text = Annotated[str, Meta(max_length=1 << 24)]
+LONGEST_TEXT = 1 << 24
+Text = Annotated[str, Meta(max_length=LONGEST_TEXT)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Routing = Annotated[bytes, Meta(max_length=8 << 20)]
 Expert = Annotated[int, Meta(ge=0, lt=65536)]
