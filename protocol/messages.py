@@ -318,9 +318,12 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
     used, lately; ``shuffled`` the same for as many blocks of the same layer that a predictor without knowledge named.
     Bytes are those read because of announcements: used by their event, or not.  ``waits``: how long sessions waited
     with reading ahead for single tokens over how long without, when that was compared last; 0 if it was not.
+
+    The kind ``topic`` is nobody's announcement, but what sessions were likely to use when they had turned to another
+    topic, as they did ``turns`` times.  It is judged by the few tokens that follow.
     """
 
-    kind: Literal["prompt", "next layer", "second next layer"]
+    kind: Literal["prompt", "next layer", "second next layer", "topic"]
     reading: bool
     announced: int
     useful: float
@@ -328,6 +331,7 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
     useful_bytes: int
     wasted_bytes: int
     waits: float = 0.0
+    turns: int = 0
 
 
 class RecalledStatus(msgspec.Struct, frozen=True, kw_only=True):
