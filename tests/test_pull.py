@@ -386,7 +386,8 @@ def test_generate_asks_on_a_terminal_and_downloads_only_after_yes(
     assert status == 2
     assert "Download " in said
     assert "B now? [y/N]" in said
-    assert f"{ID} is not on this machine; download it with: expertd pull {ID} [model_not_here]" in " ".join(said.split())
+    line = " ".join(said.split())
+    assert f"{ID} is not on this machine; download it with: expertd pull {ID} [model_not_here]" in line
     assert hub.fetched() == []
     status, said = on_a_terminal("y", "generate", ID, "hello", "--max-tokens", "4", "--budget", "64MiB")
     assert status == 0, said
