@@ -7,6 +7,7 @@ but for the clock that is given; the file is ``expertd.daemon.warm_record``, and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 
 from expertd.daemon.core.events import Recall
 from expertd.daemon.core.state import Model
+from expertd.daemon.core.topics import MOST
 from expertd.daemon.warm_record import WarmRecord, read
 from expertd.protocol.errors import ProfileInvalid
 from expertd.protocol.logs import Log
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
-from expertd.protocol.profiles import Profile, profiles_in_use, read_profile
+from expertd.protocol.profiles import Profile, profile_names, profiles_in_use, read_profile
 
 log = Log("expertd.daemon")
 
@@ -109,7 +111,8 @@ def record_of(model: Model, at: float) -> WarmRecord | None:
 def recall(home: Home, manifest: Manifest, policy: str, remembers: bool = True) -> Recall | None:
     """What to bring in of a model that comes back: what its record names, then what the profile in use does.
 
-    None if there is neither.  Reads files; does not raise.
+    And what its topics may be, which every profile of the home tells that fits.  None if there is nothing of all this.
+    Reads files; does not raise.
 
     Args:
         policy: name of the class whose statistics could be taken over.
@@ -119,11 +122,12 @@ def recall(home: Home, manifest: Manifest, policy: str, remembers: bool = True) 
     profile = _profile_in_use(home, manifest)
     blocks = dict.fromkeys(record.blocks if record is not None else ())
     blocks |= dict.fromkeys(profile.blocks if profile is not None else ())
-    if not blocks:
+    topics = tuple(_chances(each, manifest) for each in _profiles_of(home, manifest))
+    if not (blocks or topics):
         return None
     statistics = record.statistics if record is not None and record.policy == policy else {}
     chances = _chances(profile, manifest) if profile is not None else None
-    return Recall(manifest.key, tuple(blocks), statistics, record.at if record is not None else 0.0, chances)
+    return Recall(manifest.key, tuple(blocks), statistics, record.at if record is not None else 0.0, chances, topics)
 
 
 def _chances(profile: Profile, manifest: Manifest) -> NDArray[np.float32]:
@@ -132,6 +136,18 @@ def _chances(profile: Profile, manifest: Manifest) -> NDArray[np.float32]:
     for row, uses, layer in zip(chances, profile.uses, manifest.layers, strict=True):
         row[: len(uses)] = np.array(uses, np.float32) * (layer.top_k / max(1, sum(uses)))
     return chances
+
+
+def _profiles_of(home: Home, manifest: Manifest) -> list[Profile]:
+    """The newest profiles of the home that are of a model of this shape; what cannot be read is none."""
+    found = []
+    with contextlib.suppress(ProfileInvalid):
+        for name in profile_names(home):
+            with contextlib.suppress(ProfileInvalid):
+                found.append(read_profile(home, name))
+    experts = [layer.experts for layer in manifest.layers]
+    fitting = [profile for profile in found if profile.misfit(experts) is None]
+    return sorted(fitting, key=lambda profile: -profile.made_at)[:MOST]
 
 
 def _profile_in_use(home: Home, manifest: Manifest) -> Profile | None:

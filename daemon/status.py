@@ -36,9 +36,10 @@ from expertd.protocol.messages import (
 from expertd.protocol.paths import Home
 
 NOT_PACKED: Mapping[str, str] = MappingProxyType({})
-KINDS: Mapping[Kind, Literal["prompt", "next layer", "second next layer"]] = MappingProxyType(
-    {Kind.PROMPT: "prompt", Kind.NEXT: "next layer", Kind.SECOND: "second next layer"}
+KINDS: Mapping[Kind, Literal["prompt", "next layer", "second next layer", "topic"]] = MappingProxyType(
+    {Kind.PROMPT: "prompt", Kind.NEXT: "next layer", Kind.SECOND: "second next layer", Kind.TOPIC: "topic"}
 )
+TOKENS = (Kind.NEXT, Kind.SECOND)
 NOBODY_WAITED: Mapping[int, Waited] = MappingProxyType({})
 NOBODY_WAITED_BEFORE: Mapping[str, Waited] = MappingProxyType({})
 NO_WAIT = Waited()
@@ -197,7 +198,8 @@ def _ahead(model: Model) -> list[AheadStatus]:
             shuffled=round(gate.shuffled_part, 3),
             useful_bytes=gate.useful_bytes,
             wasted_bytes=gate.wasted_bytes,
-            waits=0.0 if kind is Kind.PROMPT else round(model.foresight.comparison.better or 0.0, 3),
+            waits=round(model.foresight.comparison.better or 0.0, 3) if kind in TOKENS else 0.0,
+            turns=model.topics.turns if kind is Kind.TOPIC else 0,
         )
         for kind, gate in model.foresight.gates.items()
     ]

@@ -155,7 +155,7 @@ def _origins(value: object) -> tuple[str, ...]:
     for origin in found:
         if origin == "*":
             raise ConfigInvalid("'*' would let every page that you visit use your models; name each origin")
-        if not _ORIGIN.fullmatch(origin):
+        if origin != "null" and not _ORIGIN.fullmatch(origin):
             raise ConfigInvalid(
                 f"{origin!r} is not an origin; write scheme and host as browsers do, https://chat.example.org, "
                 "with a port if it is not the usual one, and without a path"

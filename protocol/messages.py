@@ -20,7 +20,8 @@ FRAME_LIMIT = 64 << 20
 
 Count = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(max_length=4096)]
-Text = Annotated[str, Meta(max_length=1 << 24)]
+LONGEST_TEXT = 1 << 24
+Text = Annotated[str, Meta(max_length=LONGEST_TEXT)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Routing = Annotated[bytes, Meta(max_length=8 << 20)]
 Expert = Annotated[int, Meta(ge=0, lt=65536)]
@@ -317,9 +318,12 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
     used, lately; ``shuffled`` the same for as many blocks of the same layer that a predictor without knowledge named.
     Bytes are those read because of announcements: used by their event, or not.  ``waits``: how long sessions waited
     with reading ahead for single tokens over how long without, when that was compared last; 0 if it was not.
+
+    The kind ``topic`` is nobody's announcement, but what sessions were likely to use when they had turned to another
+    topic, as they did ``turns`` times.  It is judged by the few tokens that follow.
     """
 
-    kind: Literal["prompt", "next layer", "second next layer"]
+    kind: Literal["prompt", "next layer", "second next layer", "topic"]
     reading: bool
     announced: int
     useful: float
@@ -327,6 +331,7 @@ class AheadStatus(msgspec.Struct, frozen=True, kw_only=True):
     useful_bytes: int
     wasted_bytes: int
     waits: float = 0.0
+    turns: int = 0
 
 
 class RecalledStatus(msgspec.Struct, frozen=True, kw_only=True):

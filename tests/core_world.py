@@ -566,6 +566,8 @@ class World:
                     for (layer, _), announced in session.announced.items():
                         if layer in pool.layers:
                             expected.update((layer, expert) for expert in announced.experts)
+                    if session.turn is not None:
+                        expected.update(block for block in session.turn.blocks if block[0] in pool.layers)
                 assert pool.expected == expected
                 assert pool.read_ahead <= expected.keys() & pool.where.keys()
                 assert len(pool.read_ahead) <= max(1, pool.layout.slots // HELD)

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from expertd.daemon.core import Core, events, foresight, instructions, quotas, warmth
+from expertd.daemon.core import Core, events, foresight, instructions, quotas, topics, turns, warmth
 from expertd.daemon.core.core import GROWTH
 from expertd.daemon.core.plan import largest, resized
 from expertd.protocol.errors import ReadFailed
@@ -100,8 +100,13 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.patched = pytest.MonkeyPatch()  # pools should give each other memory as often as they can
         for name, value in (("WINDOW", 1), ("STEP", 0.4), ("COPYING", 0.0)):
             self.patched.setattr(quotas, name, value)
-        for name, value in (("EVIDENCE", 1), ("WORTH", 0.0), ("BETTER", 0.0)):  # whatever is announced is read
-            self.patched.setattr(foresight, name, value)
+        for name in ("WORTH", "WORTH_LASTING", "BETTER"):  # whatever is announced is read
+            self.patched.setattr(foresight, name, 0.0)
+        self.patched.setattr(foresight, "EVIDENCE", 1)
+        for name, value in (("CHAPTER", 1), ("STRANGE", -1.0), ("TURNED", -1.5), ("RIPE", 0), ("LOOKED_AT", 1)):
+            self.patched.setattr(topics, name, value)  # sessions turn all the time
+        for name, value in (("LIKELY", 0.0), ("SHARE", 1), ("HORIZON", 1)):  # and all that is absent is likely
+            self.patched.setattr(turns, name, value)
         for hears_at_once in prompt:
             self.attach(model, copy=False, prompt=hears_at_once, slow=False, recorded=[], left=[], spare=0)
 
@@ -554,6 +559,7 @@ class CacheMachine(World, RuleBasedStateMachine):
         self.settle()
         self.fetch_all()
         self.patched.setattr(quotas, "COPYING", inf)  # no pool moves any more
+        self.patched.setattr(topics, "TURNED", inf)  # and nobody turns: a slot stays free when a turn is called off
         self.settle()
         self.fetch_all()
         for session in _awake(self):

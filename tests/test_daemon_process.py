@@ -405,10 +405,11 @@ def test_the_other_side_of_a_hang_up_is_told_what_to_do(shared: Home, monkeypatc
 
 
 def test_half_a_greeting_and_a_hang_up_do_no_harm(shared: Home, raw: Raw) -> None:
+    token = secrets.token_bytes(16)
     for size in (0, 1, 4, 19):
         with _dial(shared) as line:
-            line.sendall(lifeline.GREETING.pack(PROTOCOL, bytes(16))[:size])
-    lifeline.connect(shared.lifeline_socket, bytes(16)).close()
+            line.sendall(lifeline.GREETING.pack(PROTOCOL, token)[:size])
+    lifeline.connect(shared.lifeline_socket, token).close()
 
 
 def test_a_greeting_may_come_in_pieces(shared: Home, raw: Raw) -> None:

@@ -31,6 +31,17 @@ def test_a_gate_opens_when_enough_is_used_and_not_before_there_is_evidence() -> 
     assert gate.worth
 
 
+def test_what_lasts_for_several_tokens_has_to_be_used_more() -> None:
+    one, lasting = Gate(worth=False), Gate(worth=False, lasting=True)
+    for gate in (one, lasting):
+        gate.judge(EVIDENCE, EVIDENCE // 2, 0)
+    assert (one.worth, lasting.worth) == (True, False)
+    lasting.judge(EVIDENCE, EVIDENCE, 0)
+    assert lasting.worth
+    gates = Foresight(4).gates
+    assert [kind for kind, gate in gates.items() if gate.lasting] == [Kind.TOPIC]
+
+
 def test_a_gate_closes_when_too_little_is_used() -> None:
     gate = Gate(worth=True)
     gate.judge(EVIDENCE, round(EVIDENCE * WORTH) - 2, 0)

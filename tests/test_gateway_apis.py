@@ -147,6 +147,23 @@ def test_a_prompt_in_and_text_out(served: Served) -> None:
         assert (status, refused["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("depth", [*range(940, 1000, 3)])
+def test_a_body_that_is_nested_deeply_takes_nobodys_place(served: Served, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    message = '{"role": "user", "content": "a"}'
+    body = f'{{"model": "demo", "messages": [{message}], "max_tokens": 1, "chat_template_kwargs": {{"a": {nested}}}}}'
+    status, _, _ = served.request("POST", "/v1/chat/completions", body.encode())
+    assert status in (200, 400)
+    health = served.request("GET", "/health")[2]["models"]["demo"]
+    assert (health["running"], health["waiting"]) == (0, 0)
+
+
+def test_a_text_that_no_message_takes_is_too_large(served: Served) -> None:
+    body = json.dumps({"prompt": "a" * ((1 << 24) + 1)}).encode()
+    status, _, answer = served.request("POST", "/generate", body)
+    assert (status, answer["error"]["code"]) == (413, "request_too_large")
+
+
 def test_raw_completions_of_text_and_tokens(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="demo", prompt=["def f(", [5, 6]], max_tokens=6, temperature=0, logprobs=1)
     assert [choice.index for choice in whole.choices] == [0, 1]
@@ -394,7 +411,7 @@ def test_what_makes_no_sense_is_a_400(served: Served, path: str, body: dict[str,
 
 def test_pages_of_other_sites_are_refused(served: Served) -> None:
     body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}).encode()
-    for origin, expected in (("http://evil.example", 400), (f"http://localhost:{served.port}", 200), ("null", 200)):
+    for origin, expected in (("http://evil.example", 400), (f"http://localhost:{served.port}", 200), ("null", 400)):
         status, _, _ = served.request("POST", "/v1/chat/completions", body, {"Origin": origin})
         assert status == expected, origin
 

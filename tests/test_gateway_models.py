@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from expertd.clients.cli import main
 from expertd.clients.gateway import chat
+from expertd.clients.gateway import served as served_module
 from expertd.clients.gateway.fair import FairQueue
 from expertd.clients.gateway.served import Answers, Limits, Models, Served
 from expertd.protocol.errors import (
@@ -227,7 +228,7 @@ def test_a_worker_lives_from_the_first_request_until_nobody_asks(own_home: Home,
 
 def test_a_request_waits_only_so_long(own_home: Home, checkpoints: dict[str, Path]) -> None:
     async def use(served: Served) -> None:
-        with pytest.raises(QueueFull, match=r"waited 0\.1 s for its turn"):
+        with pytest.raises(WorkerUnavailable, match=r"has not been loaded within 0\.1 s"):
             await whole(served.open("a", WANTED))
         assert (served.waiting, served.running) == (0, 0)
         await served.loaded()
@@ -239,7 +240,7 @@ def test_a_request_waits_only_so_long(own_home: Home, checkpoints: dict[str, Pat
 def test_an_answer_takes_only_so_long(own_home: Home, checkpoints: dict[str, Path]) -> None:
     async def use(served: Served) -> None:
         await served.loaded()
-        endless = chat.parse({"model": "m", "messages": HELLO, "max_tokens": ENDLESS})
+        endless = chat.parse({"model": "m", "messages": HELLO, "max_tokens": ENDLESS, "temperature": 0})
         with pytest.raises(DeadlineExceeded, match=r"more than the 1 s .* --deadline"):
             await whole(served.open("a", endless))
         assert (served.waiting, served.running) == (0, 0)
@@ -248,9 +249,10 @@ def test_an_answer_takes_only_so_long(own_home: Home, checkpoints: dict[str, Pat
     run_served(own_home, checkpoints["stacked"], use, Limits(deadline_s=1.0), always=True)
 
 
-def test_who_waits_is_told_why_a_model_cannot_be_loaded_and_the_next_one_tries_again(
-    own_home: Home, checkpoints: dict[str, Path], tmp_path: Path
+def test_who_waits_is_told_why_a_model_cannot_be_loaded_and_it_is_tried_again_after_a_while(
+    own_home: Home, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(served_module, "RETRY_LOAD_S", 2.0)
     model = tmp_path / "model"
     shutil.copytree(checkpoints["stacked"], model)
     config = (model / "config.json").rename(tmp_path / "config.json")
@@ -260,10 +262,32 @@ def test_who_waits_is_told_why_a_model_cannot_be_loaded_and_the_next_one_tries_a
             with pytest.raises(ExpertdError, match=r"config\.json") as caught:
                 await whole(served.open("a", WANTED))
             assert caught.value.code == "config_missing"
+        assert 0 < served.retry_after_s() <= 4
         config.rename(model / "config.json")
-        assert len(await whole(served.open("a", WANTED))) == 1
+        while True:
+            try:
+                assert len(await whole(served.open("a", WANTED))) == 1
+                break
+            except ExpertdError as error:
+                assert error.code == "config_missing", "nobody loads it before its time"
+                await asyncio.sleep(0.1)
 
     run_served(own_home, model, use)
+
+
+def test_a_worker_that_cannot_be_started_is_told_and_tried_again(
+    own_home: Home, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "RETRY_LOAD_S", 0.0)
+
+    async def use(served: Served) -> None:
+        run = own_home.run.rename(own_home.root / "elsewhere")
+        with pytest.raises(WorkerUnavailable, match="the worker could not be started"):
+            await whole(served.open("a", WANTED))
+        run.rename(own_home.run)
+        assert len(await whole(served.open("a", WANTED))) == 1
+
+    run_served(own_home, checkpoints["stacked"], use)
 
 
 def test_a_gateway_that_ends_answers_who_waits(own_home: Home, checkpoints: dict[str, Path]) -> None:

@@ -198,7 +198,7 @@ def test_a_page_of_any_other_site_may_not(served: Served, origin: str) -> None:
 
 
 def test_no_page_can_read_what_it_was_not_named_for(served: Served) -> None:
-    for origin in ({}, {"Origin": "null"}, {"Origin": f"http://localhost:{served.port}"}):
+    for origin in ({}, {"Origin": f"http://localhost:{served.port}"}):
         status, headers, _ = served.request("GET", "/v1/models", headers=bearer() | origin)
         assert (status, "access-control-allow-origin" in headers) == (200, False)
 

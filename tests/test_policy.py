@@ -67,6 +67,13 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Turned:
+    """A session turns to a topic whose tokens use every so-many-th block."""
+
+    every: int
+
+
+@dataclass(frozen=True)
 class Ask:
     """Ask for ``count`` victims of ``layers``, none of them ``spared``; ``evict`` removes them, as the core does."""
 
@@ -76,7 +83,7 @@ class Ask:
     evict: bool
 
 
-Step = Observe | Token | Toggle | Ended | Ask
+Step = Observe | Token | Toggle | Ended | Turned | Ask
 
 
 @st.composite
@@ -103,7 +110,7 @@ def histories(draw: st.DrawFn) -> tuple[Model, list[Step]]:
     some = st.lists(block, min_size=1, max_size=10, unique=True).map(lambda blocks: Toggle(tuple(blocks)))
     step: st.SearchStrategy[Step] = st.one_of(
         st.builds(Observe, session, layer, groups), st.builds(Token, session, chosen), ask, some, ask,
-        st.builds(Ended, session),
+        st.builds(Ended, session), st.builds(Turned, st.integers(1, 7)),
     )  # fmt: skip
     first = draw(st.lists(block, max_size=len(model.blocks), unique=True))
     return model, [Toggle(tuple(first)), *draw(st.lists(step, max_size=25))]
@@ -151,6 +158,11 @@ class Play:
             case Ended(session):
                 policy.ended(self.number(session))
                 self.numbers.pop(session, None)
+            case Turned(every):
+                chances = np.zeros((self.model.layers, self.model.experts), np.float32)
+                chances.reshape(-1)[::every] = 0.8
+                policy.turned(chances)
+                policy.turned(chances[:, 1:])  # of another model
             case Toggle(blocks):
                 for block in blocks:
                     (policy.removed if block in self.resident else policy.admitted)(block)

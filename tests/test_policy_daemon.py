@@ -31,7 +31,7 @@ PROMPTS = [np.random.default_rng(length).integers(3, 512, length).tolist() for l
 def test_the_daemon_hits_what_the_simulator_hits(
     policy: str, home: Home, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
-    """Prompts that need groups, and answers; slots for 40 % of the blocks."""
+    """Prompts that need groups, and answers; slots for 40 % of the blocks.  (Random weights have no topics.)"""
     # A row of a 4-bit slab fills a page: so a budget gives just the slots that it should.
     folder = write_checkpoint(tmp_path / "model", "qwen3_moe", hidden=128, expert_width=256, layers=4)
     manifest = load_lazily(folder).manifest

@@ -211,7 +211,9 @@ MODEL = manifest()
 
 def test_a_daemon_goes_by_the_profile_that_the_model_uses(home: Home) -> None:
     write_profile(home, "code", profile())
-    assert recall(home, MODEL, "Forecast") is None
+    unused = recall(home, MODEL, "Forecast")
+    assert unused is not None
+    assert (unused.blocks, unused.chances, len(unused.topics)) == ((), None, 1), "it is a topic, and nothing else"
     use_profile(home, MODEL.folder, "code")
     left = recall(home, MODEL, "Forecast")
     assert left is not None and left.chances is not None
@@ -249,7 +251,9 @@ def test_a_profile_that_cannot_be_used_is_left_aside_and_the_log_says_so(
         profile_path(home, "code").unlink()
     elif damage == "file":
         home.profiles_in_use.write_text("nonsense")
-    assert recall(home, MODEL, "Forecast") is None
+    left = recall(home, MODEL, "Forecast")
+    assert left is None or (left.blocks, left.chances) == ((), None)
+    assert (left is None) == (damage != "file"), "it is a topic as long as it can be read and fits"
     assert ("the profile that a model uses is left aside" in caplog.text) == (damage != "file")
 
 

@@ -132,7 +132,8 @@ def load(written: Callable[..., Path], start_daemon: StartDaemon) -> Iterator[Ca
     def start(family: str = "qwen3_moe", whole: bool = True) -> Any:
         manifest = load_lazily(written(family)).manifest
         first = manifest.layers[0]
-        start_daemon(str(budget_for(manifest, len(manifest.layers) * (first.experts if whole else 2 * first.top_k))))
+        few = str(budget_for(manifest, len(manifest.layers) * 2 * first.top_k))
+        start_daemon("64MiB" if whole else few)
         model, _ = expertd.load(written(family))
         loaded.append(model)
         if whole:

@@ -25,7 +25,15 @@ from expertd.clients.terminal.figures import table
 from expertd.clients.terminal.glance import PLAIN_BLOCKS, bar, duration, glance, percent
 from expertd.clients.terminal.programs import program, programs
 from expertd.protocol import PROTOCOL
-from expertd.protocol.messages import DaemonStatus, DeviceStatus, JournalEntry, ModelStatus, SessionStatus, Status
+from expertd.protocol.messages import (
+    AheadStatus,
+    DaemonStatus,
+    DeviceStatus,
+    JournalEntry,
+    ModelStatus,
+    SessionStatus,
+    Status,
+)
 from expertd.protocol.paths import Home
 from expertd.protocol.quick import STATUS_TOKEN, quick_status
 from tests.conftest import StartDaemon, wait_for
@@ -342,6 +350,16 @@ def test_status_names_who_uses_the_model(start_daemon: StartDaemon) -> None:
     assert lines[4].startswith("demo  /")
     assert lines[6] == "  shared   9.5 MB of other weights, once for all programs"
     assert [line for line in lines if line.startswith(f"  used by  tests.programs (process {user.pid})")]
+
+
+def test_changes_of_topic_are_a_line_of_what_is_read_ahead() -> None:
+    topic = AheadStatus(
+        kind="topic", reading=False, announced=46, useful=0.62, shuffled=0.4, useful_bytes=0, wasted_bytes=0, turns=21
+    )
+    lines = table(status(model(ahead=[topic])))
+    assert "  ahead     topic (21 changes): 62 % used (shuffled 40 %), off now" in lines
+    unturned = msgspec.structs.replace(topic, announced=0, turns=0)
+    assert not any("topic" in line for line in table(status(model(ahead=[unturned]))))
 
 
 def test_an_output_that_has_no_blocks_gets_plain_bars(start_daemon: StartDaemon) -> None:

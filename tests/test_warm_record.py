@@ -15,10 +15,12 @@ import pytest
 from expertd.daemon import warm_record
 from expertd.daemon.core import events, warmth
 from expertd.daemon.core.state import Model
+from expertd.daemon.core.topics import MOST
 from expertd.daemon.policy import Block
 from expertd.daemon.remembering import AT_LEAST_S, RESTS_S, WORKING_S, Remembering, recall, record_of
 from expertd.daemon.warm_record import KEPT, RecordDamaged, Records, WarmRecord, decode, encode, forget, read, write
 from expertd.protocol.paths import Home
+from expertd.protocol.profiles import Profile, write_profile
 from tests.test_core import Daemon, manifest
 from tests.test_core_warmth import resident, wide
 
@@ -364,6 +366,24 @@ def test_statistics_of_another_policy_are_left_alone(home: Home) -> None:
     assert same is not None and other is not None
     assert (len(same.statistics), len(other.statistics)) == (1, 0)
     assert list(other.blocks) == BLOCKS
+
+
+def test_every_profile_that_fits_is_a_topic_whether_it_is_in_use_or_not(home: Home) -> None:
+    def profile(made_at: float, experts: int = 16) -> Profile:
+        uses = [[int(made_at)] + [0] * (experts - 1)] * 2
+        return Profile(
+            model="m", made_at=made_at, source="", tokens=1, prompts=1, experts=[experts] * 2, uses=uses, seen=uses
+        )
+
+    for number in range(1, MOST + 3):
+        write_profile(home, f"p{number}", profile(number))
+    write_profile(home, "other", profile(99, experts=8))
+    (home.profiles / "damaged.json").write_text("{")
+    found = recall(home, WIDE, "Forecast")
+    assert found is not None
+    assert (found.blocks, found.chances, len(found.topics)) == ((), None, MOST)
+    assert found.topics[0].shape == (2, 16)
+    assert found.topics[0][0, 0] == 2, "a token uses two experts of a layer"
 
 
 def test_a_record_of_other_files_is_not_found(home: Home) -> None:

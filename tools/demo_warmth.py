@@ -143,14 +143,12 @@ class App:
 
     def end(self) -> None:
         """Let it end as it likes to."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+        self._process.communicate(timeout=30)
 
     def kill(self) -> None:
         """End it, whatever it does."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Event-atomic replay of traffic through the daemon's own policies, as its core drives them.
 
 One event is one MoE layer of one forward pass.  Its blocks are looked up together, none of them is evicted for another
-of the same event, and misses are admitted at its end.
+of the same event, and misses are admitted at its end.  Topics, which the core tells the policy of, are not here: see
+``benchmarks.topics``.
 """
 
 from __future__ import annotations

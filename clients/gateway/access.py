@@ -114,8 +114,11 @@ class Access:
         )
 
     def _check_origin(self, header: str) -> None:
-        """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed."""
-        if not header or header == "null" or header in self._origins:
+        """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed.
+
+        ``null`` is what a frame in a sandbox is, of any site, and a page out of a file.
+        """
+        if not header or header in self._origins:
             return
         try:
             host = urlsplit(header).hostname or ""

@@ -52,7 +52,7 @@ should read, and with it no two prompts would begin alike."""
 
 _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "speed": lambda value: value == "standard",
-    "context_management": lambda value: isinstance(value, dict) and all(map(_keeps_all, value.get("edits") or [])),
+    "context_management": lambda value: isinstance(value, dict) and _keep_all(value.get("edits")),
 }
 """Parameters that are not supported, each with the test of the value that changes nothing."""
 
@@ -117,9 +117,14 @@ def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
     )
 
 
-def _keeps_all(edit: object) -> bool:
-    """Whether an edit of the context leaves all in it, as the one does that Claude Code asks for."""
-    return isinstance(edit, dict) and edit.get("type") == "clear_thinking_20251015" and edit.get("keep") == "all"
+def _keep_all(edits: object) -> bool:
+    """Whether edits of the context leave all in it, as the one does that Claude Code asks for."""
+    if edits is None:
+        return True
+    return isinstance(edits, list) and all(
+        isinstance(edit, dict) and edit.get("type") == "clear_thinking_20251015" and edit.get("keep") == "all"
+        for edit in edits
+    )
 
 
 def _thinking(value: object) -> dict[str, Any]:
@@ -170,7 +175,7 @@ def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal
         invalid("tool_choice", "an object with a type")
     several = not boolean(choice, "disable_parallel_tool_use")
     kind = choice.get("type")
-    if kind not in _MODES:
+    if not isinstance(kind, str) or kind not in _MODES:
         invalid("tool_choice.type", f"one of {', '.join(_MODES)}")
     return *choose(tools, _MODES[kind], [choice.get("name")] if kind == "tool" else None), several
 

@@ -474,7 +474,9 @@ def _json(body: dict[str, Any], status: int = 200) -> web.Response:
 
 
 def _client(request: web.Request) -> str:
-    """Whose request it is, to be fair between clients: programs on one machine differ by their key or their name."""
+    """Whose request it is, to be fair between clients: a key's, or else a program's, which its name tells."""
+    if (key := FACTS.get().get("key")) is not None:
+        return f"key {key}"
     headers = request.headers
-    key = headers.get("Authorization") or headers.get("x-api-key") or ""
-    return f"{request.remote} {hash(key)} {headers.get('User-Agent', '')}"
+    said = headers.get("Authorization") or headers.get("x-api-key") or ""
+    return f"{request.remote} {hash(said)} {headers.get('User-Agent', '')}"

@@ -40,7 +40,7 @@ def parse(body: object) -> Wanted:
     prompt = body.get("prompt")
     if not isinstance(prompt, str):
         invalid("prompt", "a string")
-    sampling = sampling_of(body if "temperature" in body else {**body, "temperature": 0})
+    sampling = sampling_of(body if body.get("temperature") is not None else {**body, "temperature": 0})
     return Wanted(
         model=ANY_MODEL if body.get("model") is None else model_name(body),
         text=prompt,

@@ -18,7 +18,14 @@ from expertd.clients.gateway import awake
 from expertd.clients.gateway.fair import FairQueue
 from expertd.clients.gateway.wanted import ANY_MODEL, Wanted
 from expertd.clients.gateway.workers import BEING_STOPPED, NORMAL, SILENCE_S, Event, Worker
-from expertd.protocol.errors import DeadlineExceeded, ExpertdError, ModelNotFound, QueueFull, WorkerUnavailable
+from expertd.protocol.errors import (
+    DeadlineExceeded,
+    ExpertdError,
+    ModelNotFound,
+    QueueFull,
+    WorkerUnavailable,
+    from_code,
+)
 from expertd.protocol.logs import Log
 from expertd.protocol.messages import Delta, Finished, Pressure, WorkerReady
 from expertd.protocol.model_names import shown_name
@@ -31,8 +38,8 @@ log = Log(__name__)
 MORE_THAN_RUN = 4
 """Answers that a worker gets beyond those that it computes at a time, so that it never waits for its gateway."""
 QUEUE_WAIT_S = 300.0
-RETRY_LOAD_S = 5.0
-"""When to ask again after a load that failed."""
+RETRY_LOAD_S, LONGEST_RETRY_S = 5.0, 60.0
+"""When a load that failed is tried again at the earliest: after the first in a row, and after many."""
 
 Events = asyncio.Queue[tuple[int, Event]]
 
@@ -122,7 +129,10 @@ class Answers:
         limits: list[tuple[float, ExpertdError]] = [(float("inf"), ExpertdError(""))]
         if all(answer.request is None for answer in self._answers):
             wait_s = self._limits.queue_wait_s
-            limits.append((wait_s, QueueFull(f"the request waited {wait_s:g} s for its turn; try again later")))
+            late: ExpertdError = QueueFull(f"the request waited {wait_s:g} s for its turn; try again later")
+            if self._served.state != "ready":
+                late = WorkerUnavailable(f"the model has not been loaded within {wait_s:g} s; try again in a while")
+            limits.append((wait_s, late))
         if (deadline_s := self._limits.deadline_s) is not None:
             limits.append((deadline_s, DeadlineExceeded(
                 f"the answer took more than the {deadline_s:g} s that this gateway allows; ask for fewer tokens, or "
@@ -175,6 +185,8 @@ class Served:
         self._idle.set()
         self._ending = False
         self._life: asyncio.Task[None] | None = None
+        self._failures, self._retry_at = 0, 0.0  # Loads on demand that have failed in a row, and when one is worth it.
+        self._failure: ExpertdError | None = None
         self._loaded: asyncio.Future[WorkerReady] = asyncio.get_running_loop().create_future()
 
     # -- its life ------------------------------------------------------------------------------------------------------
@@ -197,7 +209,7 @@ class Served:
         """Take no more requests; wait until those that there are have ended, and end the rest after ``timeout_s``."""
         self._ending = True
         if self._worker is None or not self._worker.takes_requests:
-            self._fail(WorkerUnavailable(BEING_STOPPED), running=False)
+            self._fail_waiting(WorkerUnavailable(BEING_STOPPED))
         if self._worker is not None:
             self._worker.end()
         with contextlib.suppress(TimeoutError):
@@ -226,21 +238,24 @@ class Served:
         for worker in (self._worker, self._former):
             if worker is not None:
                 worker.kill()
+        self._fail_waiting(WorkerUnavailable(BEING_STOPPED))
 
     async def _live(self) -> None:
         """One worker after the other, each from the first who asks until nobody has for long."""
         while True:
             await self._asked.wait()
-            worker = Worker(
+            if self._ending:
+                return
+            worker = self._worker = Worker(
                 self._home, self._model, number=self._number, options=self._options,
-                silence_s=self._limits.silence_s, on_ready=self._on_ready,
+                silence_s=self._limits.silence_s, on_ready=self._on_ready, on_failed=self._fail_waiting,
             )  # fmt: skip
-            self._worker = worker
             try:
-                await worker.start()
+                await _start(worker)
                 ready = await worker.ready()
                 if not self._loaded.done():
                     self._loaded.set_result(ready)
+                self._failures = 0
                 await self._nobody_asked()
                 log.info("nobody asked for long", model=self.name, seconds=self._limits.ttl_s)
             except ExpertdError as error:
@@ -250,7 +265,10 @@ class Served:
                 if not self._loaded.done():
                     self._loaded.set_exception(error)
                 self._asked.clear()
-                self._fail(error, running=False)
+                self._failures += 1
+                self._failure = error
+                self._retry_at = _now() + min(RETRY_LOAD_S * 2.0 ** min(self._failures - 1, 16), LONGEST_RETRY_S)
+                self._fail_waiting(error)
             self._worker, self._former = None, worker
             await worker.stop()
             self._former = None
@@ -302,9 +320,12 @@ class Served:
         Raises:
             WorkerUnavailable: its worker has died and is being started again, or the gateway is being stopped.
             MemoryPressure: the machine is critically short of memory.
+            ExpertdError: why it could not be loaded a moment ago.
         """
         if self._ending:
             raise WorkerUnavailable(BEING_STOPPED)
+        if self._worker is None and self._failure is not None and _now() < self._retry_at:
+            raise from_code(self._failure.code, self._failure.message)
         if self._worker is not None and not self._worker.is_loading:
             self._worker.check()
 
@@ -320,7 +341,9 @@ class Served:
 
     def retry_after_s(self) -> float:
         """After how many seconds a request that found no worker may find one."""
-        return RETRY_LOAD_S if self._worker is None else self._worker.retry_after_s()
+        if self._worker is None:
+            return max(RETRY_LOAD_S, self._retry_at - _now())
+        return self._worker.retry_after_s()
 
     def open(self, client: str, *wanted: Wanted) -> Answers:
         """Queue a request of ``client``: all answers to the first prompt, then those to the next.
@@ -338,12 +361,12 @@ class Served:
                     answer = Answer(one, number, len(answers), events)
                     self._queue.add(client, answer)
                     answers.append(answer)
-        except QueueFull:
+            self._idle.clear()
+            self._asked.set()
+            self._advance()
+        except BaseException:
             self.release(answers)
             raise
-        self._idle.clear()
-        self._asked.set()
-        self._advance()
         return Answers(self, answers, events, self._limits)
 
     def release(self, answers: Sequence[Answer]) -> None:
@@ -366,9 +389,12 @@ class Served:
         while self._worker is not None and self._worker.takes_requests and (answer := self._queue.take()) is not None:
             try:
                 answer.request = self._worker.submit(answer.wanted, answer.number, partial(self._take, answer))
-            except ExpertdError as error:
+            except Exception as error:
+                # Whatever it is, it must not keep the answer's place for ever.
+                if not isinstance(error, ExpertdError):
+                    log.exception("a request could not be sent")
                 self._queue.done(answer)
-                answer.put(error)
+                answer.put(error if isinstance(error, ExpertdError) else ExpertdError("the gateway failed"))
         if not self._queue.waiting and not self._queue.running:
             self._idle.set()
 
@@ -384,10 +410,30 @@ class Served:
         if self._queue.waiting or not self._queue.running:
             self._advance()
 
+    def _fail_waiting(self, error: ExpertdError) -> None:
+        self._fail(error, running=False)
+
     def _fail(self, error: ExpertdError, *, running: bool) -> None:
         for answer in self._queue.drop(running=running):
             answer.put(error)
         self._advance()
+
+
+async def _start(worker: Worker) -> None:
+    """Start it.
+
+    Raises:
+        WorkerUnavailable: the machine lacks what it takes: a folder, a descriptor, room on the disk.
+    """
+    try:
+        await worker.start()
+    except Exception as error:
+        log.exception("a worker could not be started")
+        raise WorkerUnavailable(f"the worker could not be started ({error}); the log says more") from error
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class Models:

@@ -31,15 +31,18 @@ from expertd.protocol.errors import (
 from expertd.protocol.logs import Log
 from expertd.protocol.messages import (
     FRAME_LIMIT,
+    LONGEST_TEXT,
     Cancel,
     Delta,
     Finished,
+    Generate,
     Message,
     Pressure,
     Refused,
     Shutdown,
     WorkerFailed,
     WorkerReady,
+    decode,
     encode,
 )
 from expertd.protocol.model_names import shown_name
@@ -80,6 +83,7 @@ class Worker:
         options: Sequence[str] = (),
         silence_s: float = SILENCE_S,
         on_ready: Callable[[WorkerReady], None] = lambda ready: None,
+        on_failed: Callable[[ExpertdError], None] = lambda error: None,
     ) -> None:
         """Nothing is started yet.
 
@@ -88,18 +92,20 @@ class Worker:
             options: of ``expertd worker``, beside those that this class gives.
             silence_s: how long a worker that was asked may say nothing.
             on_ready: called whenever a process takes requests.
+            on_failed: called when one that was to take the place of another could not load the model either.
         """
         self._home = home
         self._model = model
         self._options = tuple(options)
         self._silence_s = silence_s
-        self._told_ready = on_ready
+        self._told_ready, self._told_failed = on_ready, on_failed
         self._link = Link(home.gateway_socket(os.getpid(), number))
         self._supervision = Supervision()
         self._answers: dict[int, Put] = {}
         self._requests = 0
         self._process: asyncio.subprocess.Process | None = None
         self._spoken = asyncio.Event()  # Whether this process has told how its loading went.
+        self._was_ready = False  # Whether this process has taken requests.
         self._peer: bytes | None = None  # Its address on the link, once it is ready and while it lives.
         self._cause: ExpertdError | None = None  # Why it ends, where its status does not tell.
         self._pressure = NORMAL
@@ -167,16 +173,10 @@ class Worker:
             WorkerUnavailable: it is loading, or dead.
             QueueFull: the worker reads nothing.
             RequestInvalid: the request cannot be written as a message.
-            RequestTooLarge: the message does not fit into a frame.
+            RequestTooLarge: the message does not fit into a frame, or a text is too long.
         """
         self._requests += 1
-        try:
-            frame = encode(wanted.generate(self._requests, answer))
-        except (OverflowError, TypeError, ValueError) as error:
-            raise RequestInvalid(f"the request holds what cannot be passed on ({error})") from error
-        if len(frame) > FRAME_LIMIT:
-            raise RequestTooLarge(f"the messages take {len(frame)} bytes, more than the {FRAME_LIMIT} that are allowed")
-        self._send(frame)
+        self._send(_frame(wanted.generate(self._requests, answer)))
         if not self._answers:
             self._silent_pieces = 0
         self._answers[self._requests] = put
@@ -279,6 +279,8 @@ class Worker:
         """Keep a process alive until ``_ending``: the only place that starts one, and only when there is none."""
         while not self._ending.is_set():
             error = await self._live()
+            if self._first.done() and not self._was_ready:
+                self._told_failed(error)
             if not self._first.done():
                 self._first.set_exception(error)
                 return
@@ -294,6 +296,7 @@ class Worker:
     async def _live(self) -> ExpertdError:
         """One process from its start to its end; return why it ended."""
         self._spoken.clear()
+        self._was_ready = False
         self._cause = None
         self._supervision.started(_now())
         try:
@@ -335,6 +338,7 @@ class Worker:
 
     def _on_ready(self, peer: bytes, message: WorkerReady) -> None:
         self._peer = peer
+        self._was_ready = True
         self._supervision.ready(_now())
         if not self._first.done():
             self._first.set_result(message)
@@ -382,6 +386,21 @@ class Worker:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def _frame(message: Generate) -> bytes:
+    """``message`` as the worker will take it: what it would drop, nobody would ever answer."""
+    try:
+        frame = encode(message)
+        if len(frame) > FRAME_LIMIT:
+            raise RequestTooLarge(f"the messages take {len(frame)} bytes, more than the {FRAME_LIMIT} that are allowed")
+        decode(frame)
+    except (OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise RequestInvalid(f"the request holds what cannot be passed on ({error})") from error
+    except MessageInvalid as error:
+        kind = RequestTooLarge if len(frame) > LONGEST_TEXT else RequestInvalid
+        raise kind(f"the request holds what cannot be passed on ({error.message})") from error
+    return frame
 
 
 def _error(refused: Refused) -> ExpertdError:

@@ -94,7 +94,7 @@ def _model(model: ModelStatus) -> list[str]:
         f"  lookups   {rate} ({model.hits} hits, {model.misses} misses), {model.evictions} evictions, "
         f"{show_size(model.bytes_read)} read",
     ]
-    lines += [f"  ahead     {_ahead(kind)}" for kind in model.ahead if kind.announced]
+    lines += [f"  ahead     {_ahead(kind)}" for kind in model.ahead if kind.announced or kind.turns]
     if model.base_bytes:
         lines.append(f"  base      {show_size(model.base_bytes)} in shared memory, {show_size(model.base_read)} read")
     elif model.base_problem:
@@ -128,7 +128,7 @@ def _kept(model: ModelStatus) -> list[str]:
 
 
 def _ahead(kind: AheadStatus) -> str:
-    name = f"{kind.kind}:"
+    name = f"{kind.kind} ({kind.turns} changes):" if kind.turns else f"{kind.kind}:"
     found = f"{name:18} {100 * kind.useful:.0f} % used (shuffled {100 * kind.shuffled:.0f} %)"
     if kind.useful_bytes or kind.wasted_bytes:
         found += f", {show_size(kind.useful_bytes)} useful, {show_size(kind.wasted_bytes)} wasted"

@@ -1,23 +1,26 @@
 """Reading ahead: what sessions expect to need soon is read where there is room, and stays until its event has passed.
 
-Functions over a model, its pools and sessions, as in ``slots``.  Two things are expected: the rest of an event whose
-first blocks a session fetches (that is known), and what it announces of later events (that is foreseen).  Whether
-announcements pay is judged in ``foresight``.  All that is done here gives way to every Fetch.
+Functions over a model, its pools and sessions, as in ``slots``.  Three things are expected: the rest of an event whose
+first blocks a session fetches (that is known), what it announces of later events (that is foreseen), and what a topic
+makes likely (``turns``).  Whether they pay is judged in ``foresight``.  All that is done here gives way to Fetches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
-from expertd.daemon.core import events, slots
+from expertd.daemon.core import events, slots, turns
+from expertd.daemon.core.expected import expect, expect_no_more
 from expertd.daemon.core.foresight import Kind
-from expertd.daemon.core.instructions import Cancel, Priority
+from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.slots import Out
 from expertd.daemon.core.state import Announced, Model, Pool, Session
 from expertd.daemon.policy import Block
 
 READS = 8
 """Reads ahead that may be on their way into one pool.  One is under way at a time; neighbours among them are merged."""
+LIKELY_READS = 2
+"""The same of what is only likely: nobody may have to wait long behind it."""
 HELD = 2
 """Blocks that were read ahead and wait for their event take one in so many slots of a pool at most."""
 STALE = 1000
@@ -40,10 +43,10 @@ def begin_event(model: Model, pool: Pool, session: Session, event: events.Fetch,
     rest = set(session.rest)
     was = set(before)
     goes_on = bool(was) and rest | now == was
-    _expect(pool, [block for block in session.rest if block not in was])
+    expect(pool, [block for block in session.rest if block not in was], pool.ahead)
     if not goes_on:
         passed(model, session, event.layer, (*event.experts, *event.then), out)
-    _expect_no_more(model, [block for block in before if block not in rest], now, out)
+    expect_no_more(model, [block for block in before if block not in rest], now, out)
     return not goes_on
 
 
@@ -65,11 +68,12 @@ def announce(model: Model, pool: Pool, session: Session, event: events.Ahead, ou
     shuffled = model.foresight.without_knowledge(could, len(absent))
     experts = dict.fromkeys(event.experts if model.foresight.reads(kind) else ())
     session.announced[event.layer, kind] = Announced(set(experts), absent, shuffled)
-    _expect(pool, [(event.layer, expert) for expert in experts])
+    expect(pool, [(event.layer, expert) for expert in experts], pool.ahead)
 
 
-def passed(model: Model, session: Session, layer: int, experts: Iterable[int], out: Out) -> None:
+def passed(model: Model, session: Session, layer: int, experts: Collection[int], out: Out) -> None:
     """An event of ``session`` in ``layer`` uses ``experts``: judge what was announced of it."""
+    turns.passed(model, session, layer, experts, out)
     if session.announced:
         used = set(experts)
         for kind in Kind:
@@ -80,24 +84,27 @@ def forget(model: Model, session: Session, out: Out) -> None:
     """Nothing is expected of ``session`` any more."""
     for place in list(session.announced):
         _judge(model, session, place, None, out)
+    turns.forget(model, session, out)
     forget_rest(model, session, out)
 
 
 def forget_rest(model: Model, session: Session, out: Out) -> None:
     """The event that ``session`` has begun does not go on."""
     rest, session.rest = session.rest, ()
-    _expect_no_more(model, rest, (), out)
+    expect_no_more(model, rest, (), out)
 
 
 def forget_pool(model: Model, pool: Pool) -> None:
     """``pool`` has another generation: what was expected in it is expected no more."""
     for session in model.sessions.values():
+        turns.forget_pool(session, pool)
         for place in [place for place in session.announced if place[0] in pool.layers]:
             del session.announced[place]
         if session.rest and session.rest[0][0] in pool.layers:
             session.rest = ()
     pool.expected.clear()
     pool.ahead.clear()
+    pool.likely.clear()
     pool.read_ahead.clear()
 
 
@@ -109,18 +116,21 @@ def read(model: Model, pool: Pool, out: Out, alone: bool, now: int) -> None:
     most = max(1, pool.layout.slots // HELD)
     if pool.ahead and len(pool.read_ahead) >= most:
         for session in model.sessions.values():
-            if (session.announced or session.rest) and now - session.heard_at > STALE:
+            if (session.announced or session.rest or session.turn) and now - session.heard_at > STALE:
                 forget(model, session, out)
-    while pool.ahead and len(pool.going_ahead) < READS and len(pool.read_ahead) < most:
-        block = next(iter(pool.ahead))
+    while (pool.ahead or pool.likely) and len(pool.read_ahead) < most:
+        queue, reads = (pool.ahead, READS) if pool.ahead else (pool.likely, LIKELY_READS)
+        block = next(iter(queue))
         if block in pool.where:
-            del pool.ahead[block]
+            del queue[block]
             continue
+        if len(pool.going_ahead) >= reads:
+            return
         if not pool.spare:
-            slots.make_room(model, pool, min(len(pool.ahead), READS), out, alone)
+            slots.make_room(model, pool, min(len(queue), reads), out, alone)
         if not pool.spare:
             return
-        del pool.ahead[block]
+        del queue[block]
         slots.bring(model, pool, block, out, Priority.AHEAD)
         pool.read_ahead.add(block)
         _note_begun(model, block)
@@ -163,26 +173,7 @@ def _judge(model: Model, session: Session, place: tuple[int, Kind], used: set[in
         else:
             gate.wasted_bytes += size
     fetched = {(layer, expert) for expert in used or ()}
-    _expect_no_more(model, [(layer, expert) for expert in announced.experts], fetched, out)
-
-
-def _expect(pool: Pool, blocks: list[Block]) -> None:
-    pool.expected.update(blocks)
-    pool.ahead.update(dict.fromkeys(block for block in blocks if block not in pool.where))
-
-
-def _expect_no_more(model: Model, blocks: Iterable[Block], fetched: Collection[Block], out: Out) -> None:
-    """A session expects ``blocks`` no more: call their reads off, except those that are ``fetched`` now."""
-    for block in blocks:
-        pool = model.pool_of_layer[block[0]]
-        pool.expected[block] -= 1
-        if pool.expected[block] > 0:
-            continue
-        del pool.expected[block]
-        pool.read_ahead.discard(block)
-        pool.ahead.pop(block, None)
-        if block in pool.going_ahead and block not in fetched:
-            out.append(Cancel(pool.segment, pool.where[block]))
+    expect_no_more(model, [(layer, expert) for expert in announced.experts], fetched, out)
 
 
 def _note_begun(model: Model, block: Block) -> None:
@@ -194,3 +185,7 @@ def _note_begun(model: Model, block: Block) -> None:
             if announced is not None and expert in announced.experts:
                 announced.begun.add(expert)
                 return
+    for session in model.sessions.values():
+        if session.turn is not None and block in session.turn.blocks:
+            session.turn.begun.add(block)
+            return

@@ -11,15 +11,15 @@ nothing is written to the old one any more.
 
 Attributes are those of ``holdings``, which adds models and gives them back.  What it does not do: choose victims
 (``expertd.daemon.policy``), the life of slots (``slots``), what a Fetch may ask for (``fetches``), what sessions will
-need soon (``ahead``), what somebody wants to be resident (``warmth``), divide memory (``plan`` and ``memory``), read,
-write or send (``expertd.daemon.server``).
+need soon (``ahead``), what they are about (``topics`` and ``turns``), what somebody wants to be resident (``warmth``),
+divide memory (``plan`` and ``memory``), read, write or send (``expertd.daemon.server``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots, warmth
+from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots, turns, warmth
 from expertd.daemon.core.holdings import AtOnce, Holdings
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.plan import largest, resized
@@ -178,6 +178,7 @@ class Core(Holdings):
         self._abandon(model, session)
         ahead.forget(model, session, self._out)
         model.policy.ended(number)
+        model.topics.ended(number)
         del model.sessions[number]
         for pool in (*model.pools, *model.old):
             pool.holders.pop(number, None)
@@ -341,17 +342,29 @@ class Core(Holdings):
             if pool is not None and experts and max(experts) < pool.layout.experts:
                 hits.append((layer, experts))
                 model.counts[layer].hits += len(experts)
-            ahead.passed(model, session, layer, experts, self._out)
+                ahead.passed(model, session, layer, experts, self._out)
         return hits
 
     def _learn(self, session: Session, ran: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """These events have run; now and then it is seen whether pools should give each other memory."""
+        """These events have run; now and then it is seen whether pools should give each other memory.
+
+        Where something is absent it matters what they are about.
+        """
         model = self.models[session.model]
         model.foresight.ran(len(ran))
         if model.quotas.ran(len(ran)):
             self._memory_changed |= memory.step(self.models.values())
+        something_is_absent = not all(pool.holds_all for pool in model.pools)
+        turned = False
         for layer, experts in ran[-LEARNED_FORWARDS * len(model.counts) :]:
             model.policy.observe(session.number, layer, experts)
+            if something_is_absent:
+                chances = model.topics.observe(session.number, layer, experts)
+                if chances is not None:
+                    turns.turn(model, session, layer, chances, self._reads_ahead, self._out)
+                    turned = True
+        if turned:
+            self._pump_all(model)
 
     def _release(self, session: Session) -> None:
         if session.leased_pool is not None:

@@ -158,7 +158,7 @@ class Recall:
 
     ``statistics`` are the policy's, if it is of the same class; ``recorded_at`` is in seconds since 1970, 0 if all this
     is a profile's.  ``chances``: where there are no statistics, how likely a token is to use each block, as far as a
-    profile tells: ``[layers, experts]``.
+    profile tells: ``[layers, experts]``.  ``topics``: the same of every profile that there is for it, used or not.
     """
 
     model: str
@@ -166,6 +166,7 @@ class Recall:
     statistics: Statistics
     recorded_at: float
     chances: NDArray[np.float32] | None = None
+    topics: tuple[NDArray[np.float32], ...] = ()
 
 
 @dataclass(frozen=True)

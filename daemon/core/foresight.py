@@ -18,6 +18,8 @@ from math import gcd
 
 WORTH = 0.4
 """Of what is read ahead so much has to be used: less would cost more than it can save, however idle the disk is."""
+WORTH_LASTING = 0.75
+"""The same of what has to be used within several tokens: what goes for it would have been used in them, too."""
 BETTER = 1.5
 """So many times as much of it has to be used as of what a predictor without knowledge names, unless that pays too."""
 EVIDENCE = 64
@@ -37,11 +39,15 @@ LESS = 0.95
 
 
 class Kind(IntEnum):
-    """Kinds of announcements: of an event of many tokens, and of one a layer or two ahead."""
+    """Kinds of announcements: of an event of many tokens, of one a layer or two ahead, and of what a topic will use.
+
+    The last is made by no session, but by ``turns``.
+    """
 
     PROMPT = 0
     NEXT = 1
     SECOND = 2
+    TOPIC = 3
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Gate:
     """What is known of one kind of announcements; ``worth``: enough of them is used.
 
     Attributes:
+        lasting: they are not of one event, but of several tokens.
         announced: blocks, since the model came.
         judged, used, shuffled: lately: blocks whose events have passed, those that these used, and those that they
             used of as many that were named without knowledge.
@@ -56,6 +63,7 @@ class Gate:
     """
 
     worth: bool
+    lasting: bool = False
     announced: int = 0
     judged: float = 0.0
     used: float = 0.0
@@ -79,8 +87,8 @@ class Gate:
         self.used += used
         self.shuffled += shuffled
         if self.judged >= EVIDENCE:
-            luck = self.shuffled_part
-            self.worth = self.useful_part >= WORTH and (luck >= WORTH or self.useful_part >= BETTER * luck)
+            luck, enough = self.shuffled_part, WORTH_LASTING if self.lasting else WORTH
+            self.worth = self.useful_part >= enough and (luck >= enough or self.useful_part >= BETTER * luck)
         if self.judged >= REMEMBERED:
             self.judged, self.used, self.shuffled = self.judged / 2, self.used / 2, self.shuffled / 2
 
@@ -128,7 +136,9 @@ class Foresight:
     """
 
     layers: int
-    gates: dict[Kind, Gate] = field(default_factory=lambda: {kind: Gate(kind is Kind.PROMPT) for kind in Kind})
+    gates: dict[Kind, Gate] = field(
+        default_factory=lambda: {kind: Gate(kind is Kind.PROMPT, lasting=kind is Kind.TOPIC) for kind in Kind}
+    )
     comparison: Comparison = field(default_factory=Comparison)
     _events: int = 0
     _guesses: int = 0
@@ -141,7 +151,7 @@ class Foresight:
 
     def reads(self, kind: Kind) -> bool:
         """Whether what is announced is read now."""
-        return self.gates[kind].worth and (kind is Kind.PROMPT or self.comparison.on)
+        return self.gates[kind].worth and (kind not in (Kind.NEXT, Kind.SECOND) or self.comparison.on)
 
     @property
     def wanted(self) -> int:

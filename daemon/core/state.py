@@ -9,6 +9,7 @@ from enum import Enum
 from expertd.daemon.core import events
 from expertd.daemon.core.foresight import Foresight, Gate, Kind
 from expertd.daemon.core.quotas import Quotas
+from expertd.daemon.core.topics import Topics
 from expertd.daemon.policy import Block, Policy
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.layout import PoolLayout
@@ -95,6 +96,7 @@ class Pool:
         expected: blocks that sessions will soon need, as far as they say, and how many sessions say so; they stay as
             long as a Fetch finds something else to evict.
         ahead: those of them that are to be read, in the order of their need.
+        likely: the same of those that are expected because of a topic; they are read behind ``ahead``.
         read_ahead: those that were begun because of that, and are still expected.
         going_ahead: blocks whose reads ahead are on their way, and that nobody waits for.
         late: those of them whose event has passed without them, with the gate of the announcement.
@@ -124,6 +126,7 @@ class Pool:
     background: set[Block] = field(default_factory=set)
     expected: Counter[Block] = field(default_factory=Counter)
     ahead: dict[Block, None] = field(default_factory=dict)
+    likely: dict[Block, None] = field(default_factory=dict)
     read_ahead: set[Block] = field(default_factory=set)
     going_ahead: set[Block] = field(default_factory=set)
     late: dict[Block, Gate] = field(default_factory=dict)
@@ -234,6 +237,28 @@ class Announced:
 
 
 @dataclass
+class Turn:
+    """What a session is likely to use since it has turned to another topic.
+
+    Attributes:
+        layer: that ran last.
+        left: tokens until it is judged.
+        named: absent blocks that were likely when it turned.
+        absent: those of them that were not used yet; ``shuffled``: the same of as many, named without knowledge.
+        blocks: those that are expected, if it is acted on.
+        begun: what is read because of it, and was not used yet.
+    """
+
+    layer: int
+    left: int
+    named: int = 0
+    absent: set[Block] = field(default_factory=set)
+    shuffled: set[Block] = field(default_factory=set)
+    blocks: set[Block] = field(default_factory=set)
+    begun: set[Block] = field(default_factory=set)
+
+
+@dataclass
 class Session:
     """One attached process and model.
 
@@ -248,6 +273,7 @@ class Session:
         leases_only: until its next Fetch it looks nothing up, and reads nothing but its leases.
         rest: what the event that it has begun will fetch next, in this order.
         announced: what it expects of later events, by layer and kind.
+        turn: what it is likely to use because it has turned to another topic lately.
         waited_s: how long it had waited in all its Fetches when the newest came.
         few: whether that is for single tokens, or a few together.
         heard_at: the number of the core's event with which it said something last.
@@ -271,6 +297,7 @@ class Session:
     leases_only: bool = False
     rest: tuple[Block, ...] = ()
     announced: dict[tuple[int, Kind], Announced] = field(default_factory=dict)
+    turn: Turn | None = None
     waited_s: float = 0.0
     few: bool = False
     heard_at: int = 0
@@ -344,11 +371,14 @@ class Model:
     counts: list[LayerCounts] = field(init=False)
     quotas: Quotas = field(init=False)
     foresight: Foresight = field(init=False)
+    topics: Topics = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = [LayerCounts() for _ in self.manifest.layers]
         self.quotas = Quotas(len(self.counts))
         self.foresight = Foresight(len(self.counts))
+        layers = self.manifest.layers
+        self.topics = Topics(len(layers), max(each.experts for each in layers), max(each.top_k for each in layers))
 
     @property
     def hits(self) -> int:

@@ -75,8 +75,10 @@ def recall(model: Model, event: events.Recall) -> None:
     ]
     if not model.policy.take_over(event.statistics) and event.chances is not None:
         model.policy.expect(event.chances)
-    model.recalled = Recalled(tuple(blocks), event.recorded_at)
+    for topic in event.topics:
+        model.topics.know(topic)
     if blocks:
+        model.recalled = Recalled(tuple(blocks), event.recorded_at)
         wish(model, blocks)
 
 

@@ -87,6 +87,12 @@ class Policy(Protocol):
         """
         ...
 
+    def turned(self, chances: NDArray[np.float32]) -> None:
+        """A session has turned to a topic whose tokens are so likely to use each block, ``[layers, experts]``.
+
+        What other sessions do counts as before.  A policy that has no use for it does nothing.
+        """
+
 
 PolicyFactory = Callable[[int, int, int], Policy]
 """Makes a policy for a model of so many MoE layers, experts in each, of which a token uses so many.

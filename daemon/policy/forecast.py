@@ -33,6 +33,8 @@ FOLLOWS_WEIGHT = 1.22
 CONSTANT = -0.41
 BATCH = 4
 """An event of more than so many times the experts of one token is a prompt."""
+BELIEVED = 0.75
+"""Of what is known of a topic, when a session turns to it; the rest is what it did before."""
 GENERATING = 8
 """The forecasts of so many sessions are mixed at most."""
 NEVER = 1e18
@@ -226,6 +228,17 @@ class Forecast:
         for here, rated, steady in zip(self._layers, self._rates.expect(chances), self._rates.steady, strict=True):
             here.forecast[:] = rated - np.log(steady * np.float32(self._follows.width))
         return True
+
+    def turned(self, chances: NDArray[np.float32]) -> None:
+        """The rates over a few dozen tokens begin anew; what follows what is known again when each layer has run."""
+        if not usable(chances, len(self._layers), self._experts):
+            return
+        rated = self._rates.turned(chances, BELIEVED / max(1, len(self._generating)))
+        for number, here in enumerate(self._layers):
+            here.forecast[:] = rated[number] - np.log(self._rates.steady[number] * np.float32(self._follows.width))
+            np.add(here.forecast, here.absent, here.due)
+        self._named = []  # they are in ``due`` again
+        self._changed.update(range(len(self._layers)))
 
     def _look_up(self, layer: int) -> float:
         """Find the latest block of ``layer``, and return when it is due, -inf if there is none."""

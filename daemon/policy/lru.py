@@ -62,6 +62,9 @@ class LRU:
         """It knows an order, and no chances."""
         return False
 
+    def turned(self, chances: NDArray[np.float32]) -> None:
+        """The same."""
+
     def take_over(self, statistics: Statistics) -> bool:
         order = array_of(statistics, "order", np.int32, (None, 2))
         if order is None or (order < 0).any() or (order >= self._shape).any():

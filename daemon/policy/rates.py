@@ -18,6 +18,8 @@ HALF_LIVES = (3.0, 23.0)
 STEADY = 2000
 PROFILE = 16
 """What a profile tells counts as so many tokens; the figure matters little (docs/decisions.md)."""
+TOPIC = 1
+"""Which rate begins anew when a session turns to another topic."""
 FLOOR = 0.02
 """Added to rates, so that what never happened can happen."""
 
@@ -105,6 +107,18 @@ class Rates:
         self._values[:] = chances + np.float32(FLOOR)
         self._tokens[:] = PROFILE
         self._share[:] = self._shares.take(self._tokens, 1, mode="clip")
+        self._look_ahead(slice(None))
+        return self._weighted(self._values)
+
+    def turned(self, chances: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+        """So large a ``share`` of what runs uses blocks with these ``chances`` from now on, ``[L, E]``.
+
+        One rate begins anew with that: the shortest knows it at once, and the longest has to go on for other topics.
+        Returns what ``use`` does, of all layers: ``[L, E]``.
+        """
+        self.settle()
+        rates = self._values[TOPIC]
+        rates += np.float32(share) * (chances + np.float32(FLOOR) - rates)
         self._look_ahead(slice(None))
         return self._weighted(self._values)
 

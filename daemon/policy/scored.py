@@ -82,6 +82,9 @@ class Scored:
         """What was proposed elsewhere begins with nothing."""
         return False
 
+    def turned(self, chances: NDArray[np.float32]) -> None:
+        """It does not know of topics."""
+
     @property
     def _known(self) -> dict[str, NDArray[Any]]:
         """The arrays that its scores are made of."""
