@@ -135,8 +135,8 @@ class StoreFile:
                 with self._open() as descriptor:
                     self._transfer(descriptor, offset, packed, blocks, read)
             except FillFailed as failed:
-                how = f"ended at byte {failed.offset}, inside a record" if failed.ended else f"cannot be read ({failed.why})"
-                problem = f"the packed store {path} {how}"
+                ended = f"ended at byte {failed.offset}, inside a record"
+                problem = f"the packed store {path} {ended if failed.ended else f'cannot be read ({failed.why})'}"
             # Afterwards, because the device can work meanwhile; what was read of another file is of no use.
             if _mark(path) != self.index.mark:
                 raise StoreInvalid(f"the packed store {path} has changed since it was opened")

@@ -511,8 +511,8 @@ class Server:
         info = message.held_base
         if info is None or info.segment not in came:
             return None
-        room = self._room_for_base(message.manifest.key)
-        return self._bases.adopt(message.manifest, info, *came.pop(info.segment), *room)
+        most, needed, opened = self._room_for_base(message.manifest.key)
+        return self._bases.adopt(message.manifest, info, *came.pop(info.segment), most, needed, opened)
 
     def _handed(
         self, message: messages.Attach, came: dict[int, tuple[int, int]]

@@ -190,7 +190,7 @@ class Records:
         self._forgotten: set[str] = set()  # while something was written
 
     async def write(self, records: Sequence[WarmRecord]) -> None:
-        """Write them all, after what is being written.  Whoever is cancelled meanwhile leaves the thread at its work."""
+        """Write them all, after what is being written.  If this is called off, the thread goes on all the same."""
         await self._written()
         self._writing = asyncio.ensure_future(asyncio.to_thread(self._write, records))
         await self._written()

@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,11 @@ async def opened(home: Home) -> AsyncIterator[tuple[Lifelines, socket.socket]]:
             yield ends, line
     finally:
         ends.close()
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(list(Path("/dev/fd").iterdir()))
 
 
 async def hung_up(line: socket.socket) -> None:
@@ -61,11 +67,11 @@ def test_plain_bytes_are_hung_up_on(home: Home, length: int) -> None:
 def test_two_descriptors_at_once_are_hung_up_on_and_closed(home: Home) -> None:
     async def run() -> None:
         async with opened(home) as (_, line):
-            before = len(os.listdir("/dev/fd"))
-            with open(os.devnull, "rb") as file:  # noqa: ASYNC230, PTH123
+            before = descriptors()
+            with Path(os.devnull).open("rb") as file:
                 socket.send_fds(line, [bytes(16)], [file.fileno()] * 2)
             await hung_up(line)
-            assert len(os.listdir("/dev/fd")) == before - 1  # the daemon's end of the line
+            assert descriptors() == before - 1  # the daemon's end of the line
 
     asyncio.run(run())
 
@@ -73,8 +79,8 @@ def test_two_descriptors_at_once_are_hung_up_on_and_closed(home: Home) -> None:
 def test_what_was_handed_back_is_there_for_an_attach_and_then_no_more(home: Home) -> None:
     async def run() -> None:
         async with opened(home) as (ends, line):
-            before = len(os.listdir("/dev/fd"))
-            with open(os.devnull, "rb") as file:  # noqa: ASYNC230, PTH123
+            before = descriptors()
+            with Path(os.devnull).open("rb") as file:
                 for segment in (5, 6):
                     lifeline.hand_back(line, segment, 4096, file.fileno())
                 assert ends.attach(TOKEN)
@@ -85,7 +91,7 @@ def test_what_was_handed_back_is_there_for_an_attach_and_then_no_more(home: Home
                 ends.attached(TOKEN)
                 lifeline.hand_back(line, 7, 4096, file.fileno())
                 await asyncio.sleep(0.05)
-            assert len(os.listdir("/dev/fd")) == before
+            assert descriptors() == before
 
     asyncio.run(run())
 
@@ -95,13 +101,13 @@ def test_whoever_hands_back_and_never_attaches_is_hung_up_on(home: Home, monkeyp
 
     async def run() -> None:
         async with opened(home) as (ends, line):
-            before = len(os.listdir("/dev/fd"))
-            with open(os.devnull, "rb") as file:  # noqa: ASYNC230, PTH123
+            before = descriptors()
+            with Path(os.devnull).open("rb") as file:
                 lifeline.hand_back(line, 5, 4096, file.fileno())
             await hung_up(line)
             async with asyncio.timeout(10):
                 while ends.attach(TOKEN):
                     await asyncio.sleep(0.01)
-            assert len(os.listdir("/dev/fd")) == before - 1
+            assert descriptors() == before - 1
 
     asyncio.run(run())
