@@ -76,13 +76,14 @@ class SharedBases:
         self.known = Bases(secrets.randbits(48) | 1 << 56)  # far from the numbers of pools
         self._name, self._reader, self._creating, self._changed = name, reader, creating, changed
         self._sealed: dict[int, _Sealed] = {}
-        self._filling: dict[str, asyncio.Task[None]] = {}
+        self._filling: dict[int, asyncio.Task[None]] = {}  # by segment
         self._told: set[tuple[str, str]] = set()
 
     async def share(self, manifest: Manifest, index: BlockIndex, most: int, needed: int, opened: bool) -> Base | None:
         """The base weights of ``manifest``, read; the caller is counted in their ``opening`` until it says otherwise.
 
-        None if nobody wants them shared, or they cannot be; then the log and ``known.problems`` tell why.
+        None if nobody wants them shared, or they cannot be; then the log and ``known.problems`` tell why.  If this is
+        called off, and nobody else waits for them, they are not read to their end.
 
         Args:
             most, needed, opened: see ``Bases.refusal``.
@@ -97,15 +98,18 @@ class SharedBases:
                 return None
             base = self.known.add(manifest)
             task = asyncio.get_running_loop().create_task(self._make(base, manifest, index))
-            self._filling[base.key] = task
-            task.add_done_callback(partial(self._filled, base.key))
+            self._filling[base.segment] = task
+            task.add_done_callback(partial(self._filled, base.segment))
         base.opening += 1
         self._changed()
         try:
-            if (filling := self._filling.get(base.key)) is not None:
+            if (filling := self._filling.get(base.segment)) is not None:
                 await asyncio.shield(filling)
-        except BaseException:
+        except asyncio.CancelledError:  # its session has ended; if nobody else waits, its lanes stop at the next chunk
             base.opening -= 1
+            if not base.in_use and base.segment not in self._sealed and self.known.find(base.key) is base:
+                self.known.given_up(base)
+            self._changed()
             raise
         if base.segment in self._sealed:
             return base
@@ -164,8 +168,8 @@ class SharedBases:
             os.close(sealed.descriptor)
         self._sealed.clear()
 
-    def _filled(self, key: str, _: asyncio.Task[None]) -> None:
-        self._filling.pop(key, None)
+    def _filled(self, segment: int, _: asyncio.Task[None]) -> None:
+        self._filling.pop(segment, None)
 
     def _tell(self, manifest: Manifest, why: str) -> None:
         if (manifest.key, why) not in self._told:
@@ -181,10 +185,15 @@ class SharedBases:
             nonce = secrets.token_bytes(16)
             write_header(memoryview(segment.mapping), nonce, BASE_GENERATION)
             write_contents(memoryview(segment.mapping), base.key, (), 0)
-            base.read = await self._fill(segment, manifest, index)
+            read = await self._fill(base, segment, manifest, index)
+            if self.known.find(base.key) is not base:  # it was given up
+                return
+            base.read = read
             self._large_pages.gather(base.segment, segment.readonly, base.size)
             self._sealed[base.segment] = _Sealed(os.dup(segment.readonly), nonce)
         except (ExpertdError, OSError) as error:
+            if self.known.find(base.key) is not base:
+                return
             why = f"{error}; each process reads and holds its own"
             self.known.failed(base, why)
             self._tell(manifest, why)
@@ -198,7 +207,7 @@ class SharedBases:
             if segment is not None:
                 segment.close()
 
-    async def _fill(self, segment: Segment, manifest: Manifest, index: BlockIndex) -> int:
+    async def _fill(self, base: Base, segment: Segment, manifest: Manifest, index: BlockIndex) -> int:
         """Read all tensors into ``segment``; returns how many bytes these were.
 
         Raises:
@@ -207,7 +216,7 @@ class SharedBases:
         files = [PlainFile(path, mark) for path, mark in zip(index.paths, index.marks, strict=True)]
         waiting = deque(chunks(manifest, index.base, memoryview(segment.mapping)))
         try:
-            results = await asyncio.gather(*(self._lane(waiting, files) for _ in range(AT_ONCE)))
+            results = await asyncio.gather(*(self._lane(base, waiting, files) for _ in range(AT_ONCE)))
         finally:
             waiting.clear()
             for file in files:
@@ -218,9 +227,9 @@ class SharedBases:
                 raise from_code(problem.code, problem.message)
         return sum(tensor.bytes for tensor in manifest.base)
 
-    async def _lane(self, waiting: deque[Chunk], files: Sequence[PlainFile]) -> ExpertdError | None:
-        """Read what waits, until there is nothing more, or one cannot be read: then it is told why."""
-        while waiting:
+    async def _lane(self, base: Base, waiting: deque[Chunk], files: Sequence[PlainFile]) -> ExpertdError | None:
+        """Read what waits, as long as somebody waits for it, or until one cannot be read: then it is told why."""
+        while waiting and base.in_use:
             if (problem := await self._read(waiting.popleft(), files)) is not None:
                 waiting.clear()
                 return problem

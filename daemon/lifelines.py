@@ -39,6 +39,7 @@ class _Line:
     settled: bool = False  # and was answered: no more segments are taken
     handed: dict[int, tuple[int, int]] = field(default_factory=dict)  # by segment: size and descriptor
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def drop(self) -> None:
         for _, descriptor in self.handed.values():
@@ -85,6 +86,12 @@ class Lifelines:
         if line is not None:
             line.settled = True
             line.drop()
+
+    async def end_of(self, token: bytes) -> None:
+        """Wait for the end of a lifeline."""
+        line = self._lines.get(token)
+        if line is not None:
+            await line.ended.wait()
 
     def bind(self, token: bytes, session: int) -> bool:
         """From now on this lifeline is that session's; False if it has ended, or is another's."""
@@ -210,6 +217,7 @@ class Lifelines:
             accepted.close()
             if line is not None:
                 line.drop()
+                line.ended.set()
             if line is not None and line.session is not None:
                 self._ended(line.session)
 

@@ -447,7 +447,7 @@ class Server:
             base = self._adopt_base(message, came)
             handed = self._handed(message, came)
             if message.held_base is None:
-                base = await self._share_base(message.manifest, index)
+                base = await self._share_base(message, index)
             self._open(identity, message, index, base, left, handed)
             handed = []
         except ExpertdError as error:
@@ -463,9 +463,23 @@ class Server:
                 base.opening -= 1
                 self._share_out()
 
-    async def _share_base(self, manifest: Manifest, index: BlockIndex) -> Base | None:
-        """The base weights of a model that is being opened, if they can be shared; see ``SharedBases.share``."""
-        return await self._bases.share(manifest, index, *self._room_for_base(manifest.key))
+    async def _share_base(self, message: messages.Attach, index: BlockIndex) -> Base | None:
+        """The base weights of a model that is being opened, if they can be shared; see ``SharedBases.share``.
+
+        Raises:
+            MessageInvalid: whoever opens it has died meanwhile.
+        """
+        manifest = message.manifest
+        share = self._bases.share(manifest, index, *self._room_for_base(manifest.key))
+        sharing, end = asyncio.ensure_future(share), asyncio.ensure_future(self._lifelines.end_of(message.token))
+        try:
+            await asyncio.wait((sharing, end), return_when=asyncio.FIRST_COMPLETED)
+            if sharing.done():
+                return sharing.result()
+        finally:
+            end.cancel()
+            sharing.cancel()
+        raise MessageInvalid("the lifeline of an Attach has ended")
 
     def _room_for_base(self, model: str) -> tuple[int, int, bool]:
         """What decides whether base weights have a place: see ``Bases.refusal``."""
@@ -622,6 +636,8 @@ class Server:
 
     def _share_out(self, drop: bool = False) -> None:
         """Give the core what base weights leave of the memory that may be used, if that has changed."""
+        if self._ending.is_set():
+            return
         governor, known = self._memory.governor, self._bases.known
         limit, most = max(1, governor.limit - known.used), max(1, governor.budget - known.in_use)
         if (limit, most, known.in_use) != (self._core.budget, self._core.most, self._core.beside):

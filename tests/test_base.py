@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -458,6 +459,41 @@ def test_a_reading_that_fails_holds_no_memory(
     monkeypatch.setattr(bases, "create", watched)
     asyncio.run(body())
     assert caplog.text.count("base weights are not shared") == 1
+
+
+def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(
+    model_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes a moment later begins anew, and what is left of the first reading does it no harm."""
+    monkeypatch.setattr(bases, "CHUNK", 16 << 10)
+    through = threading.Event()
+    sizes: list[int] = []
+
+    def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        assert through.wait(10)
+        sizes.append(os.preadv(descriptor, buffers, offset))
+        return sizes[-1]
+
+    async def body() -> None:
+        daemon = Daemon(home, read)
+        manifest = load_lazily(model_path).manifest
+        index = build_index(manifest)
+        first = asyncio.ensure_future(daemon.bases.share(manifest, index, 1 << 30, 0, False))
+        await asyncio.sleep(0.05)
+        (base,) = daemon.bases.known
+        first.cancel()
+        await asyncio.wait([first])
+        assert list(daemon.bases.known) == [] and daemon.bases.known.problems == {}
+        second = asyncio.ensure_future(daemon.bases.share(manifest, index, 1 << 30, 0, False))
+        await asyncio.sleep(0.05)
+        through.set()
+        found = await second
+        assert found is not None and found.segment != base.segment
+        assert sum(sizes) < 1.5 * found.read, "what was given up was read too"
+        assert list(daemon.bases.known) == [found]
+        await daemon.close()
+
+    asyncio.run(body())
 
 
 def test_a_block_that_somebody_waits_for_comes_between(own_path: Path, home: Home) -> None:

@@ -125,6 +125,10 @@ class Bases:
         self._bases.pop(base.key, None)
         self.problems[base.model] = why
 
+    def given_up(self, base: Base) -> None:
+        """Nobody waits for them any more, and they were not all read: as if they had never been."""
+        del self._bases[base.key]
+
     def ended(self, session: int) -> None:
         """A session is over."""
         for base in self:
