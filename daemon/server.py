@@ -640,8 +640,9 @@ class Server:
             return
         governor, known = self._memory.governor, self._bases.known
         limit, most = max(1, governor.limit - known.used), max(1, governor.budget - known.in_use)
-        if (limit, most, known.in_use) != (self._core.budget, self._core.most, self._core.beside):
-            self._feed(events.BudgetChanged(limit, drop, most, known.in_use))
+        core, shared = self._core, (limit, most, known.in_use, known.going)
+        if shared != (core.budget, core.most, core.beside, core.going):
+            self._feed(events.BudgetChanged(limit, drop, most, known.in_use, known.going))
 
     def _carry_out(self, what: instructions.Instruction) -> None:
         match what:

@@ -246,3 +246,16 @@ def test_a_policy_without_estimates_leaves_everybody_the_share_of_the_beginning(
     first, second = runner.attach(1, A), runner.attach(2, B)
     busy(runner, 1, random.Random(6), tokens=1000)
     assert near(hold(first, second), BUDGET // 2)
+
+
+def test_base_weights_that_go_with_a_model_are_there_for_the_others_at_once() -> None:
+    """Else these would shrink for the moment in which they are still counted, and grow again."""
+    runner = Runner(largest(A) + largest(B))
+    runner.attach(1, B)
+    runner.feed(events.Ended(1))
+    model = runner.attach(2, A)
+    assert list(runner.core.models) == [B.key, A.key] and model.size == largest(A)
+    weights = 20 * PAGE
+    runner.feed(events.BudgetChanged(largest(A) - weights, going={B.key: weights}))
+    assert list(runner.core.models) == [A.key]
+    assert (runner.core.budget, model.size, model.moves) == (largest(A), largest(A), 0)

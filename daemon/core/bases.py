@@ -72,6 +72,12 @@ class Bases:
         """Bytes of those that cannot be given back now."""
         return sum(base.size for base in self if base.in_use)
 
+    @property
+    def going(self) -> dict[str, int]:
+        """Bytes of those that go with their models, because nobody uses them, by the models' keys."""
+        idle = [base for base in self if not base.in_use]
+        return {model: sum(b.size for b in idle if b.model == model) for model in {base.model for base in idle}}
+
     def find(self, key: str) -> Base | None:
         """The base weights with that key."""
         return self._bases.get(key)

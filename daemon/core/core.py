@@ -71,8 +71,9 @@ class Core(Holdings):
             case events.Heard(session):
                 if session in self.sessions:
                     self._heard(self.sessions[session])
-            case events.BudgetChanged(size, drop, most, beside):
+            case events.BudgetChanged(size, drop, most, beside, going):
                 self.budget, self.most, self.beside = size, size if most is None else most, beside
+                self.going = dict(going)
                 if drop:
                     memory.forget_quotas(self.models.values())
                 self._divide_memory(drop)

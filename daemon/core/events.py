@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,12 +125,15 @@ class BudgetChanged:
             needs at least.
         beside: bytes of the user's budget that base weights take, which the core has nothing to do with: so that a
             refusal names a budget that is enough.
+        going: bytes of base weights beside ``size`` that are there for pools once a model that nobody uses is given
+            back, by its key.
     """
 
     size: int
     drop: bool = False
     most: int | None = None
     beside: int = 0
+    going: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Holdings:
             without a silent session, and by what silent sessions keep.
         most: bytes that the user allows; more than the budget under memory pressure.
         beside: bytes that the user allows beyond that, and that base weights have.
+        going: bytes by which the budget grows when a model that nobody uses is given back, by its key.
         models: by key, in the order in which they came.
         sessions: by number, those that are open.
     """
@@ -44,6 +45,7 @@ class Holdings:
     ) -> None:
         self.budget = self.most = budget
         self.beside = 0
+        self.going: dict[str, int] = {}
         self.models: dict[str, Model] = {}
         self.sessions: dict[int, Session] = {}
         self._pools: dict[int, tuple[Model, Pool]] = {}
@@ -133,6 +135,7 @@ class Holdings:
 
     def _drop(self, model: Model) -> None:
         del self.models[model.key]
+        self.budget += self.going.pop(model.key, 0)
         for pool in (*model.pools, *model.old):
             del self._pools[pool.segment]
             if pool.created:
