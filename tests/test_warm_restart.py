@@ -142,10 +142,14 @@ def test_the_pool_of_a_killed_daemon_is_adopted_without_reading_a_byte(
 
 
 def test_killed_in_the_middle_of_traffic_nothing_is_read_but_what_is_asked_for_and_was_not_there(
-    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+    model_path: Path, manifest: Any, own_home: Home, start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the answers are the same."""
-    daemon = start_daemon(str(budget_for(manifest, BLOCKS - 8)), "--no-read-ahead")
+    home = own_home
+    # For the next daemon too, which the programs start if they are first.
+    monkeypatch.setenv("EXPERTD_BUDGET", str(budget_for(manifest, BLOCKS - 8)))
+    monkeypatch.setenv("EXPERTD_READ_AHEAD", "false")
+    daemon = start_daemon(str(budget_for(manifest, BLOCKS - 8)))
     with Program(model_path) as one, Program(model_path) as two:
         expected = one.run(10 * TOKENS)
         assert two.run(TOKENS) == expected[:TOKENS]
@@ -154,7 +158,7 @@ def test_killed_in_the_middle_of_traffic_nothing_is_read_but_what_is_asked_for_a
         two.ask(10 * TOKENS)
         wait_for(lambda: any(session.decode_tokens for model in ask_status(home).models for session in model.sessions))
         kill(daemon)
-        start_daemon(str(budget_for(manifest, BLOCKS - 8)), "--no-read-ahead")
+        start_daemon(str(budget_for(manifest, BLOCKS - 8)))
         assert (one.answer(), two.answer()) == (expected, expected)
         found = held(home)
         assert found.recalled is not None
