@@ -54,6 +54,8 @@ BODY_LIMIT = 64 << 20
 """Longest HTTP body, in bytes; aiohttp's own limit of 1 MiB is less than an agent's prompt."""
 KEEPALIVE_S = 10.0
 """A stream is never silent for longer, however long a prompt takes."""
+SMALL = 16 << 10
+"""Bytes that an empty buffer of a connection always takes."""
 STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
 LEVELS = ("normal", "warning", "critical")
@@ -226,8 +228,12 @@ class Gateway:
         try:
             await response.prepare(request)
             async for data in self._events(answers, first, rendering, told):
-                async with awake.timeout(self._stall_s):
-                    await response.write(data)
+                transport = request.transport
+                if len(data) < SMALL and transport is not None and not transport.get_write_buffer_size():
+                    await response.write(data)  # the client has read all that there was, and this fits: nothing waits
+                else:
+                    async with awake.timeout(self._stall_s):
+                        await response.write(data)
         except ConnectionError:
             FACTS.get()["ended"] = "the client left"
         except TimeoutError:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import zmq
-import zmq.asyncio
 
 from expertd.protocol.errors import MessageInvalid, QueueFull, WorkerUnavailable
 from expertd.protocol.logs import Sparsely
@@ -38,8 +37,9 @@ class Link:
     def __init__(self, path: Path) -> None:
         self.address = f"ipc://{path}"
         self._path = path
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._handle: Callable[[bytes, Message], None] | None = None
         self._drops = Sparsely()
 
     def bind(self) -> None:
@@ -54,19 +54,37 @@ class Link:
 
     async def listen(self, handle: Callable[[bytes, Message], None]) -> None:
         """Hand all messages and who sent them to ``handle``, for ever.  What it raises drops the frame."""
-        while True:
-            for _ in range(FRAMES_AT_A_TIME):
-                frames = await self._socket.recv_multipart()
-                try:
-                    if len(frames) != 2:
-                        raise MessageInvalid(f"a message of {len(frames)} frames came where two were expected")
-                    handle(frames[0], decode(frames[1]))
-                except MessageInvalid as error:
-                    self._drop(error.message)
-                except Exception as error:
-                    # Whatever a stranger found, the worker's next message has to be heard.
-                    self._drop(repr(error))
-            await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        self._handle = handle
+        # Not by zmq.asyncio, whose futures cost more than all else that a token costs here.
+        loop.add_reader(self._socket, self._read)
+        self._read()
+        try:
+            await loop.create_future()
+        finally:
+            self._handle = None
+            loop.remove_reader(self._socket)
+
+    def _read(self) -> None:
+        """Take what is there, and leave the rest for the loop's next round.
+
+        The descriptor tells only that something has changed, and each look at the socket takes that back: so whoever
+        has sent, or has not taken all, has to look again.
+        """
+        for _ in range(FRAMES_AT_A_TIME):
+            if self._handle is None or not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                if len(frames) != 2:
+                    raise MessageInvalid(f"a message of {len(frames)} frames came where two were expected")
+                self._handle(frames[0], decode(frames[1]))
+            except MessageInvalid as error:
+                self._drop(error.message)
+            except Exception as error:
+                # Whatever a stranger found, the worker's next message has to be heard.
+                self._drop(repr(error))
+        asyncio.get_running_loop().call_soon(self._read)
 
     def send(self, peer: bytes, frame: bytes) -> None:
         """Send without waiting.
@@ -75,13 +93,14 @@ class Link:
             QueueFull: the peer has read nothing for long.
             WorkerUnavailable: nobody of that name is connected.
         """
-        # A send that must not wait is done, or failed, when its future comes back.
-        sent = asyncio.ensure_future(self._socket.send_multipart([peer, frame], flags=zmq.NOBLOCK))
-        error = sent.exception()
-        if isinstance(error, zmq.Again):
+        try:
+            self._socket.send_multipart([peer, frame], flags=zmq.NOBLOCK)
+        except zmq.Again as error:
             raise QueueFull("the worker is busy and takes no more messages now; try again later") from error
-        if error is not None:
+        except zmq.ZMQError as error:
             raise WorkerUnavailable("the worker is gone; try again in a moment") from error
+        finally:
+            asyncio.get_running_loop().call_soon(self._read)
 
     def close(self) -> None:
         """Give up the socket and its file."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +42,41 @@ QUEUE_WAIT_S = 300.0
 RETRY_LOAD_S, LONGEST_RETRY_S = 5.0, 60.0
 """When a load that failed is tried again at the earliest: after the first in a row, and after many."""
 
-Events = asyncio.Queue[tuple[int, Event]]
+
+class Events:
+    """What comes of a request, for one reader; less than an asyncio.Queue and a timeout, because each token is one."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[int, Event]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, place: int, event: Event) -> None:
+        """The next one, of the answer at ``place``."""
+        self._items.append((place, event))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @property
+    def empty(self) -> bool:
+        return not self._items
+
+    async def get(self, timeout_s: float) -> tuple[int, Event] | None:
+        """The next one, or None if there is none for so long."""
+        if not self._items:
+            loop = asyncio.get_running_loop()
+            waiter = self._waiter = loop.create_future()
+            timer = loop.call_later(max(0.0, timeout_s), _wake, waiter)
+            try:
+                await waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        return self._items.popleft() if self._items else None
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 @dataclass(frozen=True)
@@ -76,7 +111,7 @@ class Answer:
         if self.ended:
             return
         self.ended = not isinstance(event, Delta)
-        self._events.put_nowait((self._place, event))
+        self._events.put(self._place, event)
 
 
 class Answers:
@@ -99,7 +134,7 @@ class Answers:
     @property
     def ended(self) -> bool:
         """Whether nothing more comes."""
-        return all(answer.ended for answer in self._answers) and self._events.empty()
+        return all(answer.ended for answer in self._answers) and self._events.empty
 
     async def receive(self, timeout_s: float) -> tuple[int, Delta | Finished] | None:
         """The next event and the place of its answer, or None after ``timeout_s``.
@@ -109,37 +144,41 @@ class Answers:
             WorkerUnavailable: the worker died, hung, or is being stopped.
             QueueFull, DeadlineExceeded: it has waited, or taken, too long.
         """
-        left_s, late = self._left()
-        try:
-            async with asyncio.timeout(min(timeout_s, max(0.0, left_s))):
-                place, event = await self._events.get()
-        except TimeoutError:
-            if self._left()[0] <= 0:
-                raise late from None
+        left_s = self._left_s()
+        found = await self._events.get(min(timeout_s, left_s))
+        if found is None:
+            if left_s <= timeout_s and self._left_s() <= 0:
+                raise self._late()
             return None
+        place, event = found
         if isinstance(event, ExpertdError):
             raise event
         if self._watcher is not None:
             self._watcher(place, event)
         return place, event
 
-    def _left(self) -> tuple[float, ExpertdError]:
-        """The seconds until the request has taken too long, and what it is then refused with."""
-        taken_s = asyncio.get_running_loop().time() - self._opened_at
-        limits: list[tuple[float, ExpertdError]] = [(float("inf"), ExpertdError(""))]
-        if all(answer.request is None for answer in self._answers):
-            wait_s = self._limits.queue_wait_s
-            late: ExpertdError = QueueFull(f"the request waited {wait_s:g} s for its turn; try again later")
-            if self._served.state != "ready":
-                late = WorkerUnavailable(f"the model has not been loaded within {wait_s:g} s; try again in a while")
-            limits.append((wait_s, late))
-        if (deadline_s := self._limits.deadline_s) is not None:
-            limits.append((deadline_s, DeadlineExceeded(
+    @property
+    def _waits(self) -> bool:
+        """Whether none of the answers has had its turn."""
+        return all(answer.request is None for answer in self._answers)
+
+    def _left_s(self) -> float:
+        """The seconds until the request has taken too long."""
+        deadline_s = float("inf") if self._limits.deadline_s is None else self._limits.deadline_s
+        limit_s = min(deadline_s, self._limits.queue_wait_s) if self._waits else deadline_s
+        return limit_s - (asyncio.get_running_loop().time() - self._opened_at)
+
+    def _late(self) -> ExpertdError:
+        """What a request that has taken too long is refused with."""
+        wait_s, deadline_s = self._limits.queue_wait_s, self._limits.deadline_s
+        if deadline_s is not None and not (self._waits and wait_s < deadline_s):
+            return DeadlineExceeded(
                 f"the answer took more than the {deadline_s:g} s that this gateway allows; ask for fewer tokens, or "
                 "start it with a longer --deadline"
-            )))  # fmt: skip
-        limit_s, late = min(limits, key=lambda limit: limit[0])
-        return limit_s - taken_s, late
+            )
+        if self._served.state != "ready":
+            return WorkerUnavailable(f"the model has not been loaded within {wait_s:g} s; try again in a while")
+        return QueueFull(f"the request waited {wait_s:g} s for its turn; try again later")
 
     def __enter__(self) -> Answers:
         return self
@@ -353,7 +392,7 @@ class Served:
             QueueFull: too many wait already.
         """
         self.check()
-        events: Events = asyncio.Queue()
+        events = Events()
         answers: list[Answer] = []
         try:
             for one in wanted:
