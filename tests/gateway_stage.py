@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,22 @@ def serving(home: Home, model: Path, *options: str, prepare: str = "") -> Iterat
     with starting(home, model, *options, prepare=prepare) as served:
         served.wait_ready()
         yield served
+
+
+@contextmanager
+def serving_alone(
+    model: Path | Callable[[Path], Path], *options: str, prepare: str = ""
+) -> Iterator[Served]:
+    """A gateway in a home of its own, for all tests of a module; ``model`` may be written into a folder first."""
+    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as root:
+        home = Home(Path(root) / "home")
+        home.prepare()
+        folder = model if isinstance(model, Path) else model(Path(root))
+        try:
+            with serving(home, folder, *options, prepare=prepare) as served:
+                yield served
+        finally:
+            stop_daemon(home)
 
 
 def stop_daemon(home: Home) -> None:

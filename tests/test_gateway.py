@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,29 +36,16 @@ from tests.gateway_stage import (
     idle,
     say,
     serving,
+    serving_alone,
     starting,
-    stop_daemon,
 )
-
-
-@pytest.fixture
-def own_home(home: Home) -> Iterator[Home]:
-    """A home whose daemon is stopped afterwards."""
-    yield home
-    stop_daemon(home)
 
 
 @pytest.fixture(scope="module")
 def served(checkpoints: dict[str, Path]) -> Iterator[Served]:
     """One gateway for all tests that leave it as it was."""
-    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as root:
-        home = Home(Path(root))
-        home.prepare()
-        try:
-            with serving(home, checkpoints["stacked"]) as served:
-                yield served
-        finally:
-            stop_daemon(home)
+    with serving_alone(checkpoints["stacked"]) as served:
+        yield served
 
 
 @pytest.fixture

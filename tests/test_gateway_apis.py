@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import anthropic
 import openai
 import pytest
 
-from expertd.protocol.paths import Home
-from tests.gateway_stage import Served, serving, stop_daemon
+from tests.gateway_stage import Served, serving_alone
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 QUESTION = "What is the module socket for?"
@@ -25,14 +23,8 @@ GREEDY = {"temperature": 0}
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as root:
-        home = Home(Path(root))
-        home.prepare()
-        try:
-            with serving(home, DEMO) as served:
-                yield served
-        finally:
-            stop_daemon(home)
+    with serving_alone(DEMO) as served:
+        yield served
 
 
 @pytest.fixture

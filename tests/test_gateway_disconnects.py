@@ -9,31 +9,32 @@ from __future__ import annotations
 import json
 import re
 import socket
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from expertd.protocol.paths import Home
-from tests.gateway_stage import DEADLINE_S, ENDLESS, HELLO, Served, eventually, idle, serving, stop_daemon
+from tests.gateway_stage import (
+    DEADLINE_S,
+    ENDLESS,
+    HELLO,
+    Served,
+    eventually,
+    idle,
+    serving_alone,
+)
 from tools.tool_model import write_tool_model
 
 APIS = ("chat/completions", "completions", "responses", "messages")
+BEGUN = 10_000
+"""Bytes of a stream that are some fifty tokens: far more than a worker computes before it begins what has come."""
 CANCELLED = re.compile(r"request (\d+) was cancelled (while it waited|in its prompt|after (\d+) tokens)")
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as root:
-        home = Home(Path(root) / "home")
-        home.prepare()
-        try:
-            with serving(home, write_tool_model(Path(root)), "--log-level", "debug") as served:
-                yield served
-        finally:
-            stop_daemon(home)
+    with serving_alone(write_tool_model, "--log-level", "debug") as served:
+        yield served
 
 
 def send(served: Served, api: str, text: str, stream: bool) -> socket.socket:
@@ -97,8 +98,9 @@ def test_in_the_answer(served: Served) -> None:
     # The chats and completions go on for ever; whether the others do is the model's business, so they are not counted.
     whole = [send(served, api, "", False) for api in APIS[:2]]
     streams = [send(served, api, "", True) for api in APIS[:2]]
+    assert eventually(lambda: log.came == 4)
     for connection in streams:
-        assert connection.recv(1), "the answers that were asked for before have begun, too"
+        assert connection.makefile("rb").read(BEGUN), "the answers that are not streamed have begun, too"
     for connection in (*whole, *streams):
         connection.close()
     assert eventually(lambda: len(log.cancelled) == 4), log.cancelled

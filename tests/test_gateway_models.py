@@ -172,13 +172,6 @@ LIMITS = Limits()
 WANTED = chat.parse({"model": "m", "messages": HELLO, "max_tokens": 2})
 
 
-@pytest.fixture
-def own_home(home: Home) -> Iterator[Home]:
-    """A home whose daemon is stopped afterwards."""
-    yield home
-    stop_daemon(home)
-
-
 async def whole(answers: Answers) -> list[Finished]:
     """How all answers ended."""
     ends = []

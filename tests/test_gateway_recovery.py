@@ -14,7 +14,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +42,8 @@ from tests.gateway_stage import (
     idle,
     say,
     serving,
+    serving_alone,
     starting,
-    stop_daemon,
 )
 
 SILENCE_S = 2.0
@@ -69,24 +68,11 @@ STRANGERS = 4
 LONGEST = 32 << 20
 
 
-@pytest.fixture
-def own_home(home: Home) -> Iterator[Home]:
-    """A home whose daemon is stopped afterwards."""
-    yield home
-    stop_daemon(home)
-
-
 @pytest.fixture(scope="module")
 def served(checkpoints: dict[str, Path]) -> Iterator[Served]:
     """One gateway with short deadlines for the tests that leave it with a working worker."""
-    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as root:
-        home = Home(Path(root))
-        home.prepare()
-        try:
-            with serving(home, checkpoints["stacked"], prepare=LIMITS) as served:
-                yield served
-        finally:
-            stop_daemon(home)
+    with serving_alone(checkpoints["stacked"], prepare=LIMITS) as served:
+        yield served
 
 
 @pytest.fixture

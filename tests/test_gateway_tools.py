@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
 import openai
 import pytest
 
-from expertd.protocol.paths import Home
-from tests.gateway_stage import Served, serving, stop_daemon
+from tests.gateway_stage import Served, serving_alone
 from tools.tool_model import write_tool_model
 
 ASK: list[Any] = [{"role": "user", "content": "Is it warm in Oslo?"}]
@@ -40,14 +37,8 @@ MODEL = "demo-tools"
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as root:
-        home = Home(Path(root) / "home")
-        home.prepare()
-        try:
-            with serving(home, write_tool_model(Path(root)), "--kv-bits", "8") as served:
-                yield served
-        finally:
-            stop_daemon(home)
+    with serving_alone(write_tool_model, "--kv-bits", "8") as served:
+        yield served
 
 
 @pytest.fixture

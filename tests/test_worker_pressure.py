@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from expertd.worker.pressure import NORMAL, Buffers, Gauge
 from expertd.worker.wired import HEADROOM, WiredLimit
 from tests.conftest import StartDaemon, wait_for
 from tests.fake_machine import MB, Machine
-from tests.gateway_stage import stop_daemon
 from tools.factory import FAMILIES, write_checkpoint
 from tools.stage import end
 
@@ -54,13 +53,6 @@ class Script:
 @pytest.fixture
 def script(tmp_path: Path) -> Script:
     return Script(tmp_path / "pressure")
-
-
-@pytest.fixture
-def own_home(home: Home) -> Iterator[Home]:
-    """A home whose daemon is stopped afterwards, whoever started it."""
-    yield home
-    stop_daemon(home)
 
 
 @pytest.fixture(scope="module")
