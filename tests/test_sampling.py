@@ -210,6 +210,36 @@ def test_a_schema_that_cannot_be_enforced_is_refused(engine: Engine, schema: str
     assert "cannot be enforced" in answer.end.message
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_answer_that_cannot_be_kept_to_its_schema_to_the_end_is_refused(engine: Engine, seed: int) -> None:
+    # Whether it is more than the library can do shows only in the middle of an answer.
+    schema = json.dumps({"type": "string", "pattern": "^(.{0,200}a.{0,200}){4}$"})
+    (plain,) = run(engine, ask(1))
+    broken, other = run(engine, ask(2, Sampling(temperature=1.0, seed=seed), max_tokens=200, schema=schema), ask(3))
+    assert isinstance(broken.end, Refused)
+    assert (broken.end.code, broken.end.param) == ("request_invalid", "response_format")
+    assert "too many expressions" in broken.end.message
+    assert "\n" not in broken.end.message
+    assert other.text == plain.text
+    assert isinstance(other.end, Finished)
+
+
+def test_a_call_that_cannot_be_kept_to_its_tool_is_a_problem_of_the_tools(demo: tuple[Any, Any]) -> None:
+    parameters = {"type": "object", "properties": {"t": {"type": "string", "pattern": "^(.{0,200}a.{0,200}){4}$"}},
+                  "required": ["t"], "additionalProperties": False}  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    enforce = Vocabulary(demo[1]).calls(tools, ("<tool_call>", "</tool_call>"), several=False, prompt_tokens=0)
+    sampler = sampler_of(Sampling(temperature=1.0, seed=1))
+    assert sampler is not None
+    tokens: list[int] = []
+    while enforce.problem is None:
+        assert len(tokens) < 300
+        logits = enforce(mx.array(tokens, dtype=mx.int32), mx.zeros((1, 4096)))
+        tokens.append(int(sampler(logits - mx.logsumexp(logits)).item()))
+    assert enforce.problem.param == "tools"
+    assert tokens[-1] in demo[1].eos_token_ids, "nothing but the end may follow"
+
+
 def test_nothing_is_enforced_before_the_reasoning_ends(demo: tuple[Any, Any]) -> None:
     vocabulary = Vocabulary(demo[1])
     enforce = vocabulary.json('{"type": "object"}', prompt_tokens=1, after=(5, 6))

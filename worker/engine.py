@@ -31,7 +31,7 @@ from expertd.protocol.errors import (
 )
 from expertd.protocol.messages import Delta, Finished, Generate, Refused, TokenLogprob, TopToken
 from expertd.worker.channels import Channels, Piece
-from expertd.worker.grammar import Vocabulary
+from expertd.worker.grammar import Enforced, Vocabulary
 from expertd.worker.kv_memory import CacheMemory, Growth, available_bytes
 from expertd.worker.kv_quantized import new_caches
 from expertd.worker.pressure import Buffers, Gauge
@@ -76,6 +76,7 @@ class _Request:
     asked_tokens: int | None  # what the client gave as max_tokens
     sampler: Sampler | None
     processors: list[LogitsProcessor]
+    enforced: Enforced | None  # the last of them, if the answer is kept to a grammar
     one_call: bool  # a call of a tool ends the answer
     top_logprobs: int | None
     stops: StopText
@@ -285,13 +286,16 @@ class Engine:
         channels = Channels(
             self._tokenizer, prompt, message.tools, raw=message.messages is None, enforced=message.schema is not None
         )
+        processors = self._processors(message, len(prompt))
+        enforced = self._enforced(message, len(prompt), channels.thinking)
         return _Request(
             id=message.request,
             prompt=prompt,
             max_tokens=message.max_tokens or room,
             asked_tokens=message.max_tokens,
             sampler=sampler_of(message.sampling),
-            processors=self._processors(message, len(prompt), channels.thinking),
+            processors=processors if enforced is None else [*processors, enforced],
+            enforced=enforced,
             one_call=not message.parallel_calls,
             top_logprobs=message.top_logprobs,
             stops=StopText(message.stop),
@@ -299,26 +303,27 @@ class Engine:
             detokenizer=self._tokenizer.detokenizer,
         )
 
-    def _processors(self, message: Generate, prompt_tokens: int, thinking: bool) -> list[LogitsProcessor]:
-        """What the logits pass through; what enforces a grammar comes last, and begins where the reasoning ends."""
+    def _processors(self, message: Generate, prompt_tokens: int) -> list[LogitsProcessor]:
+        """What the logits pass through before a grammar."""
         unknown = [token for token in message.sampling.logit_bias if token >= self._vocabulary_size]
         if unknown:
             raise RequestInvalid(f"the model has no token {unknown[0]}", param="logit_bias")
-        processors = processors_of(message.sampling, prompt_tokens)
+        return processors_of(message.sampling, prompt_tokens)
+
+    def _enforced(self, message: Generate, prompt_tokens: int, thinking: bool) -> Enforced | None:
+        """The grammar that the answer is kept to, if any; it begins where the reasoning ends."""
         after = tuple(self._tokenizer.think_end_tokens or ()) if thinking else ()
         if message.schema is not None:
-            processors.append(self._vocabulary.json(message.schema, prompt_tokens, after))
-        elif message.tool_choice == "required":
-            if getattr(self._tokenizer.tool_parser, "__module__", "") != JSON_CALLS:
-                raise ParameterUnsupported(
-                    "a call of a tool cannot be enforced with this model, which does not write calls as JSON; "
-                    "leave 'tool_choice' out", param="tool_choice",
-                )  # fmt: skip
-            markers = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
-            processors.append(
-                self._vocabulary.calls(message.tools, markers, message.parallel_calls, prompt_tokens, after)
-            )
-        return processors
+            return self._vocabulary.json(message.schema, prompt_tokens, after)
+        if message.tool_choice != "required":
+            return None
+        if getattr(self._tokenizer.tool_parser, "__module__", "") != JSON_CALLS:
+            raise ParameterUnsupported(
+                "a call of a tool cannot be enforced with this model, which does not write calls as JSON; "
+                "leave 'tool_choice' out", param="tool_choice",
+            )  # fmt: skip
+        markers = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
+        return self._vocabulary.calls(message.tools, markers, message.parallel_calls, prompt_tokens, after)
 
     def _encode(self, message: Generate) -> tuple[list[int], str]:
         """The prompt's tokens, and what of the request they were made of."""
@@ -421,6 +426,11 @@ class Engine:
         request.tokens += 1
         request.unreported += 1
         reason = answer.finish_reason
+        # With the last token that was asked for, what would have followed does not matter.
+        if request.enforced is not None and request.enforced.problem is not None and reason != "length":
+            log.info("request %d: %s", request.id, request.enforced.problem.message)
+            self._drop([answer.uid])
+            return [_refused(request.id, request.enforced.problem)]
         try:
             if reason != "stop":
                 request.detokenizer.add_token(answer.token)

@@ -18,9 +18,8 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from expertd.protocol.errors import RequestInvalid
-from expertd.worker.sampling import LogitsProcessor
 
-__all__ = ["Vocabulary"]
+__all__ = ["Enforced", "Vocabulary"]
 
 SPACE = r" ?|\n {0,32}"
 """Between the parts of JSON: a space, or a new line and its indentation.  With more a model may go on for ever."""
@@ -49,7 +48,7 @@ class Vocabulary:
         """What a token stands for."""
         return self._known.decode_bytes([token])
 
-    def json(self, schema: str, prompt_tokens: int, after: tuple[int, ...] = ()) -> LogitsProcessor:
+    def json(self, schema: str, prompt_tokens: int, after: tuple[int, ...] = ()) -> Enforced:
         """Have the answer be JSON that fits ``schema`` (itself JSON).
 
         Args:
@@ -64,7 +63,7 @@ class Vocabulary:
     def calls(
         self, tools: list[dict[str, Any]], markers: tuple[str, str], several: bool, prompt_tokens: int,
         after: tuple[int, ...] = (),
-    ) -> LogitsProcessor:  # fmt: skip
+    ) -> Enforced:  # fmt: skip
         """Have the answer be a call of one of ``tools``, or with ``several`` any number of calls, between ``markers``.
 
         For models that write a call as JSON with a name and arguments.  Arguments and errors as in ``json``.
@@ -88,7 +87,7 @@ class Vocabulary:
 
     def _enforced(
         self, make: Callable[[str], str], text: str, param: str, prompt_tokens: int, after: tuple[int, ...]
-    ) -> LogitsProcessor:
+    ) -> Enforced:
         try:
             grammar = make(text)
             problem = LLMatcher.validate_grammar(grammar, self._known)
@@ -96,7 +95,7 @@ class Vocabulary:
             problem = str(error)
         if problem:
             raise RequestInvalid(f"the schema cannot be enforced: {problem.splitlines()[0]}", param=param)
-        return _Enforced(LLMatcher(self._known, grammar), self._known, prompt_tokens, after)
+        return Enforced(LLMatcher(self._known, grammar, log_level=0), self._known, param, prompt_tokens, after)
 
 
 def _call_of(function: dict[str, Any], place: int) -> dict[str, Any]:
@@ -110,11 +109,20 @@ def _call_of(function: dict[str, Any], place: int) -> dict[str, Any]:
     }
 
 
-class _Enforced:
-    """One answer that keeps to a grammar, as a logits processor: it takes in what was chosen since the last call."""
+class Enforced:
+    """One answer that keeps to a grammar, as a logits processor: it takes in what was chosen since the last call.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, begin: int, after: tuple[int, ...]) -> None:
+    Attributes:
+        problem: why it cannot be enforced any further (what a schema costs shows only with what is written); the answer
+            is cut off then, wherever it is, and must not be taken for one that fits.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: LLTokenizer, param: str, begin: int, after: tuple[int, ...]
+    ) -> None:
+        self.problem: RequestInvalid | None = None
         self._matcher = matcher
+        self._param = param
         self._place = begin
         self._after = list(after)
         self._last: list[int] = []
@@ -128,11 +136,19 @@ class _Enforced:
             self._take(token)
         if self._after:
             return logits
+        if not self._matcher.is_stopped():
+            fill_next_token_bitmask(self._matcher, self._mask, 0)
+        # What has failed is stopped too, and its mask allows all.  An exception here would end everybody's answers.
+        if self.problem is None and self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            self.problem = RequestInvalid(
+                f"the answer cannot be kept to its schema any further ({reason}); simplify its patterns and lengths",
+                param=self._param,
+            )
         allowed = np.zeros(logits.shape[-1], bool)
         if self._matcher.is_stopped():
             allowed[self._ends] = True
         else:
-            fill_next_token_bitmask(self._matcher, self._mask, 0)
             bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: len(allowed)]
             allowed[: len(bits)] = bits
         return mx.where(mx.array(allowed), logits, -mx.inf)
