@@ -168,14 +168,6 @@ def test_models_in_bfloat16_tell_log_probabilities_too(demo: tuple[Any, Any]) ->
     assert [len(told.top) for told in answer.logprobs] == [1, 1]
 
 
-def test_a_text_that_is_far_too_long_is_refused_before_it_is_taken_to_pieces(engine: Engine) -> None:
-    refused, answered = run(engine, Generate(request=1, text="x" * 8_000_000, max_tokens=1), ask(2, max_tokens=1))
-    assert isinstance(refused.end, Refused)
-    assert (refused.end.code, refused.end.param) == ("prompt_too_long", "prompt")
-    assert "at least" in refused.end.message
-    assert isinstance(answered.end, Finished)
-
-
 # -- grammars ----------------------------------------------------------------------------------------------------------
 
 PERSON = {
