@@ -15,7 +15,6 @@ from expertd.protocol.errors import RequestInvalid
 from expertd.protocol.messages import Delta, Finished, Generate, Refused, Sampling, TokenLogprob
 from expertd.worker.engine import Engine
 from expertd.worker.grammar import Vocabulary
-from expertd.worker.prompt_cache import PromptCache
 from expertd.worker.sampling import processors_of, sampler_of
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
@@ -331,32 +330,6 @@ def test_what_a_cancelled_request_has_computed_stays(engine: Engine) -> None:
     assert answer.end.cached_tokens == answer.end.prompt_tokens - 1
 
 
-class Layer:
-    """What the prompt cache needs to know of a cache whose end cannot be taken off."""
-
-    state: tuple[()] = ()
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-
-    def is_trimmable(self) -> bool:
-        return False
-
-
-def test_the_prompt_cache_is_bounded_in_bytes() -> None:
-    cache = PromptCache(100)
-    for number in range(10):
-        cache.keep([number, 1, 2], [Layer(20), Layer(20)])
-        assert cache.size <= 100
-    assert cache.size == 80
-    cache.keep([77], [Layer(101)])
-    assert cache.size == 80, "what is too large alone drives nothing out"
-    assert cache.take([9, 1, 2, 3])[1] == [3]
-    assert cache.take([0, 1, 2, 3]) == (None, [0, 1, 2, 3])
-    cache.give_back()
-    assert cache.size == 0
-
-
 def test_a_kept_cache_does_not_hold_on_to_those_that_ran_beside_it(demo: tuple[Any, Any]) -> None:
     engine = Engine(*demo, prompt_cache=1 << 30)
     prompts = [Generate(request=n, tokens=[5 + n] * 700, max_tokens=1) for n in range(6)]
@@ -366,38 +339,3 @@ def test_a_kept_cache_does_not_hold_on_to_those_that_ran_beside_it(demo: tuple[A
     mx.clear_cache()
     assert engine._kept.size > 0
     assert mx.get_active_memory() - before < 1.5 * engine._kept.size
-
-
-def test_a_long_prompt_is_looked_up_by_its_beginning_only() -> None:
-    cache = PromptCache(1000)
-    tokens = list(range(100_000))
-    cache.keep(tokens, [Layer(10)])
-    assert cache.take([*tokens, 7])[1] == [7]
-    assert cache.take([*tokens[:50_000], -1])[0] is None, "its end cannot be taken off"
-
-
-def test_a_turn_takes_the_place_of_the_one_before_although_its_end_is_written_otherwise() -> None:
-    class Trimmable(Layer):
-        def is_trimmable(self) -> bool:
-            return True
-
-        def trim(self, count: int) -> int:
-            return count
-
-    cache = PromptCache(1000)
-    turn = list(range(100))
-    cache.keep([*turn, 777], [Trimmable(10)])
-    cache.keep([*turn, 888, 5, 6], [Trimmable(10)])
-    assert cache.size == 10
-    assert cache.take([*turn, 888, 5, 6, 7])[1] == [7]
-    cache.keep([*turn[:50], 999], [Trimmable(10)])
-    assert cache.size == 20, "another conversation"
-    cache.keep([1, 2, 3], [Trimmable(10)])
-    cache.keep([1, 2, 4, 5], [Trimmable(10)])
-    assert cache.size == 40, "of a few tokens a few are much"
-
-
-def test_nothing_is_kept_where_nothing_may_be() -> None:
-    cache = PromptCache(0)
-    cache.keep([1], [Layer(1)])
-    assert cache.size == 0

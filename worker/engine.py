@@ -363,22 +363,18 @@ class Engine:
         return refused
 
     def _fits(self, request: _Request) -> bool:
-        """Whether there is memory for its cache now; what is kept of earlier requests goes first.
+        """Whether there is memory for its cache now; what is kept of earlier requests makes room, piece by piece.
 
         Raises:
             MemoryPressure: it will not fit later either.
         """
         running = [other.growth for other in self._running.values()]
-        try:
-            fits = self._memory.fits(len(request.prompt), request.asked_tokens, running)
-            if fits or not self._kept.size:
-                return fits
-        except MemoryPressure:
+        while not self._memory.fits(len(request.prompt), request.asked_tokens, running, self._kept.size):
             if not self._kept.size:
-                raise
-        self._kept.give_back()
-        self._buffers.clear()
-        return self._memory.fits(len(request.prompt), request.asked_tokens, running)
+                return False
+            self._kept.give_back_least()
+            self._buffers.clear()
+        return True
 
     def _insert(self, request: _Request) -> None:
         cache, rest = self._kept.take(request.prompt)
