@@ -1,4 +1,4 @@
-"""What is kept of earlier requests: whom it serves, what takes whose place, and what goes when there is no more room."""
+"""What is kept of earlier requests: whom it serves, what takes whose place, and what goes when room is short."""
 
 from __future__ import annotations
 

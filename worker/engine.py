@@ -3,8 +3,8 @@
 Continuous batching is mlx-lm's ``BatchGenerator``; this adds what a server needs around it: the chat template, text
 instead of tokens, stop strings, cancelling, limits, memory for caches, and failures that end requests and not the
 engine.  No sockets, no clock: see ``expertd.worker.process`` for the loop.  How prompts are made is in ``prompts``, how
-tokens are chosen in ``sampling`` and ``grammar``, what their text consists of in ``channels``, what earlier requests
-left in ``prompt_cache``.
+tokens are chosen in ``sampling`` and ``grammar``, what is told of their text in ``written``, what earlier requests left
+in ``prompt_cache``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from expertd.worker.prompt_cache import PromptCache
 from expertd.worker.prompts import Prompts
 from expertd.worker.sampling import LogitsProcessor, Sampler, processors_of, sampler_of
 from expertd.worker.sequential import SequentialGenerator
-from expertd.worker.stops import StopText
 from expertd.worker.wired import WiredLimit
+from expertd.worker.written import Written
 
 __all__ = ["Engine", "Event", "context_length"]
 
@@ -81,10 +81,8 @@ class _Request:
     sampler: Sampler | None
     processors: list[LogitsProcessor]
     enforced: Enforced | None  # the last of them, if the answer is kept to a grammar
-    one_call: bool  # a call of a tool ends the answer
     top_logprobs: int | None
-    stops: StopText
-    channels: Channels
+    written: Written
     detokenizer: Any
     cached: int = 0
     told: bool = False  # whether the client knows how long its prompt is
@@ -292,10 +290,8 @@ class Engine:
             sampler=sampler_of(message.sampling),
             processors=processors if enforced is None else [*processors, enforced],
             enforced=enforced,
-            one_call=not message.parallel_calls,
             top_logprobs=message.top_logprobs,
-            stops=StopText(message.stop),
-            channels=channels,
+            written=Written(channels, message.stop, one_call=not message.parallel_calls),
             detokenizer=self._tokenizer.detokenizer,
         )
 
@@ -407,36 +403,36 @@ class Engine:
                 request.detokenizer.add_token(answer.token)
             if reason is not None:
                 request.detokenizer.finalize()
-            text, stopped = request.stops.feed(request.detokenizer.last_segment)
-            if not stopped and reason is not None:
-                text += request.stops.flush()
-            piece = request.channels.feed(text)
+            pieces = request.written.feed(request.detokenizer.last_segment, last=reason is not None)
             logprobs = self._logprobs(request, answer)
         except Exception as error:
             log.exception("the text of request %d could not be made", request.id)
             self._drop([answer.uid])
             return [_refused(request.id, error)]
-        if stopped or (request.one_call and request.channels.called):
+        if request.written.ended:
             reason = "stop"
         if reason is None:
-            return [self._delta(request, piece, logprobs)]
-        last = request.channels.finish()
-        piece = Piece(piece.text + last.text, piece.reasoning + last.reasoning, piece.calls + last.calls)
+            return self._deltas(request, pieces, logprobs)
         events: list[Event] = [
-            self._delta(request, piece, logprobs),
+            *self._deltas(request, pieces, logprobs),
             Finished(
                 request=request.id,
-                reason="tool_calls" if reason == "stop" and request.channels.called else reason,
+                reason="tool_calls" if reason == "stop" and request.written.called else reason,
                 prompt_tokens=len(request.prompt),
                 completion_tokens=request.tokens,
                 cached_tokens=request.cached,
-                stop=request.stops.found,
+                stop=request.written.stop,
             ),
         ]
         if answer.prompt_cache is not None:
             self._kept.keep(answer.all_tokens, answer.prompt_cache)
         self._drop([answer.uid])
         return events
+
+    def _deltas(self, request: _Request, pieces: list[Piece], logprobs: list[TokenLogprob]) -> list[Event]:
+        """What one token tells: one message, empty if nothing can be told; or several, to keep their order."""
+        first, *more = pieces or [Piece()]
+        return [self._delta(request, first, logprobs), *(self._delta(request, piece, []) for piece in more)]
 
     @staticmethod
     def _delta(request: _Request, piece: Piece, logprobs: list[TokenLogprob]) -> Delta:
