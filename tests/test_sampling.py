@@ -245,23 +245,52 @@ def test_nothing_is_enforced_before_the_reasoning_ends(demo: tuple[Any, Any]) ->
     assert allowed([1, 5, 7, 5, 6]) < 10
 
 
-def test_calls_fit_their_tool(demo: tuple[Any, Any]) -> None:
+def written(demo: tuple[Any, Any], enforce: Any, seed: int) -> str:
+    """What a model writes that knows no token from another, as far as its grammar lets it."""
     tokenizer = demo[1]
-    tools = [{"type": "function", "function": {"name": "add", "parameters": PERSON}}]
-    enforce = Vocabulary(tokenizer).calls(tools, ("<tool_call>", "</tool_call>"), several=False, prompt_tokens=0)
-    sampler = sampler_of(Sampling(temperature=1.0, seed=5))
+    sampler = sampler_of(Sampling(temperature=1.0, seed=seed))
     assert sampler is not None
     tokens: list[int] = []
     while not tokens or tokens[-1] not in tokenizer.eos_token_ids:
         assert len(tokens) < 300
         logits = enforce(mx.array(tokens, dtype=mx.int32), mx.zeros((1, 4096)))
         tokens.append(int(sampler(logits - mx.logsumexp(logits)).item()))
-    text = tokenizer.decode(tokens[:-1]).strip()
+    return str(tokenizer.decode(tokens[:-1]))
+
+
+def test_calls_fit_their_tool(demo: tuple[Any, Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": PERSON}}]
+    enforce = Vocabulary(demo[1]).calls(tools, ("<tool_call>", "</tool_call>"), several=False, prompt_tokens=0)
+    text = written(demo, enforce, seed=5).strip()
     assert text.startswith("<tool_call>")
     assert text.endswith("</tool_call>")
     call = json.loads(text.removeprefix("<tool_call>").removesuffix("</tool_call>"))
     assert call["name"] == "add"
     assert call["arguments"].keys() == {"name", "age"}
+
+
+def test_with_a_schema_beside_tools_an_answer_is_calls_or_fits_it(demo: tuple[Any, Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": PERSON}}]
+    schema = json.dumps({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+                         "additionalProperties": False})  # fmt: skip
+    found = set()
+    for seed in range(12):
+        enforce = Vocabulary(demo[1]).calls(
+            tools, ("<tool_call>", "</tool_call>"), several=False, prompt_tokens=0, schema=schema
+        )
+        text = written(demo, enforce, seed).strip()
+        assert enforce.problem is None
+        if text.startswith("<tool_call>"):
+            call = json.loads(text.removeprefix("<tool_call>").removesuffix("</tool_call>"))
+            assert call["arguments"].keys() == {"name", "age"}
+            found.add("call")
+        else:
+            assert json.loads(text)["ok"] in (True, False)
+            found.add("answer")
+    assert found == {"call", "answer"}
+    with pytest.raises(RequestInvalid, match="cannot be enforced") as caught:
+        Vocabulary(demo[1]).calls(tools, ("<a>", "</a>"), several=True, prompt_tokens=0, schema='{"not": {}}')
+    assert caught.value.param == "response_format"
 
 
 def test_a_tool_s_schema_may_refer_to_parts_of_itself(demo: tuple[Any, Any]) -> None:

@@ -325,17 +325,22 @@ class Engine:
     def _enforced(self, message: Generate, prompt_tokens: int, thinking: bool) -> Enforced | None:
         """The grammar that the answer is kept to, if any; it begins where the reasoning ends."""
         after = tuple(self._tokenizer.think_end_tokens or ()) if thinking else ()
-        if message.schema is not None:
-            return self._vocabulary.json(message.schema, prompt_tokens, after)
-        if message.tool_choice != "required":
+        has_to_call = message.tool_choice == "required"
+        if message.schema is None and not has_to_call:
             return None
+        if message.schema is not None and not message.tools:
+            return self._vocabulary.json(message.schema, prompt_tokens, after)
         if getattr(self._tokenizer.tool_parser, "__module__", "") != JSON_CALLS:
+            what, param = ("a call of a tool", "tool_choice") if has_to_call else ("a schema beside tools", "tools")
             raise ParameterUnsupported(
-                "a call of a tool cannot be enforced with this model, which does not write calls as JSON; "
-                "leave 'tool_choice' out", param="tool_choice",
-            )  # fmt: skip
+                f"{what} cannot be enforced with this model, which does not write calls as JSON; leave '{param}' out",
+                param=param,
+            )
         markers = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
-        return self._vocabulary.calls(message.tools, markers, message.parallel_calls, prompt_tokens, after)
+        return self._vocabulary.calls(
+            message.tools, markers, message.parallel_calls, prompt_tokens, after,
+            schema=None if has_to_call else message.schema,
+        )  # fmt: skip
 
     def _admit(self) -> list[Event]:
         """Hand waiting requests to the generator, no more than its next step computes, so that only those can fail.

@@ -23,6 +23,8 @@ __all__ = ["Enforced", "Vocabulary"]
 
 SPACE = r" ?|\n {0,32}"
 """Between the parts of JSON: a space, or a new line and its indentation.  With more a model may go on for ever."""
+SPACED = {"x-guidance": {"whitespace_pattern": SPACE}}
+"""That, as a part of a schema."""
 
 
 class Vocabulary:
@@ -57,37 +59,44 @@ class Vocabulary:
         Raises:
             RequestInvalid: the schema is none, or says what cannot be enforced; says what.
         """
-        make = partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_pattern": SPACE})
-        return self._enforced(make, schema, "response_format", prompt_tokens, after)
+        return self._enforced(self._json_grammar(schema), "response_format", prompt_tokens, after)
 
     def calls(
         self, tools: list[dict[str, Any]], markers: tuple[str, str], several: bool, prompt_tokens: int,
-        after: tuple[int, ...] = (),
+        after: tuple[int, ...] = (), schema: str | None = None,
     ) -> Enforced:  # fmt: skip
         """Have the answer be a call of one of ``tools``, or with ``several`` any number of calls, between ``markers``.
 
-        For models that write a call as JSON with a name and arguments.  Arguments and errors as in ``json``.
+        For models that write a call as JSON with a name and arguments.
+
+        Args:
+            schema: the answer may also be JSON that fits it, instead of calls.
+            prompt_tokens, after: as in ``json``, as are errors.
         """
-        calls = {
-            "anyOf": [_call_of(tool["function"], place) for place, tool in enumerate(tools)],
-            "x-guidance": {"whitespace_pattern": SPACE},
-        }
+        calls = {"anyOf": [_call_of(tool["function"], place) for place, tool in enumerate(tools)], **SPACED}
         begin, end = map(self._literal, markers)
         grammar = (
-            f"start: call{'+' if several else ''}\n"
+            f"start: call{'+' if several else ''}{' | answer' if schema is not None else ''}\n"
             f'call: {begin} "\\n" call_json "\\n" {end} "\\n"?\n'
             f"call_json: %json {json.dumps(calls)}\n"
         )
-        return self._enforced(LLMatcher.grammar_from_lark, grammar, "tools", prompt_tokens, after)
+        if schema is not None:
+            self._json_grammar(schema)  # what cannot be enforced of it is not for the tools to answer for
+            grammar += f"answer: %json {json.dumps({**json.loads(schema), **SPACED})}\n"
+        grammar = self._checked(LLMatcher.grammar_from_lark, grammar, "tools")
+        return self._enforced(grammar, "tools", prompt_tokens, after)
+
+    def _json_grammar(self, schema: str) -> str:
+        make = partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_pattern": SPACE})
+        return self._checked(make, schema, "response_format")
 
     def _literal(self, marker: str) -> str:
         """A marker in a grammar: the token itself if it is a special one, else its text."""
         tokens = self._known.tokenize_str(marker)
         return marker if len(tokens) == 1 and self._known.is_special_token(tokens[0]) else json.dumps(marker)
 
-    def _enforced(
-        self, make: Callable[[str], str], text: str, param: str, prompt_tokens: int, after: tuple[int, ...]
-    ) -> Enforced:
+    def _checked(self, make: Callable[[str], str], text: str, param: str) -> str:
+        """The grammar that ``make`` makes of ``text``, if it can be enforced."""
         try:
             grammar = make(text)
             problem = LLMatcher.validate_grammar(grammar, self._known)
@@ -95,6 +104,9 @@ class Vocabulary:
             problem = str(error)
         if problem:
             raise RequestInvalid(f"the schema cannot be enforced: {problem.splitlines()[0]}", param=param)
+        return grammar
+
+    def _enforced(self, grammar: str, param: str, prompt_tokens: int, after: tuple[int, ...]) -> Enforced:
         return Enforced(LLMatcher(self._known, grammar, log_level=0), self._known, param, prompt_tokens, after)
 
 
