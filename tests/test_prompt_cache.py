@@ -89,6 +89,10 @@ def test_what_cannot_be_cut_stays_beside_what_became_of_it() -> None:
     assert cache.take([1, 2, 3, 9])[1] == [9]
     cache.keep([1, 2, 3], [Layer(10)])
     assert cache.size == 20, "the same again takes its own place"
+    turn = list(range(100))
+    cache.keep([*turn, 777], [Layer(10)])
+    cache.keep([*turn, 888], [Layer(10)])
+    assert cache.size == 40, "one whose end is another serves other prompts"
 
 
 CONVERSATION = list(range(5000))

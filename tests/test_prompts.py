@@ -209,7 +209,7 @@ def test_a_prompt_that_is_being_made_can_be_cancelled(demo: tuple[Any, Any], hel
 
 def test_what_is_made_aside_is_answered_like_all_else(demo: tuple[Any, Any]) -> None:
     engine = Engine(*demo)
-    warm = Sampling(temperature=1.0, seed=3)
+    warm = Sampling(temperature=1.0, seed=3, logit_bias={300: 1.0}, presence_penalty=1.0)
     engine.submit(long(1, count=True))
     engine.submit(long(2, sampling=warm))
     engine.submit(long(3, sampling=Sampling(logit_bias={9999: 1.0})))

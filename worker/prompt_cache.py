@@ -105,7 +105,7 @@ class PromptCache:
         for number, other in list(self._kept.items()):
             if kept.continues(other):
                 kept.uses = max(kept.uses, other.uses)
-                if kept.trims or len(other.tokens) == len(kept.tokens):
+                if kept.trims or np.array_equal(kept.tokens, other.tokens):
                     self._forget(number)
         while self._counted + kept.counted > self._limit_bytes:
             self.give_back_least()
