@@ -26,7 +26,7 @@ import zmq.asyncio
 from expertd.daemon import memory_watch
 from expertd.daemon.bases import SharedBases
 from expertd.daemon.blocks import OpenFiles
-from expertd.daemon.core import Core, events, instructions, warmth
+from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.core.bases import Base
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
@@ -37,15 +37,15 @@ from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.large_pages import LargePages, system_collapse
 from expertd.daemon.lifelines import Lifelines
 from expertd.daemon.liveness import TICK_S, Liveness
-from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.ownership import owned
-from expertd.daemon.policy import Block, Forecast, PolicyFactory
+from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, close_all, create_pool, handed_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Job, Reader
 from expertd.daemon.remembering import Remembering, recall, record_of
 from expertd.daemon.status import as_line, daemon_status
+from expertd.daemon.steering import Steering
 from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
@@ -55,14 +55,10 @@ from expertd.daemon.warm_record import Records
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
-    BlocksInvalid,
-    BudgetTooSmall,
     DaemonBusy,
     ExpertdError,
     LimitReached,
     MessageInvalid,
-    ModelInUse,
-    ModelNotLoaded,
     ProtocolMismatch,
     SessionUnknown,
 )
@@ -82,8 +78,6 @@ SESSION_LIMIT = 128
 MODEL_LIMIT = 32
 FAIR_FRAMES = 64
 """After so many frames in a row the loop sees to everything else: a flood may not keep reads and deaths waiting."""
-TRACE_END_S = 20.0
-"""So long sessions have to write what they recorded, before whoever ends it hears of the others."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +159,10 @@ class Server:
         self._diary = Diary()
         self._remembering = Remembering() if remembers else None
         self._records = Records(home)
+        self._steering = Steering(
+            self._core, self._memory, self._bases.known, self._tracing,
+            feed=self._feed, share_out=self._share_out, tell=self._to_control, forget=self._records.forget,
+        )  # fmt: skip
         self._why_ended = ""
         self._attaching = 0  # sessions whose headers are being read
         self._frame_at: float | None = None  # when the frame came that is being handled
@@ -327,21 +325,13 @@ class Server:
             case messages.Attach():
                 self._attaching += 1
                 self._spawn(self._attach(identity, message))
-            case messages.SetBudget(budget=budget):
-                self._set_budget(identity, budget)
-            case messages.Unload(model=model):
-                self._unload(identity, self._loaded(model))
-            case messages.Warm(model=model, blocks=blocks):
-                self._warm(identity, self._loaded(model), _blocks(blocks))
-            case messages.Pin(model=model, blocks=blocks, pinned=pinned):
-                self._pin(identity, self._loaded(model), _blocks(blocks), pinned)
+            case messages.SetBudget() | messages.Unload() | messages.Warm() | messages.Pin() | messages.StartTrace():
+                self._send(identity, self._steering.answer(message))
             case messages.Subscribe():
                 self._subscribers.subscribe(identity)
                 self._send(identity, messages.Subscribed())
             case messages.AskStatus():
                 self._send(identity, self._status())
-            case messages.StartTrace(folder=folder):
-                self._start_trace(identity, Path(folder))
             case messages.StopTrace():
                 self._spawn(self._stop_trace(identity))
             case messages.Stop(if_idle=if_idle):
@@ -352,73 +342,8 @@ class Server:
             case _:
                 self._take_session(identity, message)
 
-    def _set_budget(self, identity: bytes, wanted: int | None) -> None:
-        needed, before = self._core.smallest_budget + self._bases.known.in_use, self._memory.governor.budget
-        budget = default_budget(this_machine()).size if wanted is None else wanted
-        if budget < needed:
-            raise BudgetTooSmall(
-                f"the models in use need at least {needed} bytes ({show_size(needed)}); give that much, or end them"
-            )
-        log.info("budget changed", before=show_size(before), now=show_size(budget))
-        self._memory.set_budget(budget, "the budget was changed")
-        self._share_out()
-        self._send(identity, messages.BudgetSet(before=before, budget=budget))
-
-    def _loaded(self, name: str) -> Model:
-        """The model with that key, folder, name of a folder, or hub id."""
-        for model in self._core.models.values():
-            folder = Path(model.manifest.folder)
-            if name in (model.key, str(folder), folder.name, shown_name(folder)):
-                return model
-        loaded = ", ".join(shown_name(Path(model.manifest.folder)) for model in self._core.models.values()) or "none"
-        raise ModelNotLoaded(f"the daemon holds nothing of {name[:200]!r}; what it holds: {loaded}")
-
-    def _unload(self, identity: bytes, model: Model) -> None:
-        folder = model.manifest.folder
-        if model.in_use:
-            users = ", ".join(str(session.pid) for session in model.sessions.values())
-            raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
-        size = model.size + model.extra + sum(base.size for base in self._bases.known.of_model(model.key))
-        self._feed(events.Unwanted(model.key))
-        self._records.forget(model.key)  # who wants it gone does not want it back by itself
-        self._send(identity, messages.Unloaded(path=folder, bytes=size))
-
-    def _warm(self, identity: bytes, model: Model, blocks: tuple[Block, ...]) -> None:
-        if (problem := warmth.unknown(model, blocks)) is not None:
-            raise BlocksInvalid(problem)
-        self._feed(events.Warm(model.key, blocks))
-        self._send(identity, messages.Warming(path=model.manifest.folder, blocks=warmth.wished(model)))
-
-    def _pin(self, identity: bytes, model: Model, blocks: tuple[Block, ...], pinned: bool) -> None:
-        problem = warmth.unknown(model, blocks) or (warmth.too_many_pins(model, blocks) if pinned else None)
-        if problem is not None:
-            raise BlocksInvalid(problem)
-        self._feed(events.Pin(model.key, blocks, pinned))
-        self._send(identity, messages.Pinned(path=model.manifest.folder, blocks=len(model.pinned)))
-
-    def _start_trace(self, identity: bytes, folder: Path) -> None:
-        self._tracing.start(folder)
-        log.info("recording of routing began", folder=folder, sessions=len(self._peers))
-        for model in self._core.models.values():
-            for session in model.sessions:
-                self._trace(session, model)
-        self._send(identity, messages.TraceStarted(sessions=len(self._peers)))
-
-    def _trace(self, session: int, model: Model) -> None:
-        name = shown_name(Path(model.manifest.folder)).rpartition("/")[2]  # it becomes part of a file's name
-        record = self._tracing.begin(session, model.sessions[session].pid, name)
-        if record is not None:
-            self._to_control(session, record)
-
     async def _stop_trace(self, identity: bytes) -> None:
-        for record in self._tracing.stop():
-            self._to_control(record.session, record)
-        deadline = time.monotonic() + TRACE_END_S
-        while self._tracing.waiting and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        report = self._tracing.report()
-        log.info("recording of routing ended", files=len(report.ended), unfinished=len(report.unfinished))
-        self._send(identity, report)
+        self._send(identity, await self._steering.stop_trace())
 
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:
         if hello.protocol != PROTOCOL:
@@ -734,7 +659,7 @@ class Server:
         self._to_control(grant.session, attached)
         if self._memory.pressure.level != "normal":
             self._to_control(grant.session, self._memory.pressure)
-        self._trace(grant.session, self._core.models[grant.model])
+        self._steering.opened(grant.session)
 
     def _hand_over(self, session: int, info: messages.PoolInfo) -> messages.PoolInfo | None:
         """Send a segment's descriptor over the lifeline; returns ``info`` with its nonce, None if the session is over.
@@ -874,7 +799,3 @@ def _held(message: messages.Attach) -> list[int]:
     """The segments that a session hands back."""
     base = [] if message.held_base is None else [message.held_base.segment]
     return [*base, *(info.segment for info in message.held)]
-
-
-def _blocks(packed: bytes) -> tuple[Block, ...]:
-    return tuple((layer, expert) for layer, experts in unpack(packed) for expert in experts)
