@@ -32,6 +32,7 @@ from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
 from expertd.daemon.diary import Diary
 from expertd.daemon.files import Read
+from expertd.daemon.holders import Holders, held_now
 from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.large_pages import LargePages, system_collapse
@@ -159,8 +160,9 @@ class Server:
         self._diary = Diary()
         self._remembering = Remembering() if remembers else None
         self._records = Records(home)
+        self._holders = Holders(home.daemon_holders)
         self._steering = Steering(
-            self._core, self._memory, self._bases.known, self._tracing,
+            self._core, self._memory, self._bases.known, self._holders, self._tracing,
             feed=self._feed, share_out=self._share_out, tell=self._to_control, forget=self._records.forget,
         )  # fmt: skip
         self._why_ended = ""
@@ -768,6 +770,8 @@ class Server:
             if news is not None:
                 for session in self._peers:
                     self._to_control(session, news)
+            if self._holders.changed(held_now(self._core, bases)):
+                await asyncio.to_thread(self._holders.write)
 
     async def _watch_warmth(self) -> None:
         """Record what is worth keeping, and tell when what was recorded is back."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from expertd.daemon.core import Core, events, warmth
 from expertd.daemon.core.bases import Bases
 from expertd.daemon.core.state import Model
-from expertd.daemon.machine import default_budget, this_machine
+from expertd.daemon.holders import Holders
+from expertd.daemon.machine import Machine, default_budget, this_machine
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.policy import Block
 from expertd.daemon.tracing import Tracing
@@ -39,12 +40,14 @@ class Steering:
         core: Core,
         memory: MemoryWatch,
         bases: Bases,
+        holders: Holders,
         tracing: Tracing,
         *,
         feed: Callable[[events.Event], None],
         share_out: Callable[[], None],
         tell: Callable[[int, messages.Message], None],
         forget: Callable[[str], None],
+        machine: Callable[[], Machine] = this_machine,
     ) -> None:
         """Nothing is asked yet.
 
@@ -53,9 +56,11 @@ class Steering:
             share_out: gives the core what there is to divide, after the budget has changed.
             tell: sends a message to a session.
             forget: removes what is recorded of the model with that key.
+            machine: tells the memory that there is.
         """
-        self._core, self._memory, self._bases, self._tracing = core, memory, bases, tracing
+        self._core, self._memory, self._bases, self._holders, self._tracing = core, memory, bases, holders, tracing
         self._feed, self._share_out, self._tell, self._forget = feed, share_out, tell, forget
+        self._machine = machine
 
     def answer(self, message: messages.Message) -> messages.Message:
         """Do what a client asks, and return what to say.
@@ -80,7 +85,7 @@ class Steering:
 
     def _set_budget(self, wanted: int | None) -> messages.BudgetSet:
         needed, before = self._core.smallest_budget + self._bases.in_use, self._memory.governor.budget
-        budget = default_budget(this_machine()).size if wanted is None else wanted
+        budget = self._spare() if wanted is None else wanted
         if budget < needed:
             raise BudgetTooSmall(
                 f"the models in use need at least {needed} bytes ({show_size(needed)}); give that much, or end them"
@@ -89,6 +94,11 @@ class Steering:
         self._memory.set_budget(budget, "the budget was changed")
         self._share_out()
         return messages.BudgetSet(before=before, budget=budget)
+
+    def _spare(self) -> int:
+        """Bytes that the machine can spare, in which what is held already is included."""
+        own = self._core.used + self._bases.used + self._holders.before
+        return default_budget(self._machine(), own).size
 
     def _loaded(self, name: str) -> Model:
         """The model with that key, folder, name of a folder, or hub id."""
