@@ -101,11 +101,15 @@ class Steering:
         return default_budget(self._machine(), own).size
 
     def _loaded(self, name: str) -> Model:
-        """The model with that key, folder, name of a folder, or hub id."""
-        for model in self._core.models.values():
-            folder = Path(model.manifest.folder)
-            if name in (model.key, str(folder), folder.name, shown_name(folder)):
-                return model
+        """The model with that key, folder, hub id, or name of a folder; of several the one that came last.
+
+        There are several if somebody still uses a model whose files have been replaced.
+        """
+        models = [*reversed(self._core.models.values())]
+        for named in _NAMES:
+            for model in models:
+                if named(model) == name:
+                    return model
         loaded = ", ".join(shown_name(Path(model.manifest.folder)) for model in self._core.models.values()) or "none"
         raise ModelNotLoaded(f"the daemon holds nothing of {name[:200]!r}; what it holds: {loaded}")
 
@@ -159,6 +163,15 @@ class Steering:
         report = self._tracing.report()
         log.info("recording of routing ended", files=len(report.ended), unfinished=len(report.unfinished))
         return report
+
+
+_NAMES: tuple[Callable[[Model], str], ...] = (
+    lambda model: model.key,
+    lambda model: model.manifest.folder,
+    lambda model: shown_name(Path(model.manifest.folder)),
+    lambda model: Path(model.manifest.folder).name,
+)
+"""What a model may be called, what says it exactly first."""
 
 
 def _blocks(packed: bytes) -> tuple[Block, ...]:

@@ -128,6 +128,55 @@ def test_a_model_has_the_names_of_its_folder_and_its_key(asked: Asked, name: str
     assert asked.ask(messages.Warm(model=name)) == asked.ask(messages.Warm(model=key))
 
 
+def test_a_model_whose_files_were_replaced_goes_when_the_new_ones_come(asked: Asked) -> None:
+    asked.load(1, version(1))
+    asked.end(1)
+    other = asked.load(2, version(1, "other"))
+    asked.end(2)
+    new = asked.load(3, version(2))
+    assert list(asked.core.models) == [other, new]
+
+
+def test_or_when_nobody_uses_it_any_more_and_its_name_means_the_new_one_until_then(asked: Asked) -> None:
+    old, new = asked.load(1, version(1)), asked.load(2, version(2))
+    assert list(asked.core.models) == [old, new]
+    asked.ask(messages.Pin(model="m", blocks=pack(0, [1])))
+    asked.ask(messages.Pin(model=old, blocks=pack(1, [0, 2])))
+    assert [model.pinned for model in asked.core.models.values()] == [{(1, 0), (1, 2)}, {(0, 1)}]
+    asked.end(1)
+    assert list(asked.core.models) == [new]
+
+
+def test_files_that_are_put_back_are_the_model_again(asked: Asked) -> None:
+    old, new = asked.load(1, version(1)), asked.load(2, version(2))
+    asked.load(3, version(1))
+    assert [model.unwanted for model in asked.core.models.values()] == [False, True]
+    asked.end(2)
+    assert list(asked.core.models) == [old]
+    assert old != new
+
+
+def test_the_path_goes_before_the_name_of_another_folder(asked: Asked) -> None:
+    first, second = asked.load(1, manifest("a/m")), asked.load(2, manifest("b/m"))
+    for name, key in (("/a/m", first), ("/b/m", second), ("m", second)):
+        asked.ask(messages.Pin(model=name, blocks=pack(0, [1])))
+        assert [model.key for model in asked.core.models.values() if model.pinned] == [key]
+        asked.ask(messages.Pin(model=name, pinned=False))
+
+
+def test_the_model_that_was_unused_for_longest_is_the_first_to_go(asked: Asked) -> None:
+    keys = [asked.load(number, manifest(f"m{number}")) for number in range(4)]
+    assert asked.core.longest_idle is None
+    for number in (2, 0, 3):
+        asked.end(number)
+    gone = []
+    while (key := asked.core.longest_idle) is not None:
+        asked.runner.feed(events.Unwanted(key))
+        gone.append(keys.index(key))
+    assert gone == [2, 0, 3]
+    assert list(asked.core.models) == [keys[1]]
+
+
 def test_of_what_is_not_there_it_tells_what_is(asked: Asked) -> None:
     asked.load(1, manifest())
     with pytest.raises(ModelNotLoaded, match="the daemon holds nothing of 'other'; what it holds: m"):

@@ -109,6 +109,9 @@ class Core(Holdings):
     # -- models and sessions -------------------------------------------------------------------------------------------
 
     def _attach(self, event: events.Attach) -> None:
+        for other in self.models.values():
+            if other.manifest.folder == event.manifest.folder and other.manifest.files != event.manifest.files:
+                other.unwanted = self._memory_changed = True  # its files have been replaced
         model = self.models.get(event.manifest.key)
         if model is None:
             try:
