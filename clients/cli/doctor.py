@@ -158,8 +158,8 @@ def settings(home: Home) -> list[tuple[str, str]]:
 
 def budget(home: Home) -> Budget:
     """What a daemon that starts would take; the default, where the setting cannot be used (another check tells)."""
+    from expertd.clients.cli.budget import cache_holds
     from expertd.clients.doctor.surroundings import Budget
-    from expertd.clients.planning.held import cache_holds
     from expertd.daemon.machine import default_budget, this_machine
     from expertd.protocol.config import read_config
 

@@ -126,7 +126,7 @@ def reckon(
     Raises:
         ExpertdError: the home, the checkpoint or the trace cannot be used; or the model cannot be measured.
     """
-    from expertd.clients.planning.held import cache_holds
+    from expertd.clients.cli.budget import cache_holds
     from expertd.clients.planning.rows import Memory, budgets, make_plan
     from expertd.clients.planning.shape import read_shape
     from expertd.clients.planning.speed import FETCH_S, fetch_seconds
