@@ -7,7 +7,6 @@ creation of segments, the parsing of headers).  Only this loop touches the core,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -15,7 +14,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +31,8 @@ from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
 from expertd.daemon.diary import Diary
 from expertd.daemon.files import Read
+from expertd.daemon.filling import Filling
+from expertd.daemon.hearing import Hearing
 from expertd.daemon.holders import Holders, held_now
 from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
@@ -43,7 +44,7 @@ from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, close_all, create_pool, handed_pool
 from expertd.daemon.pressure import Source, system_source
-from expertd.daemon.reader import Job, Reader
+from expertd.daemon.reader import Reader
 from expertd.daemon.remembering import Remembering, recall, record_of
 from expertd.daemon.status import as_line, daemon_status
 from expertd.daemon.steering import Steering
@@ -51,7 +52,7 @@ from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
-from expertd.daemon.waits import Place, Waited, Waits
+from expertd.daemon.waits import Waited, Waits
 from expertd.daemon.warm_record import Records
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
@@ -67,7 +68,6 @@ from expertd.protocol.logs import Log
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
-from expertd.protocol.routing import unpack
 from expertd.protocol.segments import remove, segment_name
 from expertd.protocol.sizes import show_size
 from expertd.protocol.traces import trace_exists
@@ -145,8 +145,8 @@ class Server:
         self._waits = Waits()
         self._waited: dict[str, Waited] = {}  # In sessions that have ended, by models' keys.
         self._tokens = TokenCounts()
-        self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
+        self._hearing = Hearing(self._waits, self._tokens, self._tracing, self._feed)
         self._peers: dict[int, _Peer] = {}
         self._events: deque[events.Event] = deque()
         self._numbers = itertools.count(secrets.randbits(48))
@@ -189,6 +189,9 @@ class Server:
             for stale in (self._home.daemon_socket, self._home.lifeline_socket):
                 stale.unlink(missing_ok=True)
             self._subscribers = Subscribers(self._send)
+            self._filling = Filling(
+                self._reader, self._pools, self._files, self._waits, self._diary, self._feed
+            )
             logging.getLogger("expertd.daemon").addHandler(self._subscribers)
             self._lifelines.listen()
             self._router.bind(f"ipc://{self._home.daemon_socket}")
@@ -274,45 +277,18 @@ class Server:
     def _take_session(self, identity: bytes, message: messages.Message) -> None:
         """A message of an open session."""
         match message:
-            case messages.Fetch(session=session, sequence=sequence, segment=segment, layer=layer):
+            case messages.Fetch(session=session, sequence=sequence):
                 if self._check_sender(identity, session, sequence):
-                    experts, routing = tuple(message.experts), tuple(unpack(message.routing))
-                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens, sequence)
-                    self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
-                    fetch = events.Fetch(
-                        session, sequence, segment, layer, experts, routing,
-                        tuple(message.then), message.leases_only, self._waits.waited_s(session),
-                    )  # fmt: skip
-                    self._feed(fetch)
-            case messages.Ahead(session=session):
-                if self._check_sender(identity, session):
-                    routing = tuple(unpack(message.routing))
-                    experts, distance = tuple(message.experts), message.distance
-                    ahead = events.Ahead(
-                        session, message.segment, message.layer, experts, distance, message.prompt, routing
-                    )
-                    self._feed(ahead)
-            case messages.Ack(session=session):
-                if self._check_sender(identity, session):
-                    routing = tuple(unpack(message.routing))
-                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
-                    self._feed(events.Ack(session, message.version, message.sequence, routing))
-            case messages.RoutingLog(session=session):
-                if self._check_sender(identity, session):
-                    self._feed(events.Routed(session, tuple(unpack(message.routing))))
-                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
-            case messages.Released(session=session, segment=segment):
-                if self._check_sender(identity, session):
-                    self._feed(events.Released(session, segment))
-            case messages.Recorded(session=session):
-                if self._check_sender(identity, session):
-                    self._tracing.recorded(message)
+                    self._hearing.take(message)
+            case (
+                messages.Ahead() | messages.Ack() | messages.RoutingLog() | messages.Released() | messages.Recorded()
+                | messages.Pong()
+            ):  # fmt: skip
+                if self._check_sender(identity, message.session):
+                    self._hearing.take(message)
             case messages.Ping(session=session):
                 if self._check_sender(identity, session):
                     self._send(identity, messages.Pong(session=session))
-            case messages.Pong(session=session):
-                if self._check_sender(identity, session):
-                    self._feed(events.Heard(session))
             case messages.Detach(session=session):
                 if self._check_sender(identity, session):
                     self._end(session)
@@ -588,25 +564,13 @@ class Server:
             case instructions.Publish(segment, row, expert, slot):
                 self._pools[segment].table[row, expert] = slot
             case instructions.StartRead():
-                rows = self._pools[what.segment].rows(what.slot)
-                files = self._files[what.model]
-                place = Place(what.segment, what.layer, what.expert)
-                self._waits.read_began(place, time.monotonic())
-                done = self._when_filled(what.segment, what.slot)
-                asked_at = self._frame_at if what.priority is Priority.DEMAND else None
-                job = self._reader.read(files, what.layer, what.expert, rows, done, what.priority, asked_at)
-                self._reads[what.segment, what.slot] = place, job
-            case instructions.Promote(segment, slot) if (segment, slot) in self._reads:
-                self._reader.promote(self._reads[segment, slot][1])
-            case instructions.Cancel(segment, slot) if (segment, slot) in self._reads:
-                place, job = self._reads[segment, slot]
-                if self._reader.cancel(job):
-                    del self._reads[segment, slot]
-                    self._waits.read_ended(place, time.monotonic())
-                    self._feed(events.ReadCancelled(segment, slot))
-            case instructions.StartCopy(source, source_slot, segment, slot):
-                sources, rows = self._pools[source].rows(source_slot), self._pools[segment].rows(slot)
-                self._reader.copy(sources, rows, self._when_filled(segment, slot))
+                self._filling.read(what, self._frame_at if what.priority is Priority.DEMAND else None)
+            case instructions.Promote(segment, slot):
+                self._filling.promote(segment, slot)
+            case instructions.Cancel(segment, slot):
+                self._filling.cancel(segment, slot)
+            case instructions.StartCopy():
+                self._filling.copy(what)
             case instructions.AskAck(session, version):
                 self._to_control(session, messages.AckRequest(session=session, version=version))
             case instructions.Announce(session, segment):
@@ -628,26 +592,6 @@ class Server:
             case instructions.UnlinkPool(segment):
                 self._large_pages.forget(segment)
                 self._pools.pop(segment).close()
-
-    def _when_filled(self, segment: int, slot: int) -> Callable[[int, ExpertdError | None], None]:
-        """What the reader calls, on a thread of its own, when the slot is filled."""
-
-        def done(size: int, error: ExpertdError | None) -> None:
-            event: events.ReadDone | events.ReadFailed
-            event = events.ReadDone(segment, slot, size) if error is None else events.ReadFailed(segment, slot, error)
-            # The loop may be closed already when the daemon ends; then nobody waits for this read.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._filled, event, time.monotonic())
-
-        return done
-
-    def _filled(self, event: events.ReadDone | events.ReadFailed, at: float) -> None:
-        read = self._reads.pop((event.segment, event.slot), None)
-        if read is not None:  # else it was copied
-            self._waits.read_ended(read[0], at)
-        if isinstance(event, events.ReadFailed):
-            self._diary.read_failed(event.error.message)
-        self._feed(event)
 
     def _grant(self, grant: instructions.Grant) -> None:
         pools = [self._hand_over(grant.session, info) for info in grant.pools]
