@@ -189,9 +189,7 @@ class Server:
             for stale in (self._home.daemon_socket, self._home.lifeline_socket):
                 stale.unlink(missing_ok=True)
             self._subscribers = Subscribers(self._send)
-            self._filling = Filling(
-                self._reader, self._pools, self._files, self._waits, self._diary, self._feed
-            )
+            self._filling = Filling(self._reader, self._pools, self._files, self._waits, self._diary, self._feed)
             logging.getLogger("expertd.daemon").addHandler(self._subscribers)
             self._lifelines.listen()
             self._router.bind(f"ipc://{self._home.daemon_socket}")
@@ -720,13 +718,13 @@ class Server:
             if news is not None:
                 for session in self._peers:
                     self._to_control(session, news)
-            if self._holders.changed(held_now(self._core, bases)):
-                await asyncio.to_thread(self._holders.write)
 
     async def _watch_warmth(self) -> None:
-        """Record what is worth keeping, and tell when what was recorded is back."""
+        """Note what outlives this daemon: who holds its memory, and what is worth keeping; tell when that is back."""
         while True:
             await asyncio.sleep(1.0)
+            if self._holders.changed(held_now(self._core, self._bases.known)):
+                await asyncio.to_thread(self._holders.write)
             models = self._core.models.values()
             self._diary.recalled(models)
             due = self._remembering.due(models, time.monotonic()) if self._remembering is not None else ()
