@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 
 import msgspec
 
+from expertd.clients.gateway.conversation import with_one_system
 from expertd.protocol.errors import ParameterUnsupported, RequestInvalid
 from expertd.protocol.messages import Generate, Sampling
 
@@ -76,7 +77,7 @@ class Wanted:
             sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + answer) % SEED_LIMIT)
         return Generate(
             request=request,
-            messages=self.messages,
+            messages=None if self.messages is None else with_one_system(self.messages),
             text=self.text,
             tokens=self.tokens,
             tools=self.tools,
