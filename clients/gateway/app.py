@@ -130,7 +130,7 @@ class Gateway:
         return await self._compute(request, served, wanted, rendering)
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
-        wanted = responses.parse(await self._body(request))
+        wanted = responses.parse(await self._body(request), self._stored.item)
         served = self._served(wanted.wanted.model)
         earlier = self._stored.items(wanted.previous)
         rendering = responses.Rendering(wanted, served.name, int(time.time()))
