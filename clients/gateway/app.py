@@ -23,6 +23,7 @@ from aiohttp import web
 from expertd.clients.gateway import anthropic, awake, chat, completions, plain, responses
 from expertd.clients.gateway.access import Access, challenges
 from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.connections import Busy
 from expertd.clients.gateway.discreet import wordless
 from expertd.clients.gateway.observe import Observer, Seen
 from expertd.clients.gateway.operations import Operations
@@ -113,8 +114,7 @@ class Gateway:
         self._stall_s = stall_s
         self._created = int(time.time())
         self._stored = Stored()
-        self.busy: set[object] = set()
-        """Connections with a request under way, as their aiohttp protocols."""
+        self.busy = Busy()
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
