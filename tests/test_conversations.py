@@ -8,7 +8,7 @@ import pytest
 
 from expertd.clients.gateway import anthropic, chat, responses
 from expertd.clients.gateway.stored import Stored
-from expertd.protocol.errors import ParameterUnsupported, PromptTooLong, RequestInvalid, ResponseNotFound
+from expertd.protocol.errors import ParameterUnsupported, RequestInvalid, ResponseNotFound
 
 HI = {"role": "user", "content": "hi"}
 
@@ -205,7 +205,7 @@ def test_an_error_names_what_the_client_sent(parsed: Any, name: str, param: str)
 
 def test_words_that_are_no_names_stay() -> None:
     sentence = "the messages are too long for max_tokens of 5; lower max_tokens (a_max_tokens, .max_tokens)"
-    error = of_responses([HI]).renamed(PromptTooLong(sentence, param="messages"))
+    error = of_responses([HI]).renamed(RequestInvalid(sentence, param="messages"))
     assert error.param == "input"
     assert error.message == (
         "the messages are too long for max_output_tokens of 5; lower max_output_tokens (a_max_tokens, .max_tokens)"

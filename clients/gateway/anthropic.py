@@ -84,9 +84,12 @@ def parse_count(body: object) -> Wanted:
 
 
 def error_body(error: ExpertdError) -> dict[str, Any]:
-    """``error`` as Anthropic writes errors."""
+    """``error`` as Anthropic writes errors, which have no field for what of the request is at fault."""
+    message = error.message
+    if error.param is not None and error.param not in message:
+        message = f"{error.param}: {message}"
     kind = _KINDS.get(error.http_status, "api_error" if error.http_status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": f"{error.message} [{error.code}]"}}
+    return {"type": "error", "error": {"type": kind, "message": f"{message} [{error.code}]"}}
 
 
 def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:

@@ -56,7 +56,7 @@ def function_of(value: Mapping[str, Any], param: str, schema: str = "parameters"
     """A function that may be called, as templates take it; ``schema`` is what its parameters are called.
 
     ``strict`` changes nothing: where a call is enforced its arguments always fit the schema, and where the model may
-    choose nothing is enforced (docs/gateway.md).
+    choose nothing is enforced (docs/integrations.md).
     """
     refuse_unknown(value, {"name", "description", "strict", schema}, param)
     name = string(value, "name", param)
