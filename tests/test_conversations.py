@@ -95,7 +95,7 @@ def test_items_of_kept_responses_are_referred_to_by_their_ids() -> None:
     stored = Stored()
     asked = responses.parse({"model": "m", "input": "hi"})
     stored.keep(response(1, CALLED, ANSWER), asked.given, [])
-    references = [{"type": "item_reference", "id": asked.given[0]["id"]}, {"id": "fc_a"},
+    references = [{"type": "item_reference", "id": asked.given[0]["id"]}, {"id": "fc_a", "type": None},
                   {"type": "function_call_output", "call_id": "c", "output": "4"},
                   {"type": "item_reference", "id": "msg_a"}]  # fmt: skip
     again = responses.parse({"model": "m", "input": references}, stored.item)

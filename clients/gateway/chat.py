@@ -61,15 +61,10 @@ HONOURED = SAMPLING | {
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
-_IDLE: Mapping[str, Callable[[Any], bool]] = {
-    "parsed": lambda value: True,
-    "annotations": lambda value: isinstance(value, list),
-    "function_call": lambda value: False,
-    "refusal": lambda value: False,
-    "audio": lambda value: False,
-}
-"""What OpenAI's own library sends back with an assistant's message, each with the test of what says nothing to a model.
-``parsed`` is the content once more."""
+_IDLE = frozenset({"parsed", "annotations"})
+_EMPTY = frozenset({"function_call", "refusal", "audio"})
+"""What OpenAI's own library sends back with an assistant's message: what says nothing to a model, and what says nothing
+as long as it is empty.  ``parsed`` is the content once more."""
 _PARTS = {"text": "text", "refusal": "refusal"}
 
 
@@ -231,7 +226,7 @@ def _message(value: object, param: str) -> dict[str, Any]:
         thought = name in ("reasoning_content", "reasoning") and role == "assistant"
         if name == "name" or thought or (name == "tool_call_id" and role == "tool"):
             message["reasoning_content" if thought else name] = string(value, name, param)
-        elif not (role == "assistant" and name in _IDLE and (field == [] or _IDLE[name](field))):
+        elif role != "assistant" or not (name in _IDLE or (name in _EMPTY and field == [])):
             raise ParameterUnsupported(
                 f"the field '{param}.{name}' is not supported; leave it out", param=f"{param}.{name}"
             )

@@ -239,7 +239,8 @@ def _item(item: object, param: str, find: Callable[[str], dict[str, Any] | None]
     """One item as it is kept, or the one that it refers to."""
     if not isinstance(item, dict):
         invalid(param, "an object")
-    kind = item.get("type") or ("message" if "role" in item else "item_reference" if item.keys() == {"id"} else None)
+    bare = "id" in item and not item.keys() - {"id", "type"}
+    kind = item.get("type") or ("message" if "role" in item else "item_reference" if bare else None)
     if not isinstance(kind, str):
         invalid(f"{param}.type", "a string")
     if item.get("id") is not None or kind == "item_reference":
