@@ -477,7 +477,7 @@ class ModelNotFound(RequestInvalid):
 
 
 class ResponseNotFound(RequestInvalid):
-    """No response of that id is kept."""
+    """No response of that id is kept, or none that has an item of that id."""
 
     code = "response_not_found"
     http_status = 404
