@@ -139,7 +139,6 @@ def test_what_asks_for_nothing_changes_nothing(given: dict[str, Any]) -> None:
         ({"prediction": {"type": "content"}}, "prediction"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]"),
         ({"response_format": {"type": "grammar"}}, "response_format"),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
         ({"no_such_thing": 1}, "no_such_thing"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
     ],

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.gateway_stage import Served, serving_alone
-from tools.tool_model import write_tool_model
+from tools.tool_model import DEMO, write_tool_model
 
 ASK: list[Any] = [{"role": "user", "content": "Is it warm in Oslo?"}]
 WEATHER = {
@@ -166,6 +166,33 @@ def test_what_claude_code_always_sends_is_taken(claude: anthropic.Anthropic) -> 
         claude.messages.create(**ask, extra_body={"context_management": edits})
     with pytest.raises(anthropic.BadRequestError, match=r"'output_config\.effort' has to be one of low"):
         claude.messages.create(model=MODEL, messages=ASK, max_tokens=1, output_config={"effort": "most"})  # type: ignore[typeddict-item]
+
+
+def test_a_format_beside_tools_leaves_an_answer_or_calls(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"],
+              "additionalProperties": False}  # fmt: skip
+    named = {"type": "json_schema", "name": "n", "schema": schema}
+    form = {"type": "json_schema", "json_schema": named}
+    ask: dict[str, Any] = {"response_format": form, "parallel_tool_calls": False, "max_tokens": 200}
+    (call,) = chat(client, **ask).choices[0].message.tool_calls
+    assert fits(call.function.name, json.loads(call.function.arguments))
+    # The model calls something wherever it may; so here it may not begin to.
+    vocabulary = json.loads((DEMO / "tokenizer.json").read_text())["model"]["vocab"]
+    never = {str(number): -100 for token, number in vocabulary.items() if token.startswith("<")}
+    message = chat(client, **ask, logit_bias=never).choices[0].message
+    assert message.tool_calls is None
+    assert json.loads(message.content).keys() == {"warm"}
+    flat: dict[str, Any] = {"tools": FLAT, "parallel_tool_calls": False, "text": {"format": named}, "temperature": 0}
+    (item,) = client.responses.create(model=MODEL, input=ASK, max_output_tokens=200, **flat).output
+    assert fits(item.name, json.loads(item.arguments))
+    used = claude.messages.create(
+        model=MODEL, messages=ASK, max_tokens=96, tools=CLAUDES, extra_body={"temperature": 0},
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+    )  # fmt: skip
+    (block,) = used.content
+    assert block.type == "tool_use"
+    assert fits(block.name, block.input)
 
 
 def test_several_system_messages_pass_a_template_that_takes_one(
