@@ -1,6 +1,7 @@
-"""Chat messages as the tokens of a prompt, by the model's own template.
+"""Chat messages as a prompt, by the model's own template.
 
-Raw text is the business of whoever has it; what an answer consists of is ``expertd.worker.channels``.
+Raw text is the business of whoever has it, lengths that of ``expertd.worker.prompts``; what an answer consists of is
+``expertd.worker.channels``.
 """
 
 from __future__ import annotations
@@ -10,16 +11,32 @@ from typing import Any
 
 from expertd.protocol.errors import ParameterUnsupported, RequestInvalid
 
+__all__ = ["encode_chat", "encode_rendered", "render_chat"]
 
-def encode_chat(
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The prompt of a conversation, at least one token.
+
+    Raises:
+        RequestInvalid: as ``render_chat``.
+    """
+    return encode_rendered(tokenizer, render_chat(tokenizer, messages))
+
+
+def encode_rendered(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of what a template has made, or of a part of it."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def render_chat(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     variables: Mapping[str, Any] | None = None,
     goes_on: bool = False,
     hints: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """The prompt of a conversation, at least one token.
+) -> str:
+    """The prompt of a conversation as text, which is not empty.
 
     Args:
         tools: what may be called, as OpenAI describes tools.
@@ -45,10 +62,10 @@ def encode_chat(
     more = {name: value for name, value in (hints or {}).items() if name in template} | more
     more |= {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
     try:
-        prompt = list(tokenizer.apply_chat_template(list(messages), **more))
+        prompt = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **more))
     except Exception as error:
         # A template is a program of the model's author: it may raise anything, about what the messages contain.
         raise RequestInvalid(f"the model's chat template refused the messages ({error})", param="messages") from error
     if not prompt:
-        raise RequestInvalid("the model's chat template made no tokens of the messages", param="messages")
+        raise RequestInvalid("the model's chat template made no text of the messages", param="messages")
     return prompt
