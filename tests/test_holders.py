@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from expertd.clients.cli.budget import cache_holds
 from expertd.daemon.holders import Held, Holders
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import DaemonNotRunning
@@ -145,10 +146,11 @@ def test_a_daemon_that_comes_after_one_that_was_killed_finds_the_same_budget(hom
         with Program(model) as program:
             tokens = program.run(8)
             held = ask_status(home).used_bytes
-            assert held > MB
+            assert cache_holds(home) == held > MB
             wait_for(lambda: Holders(home.daemon_holders).before == held)
             first.send_signal(signal.SIGKILL)
             first.wait()
+            assert cache_holds(home) == held
             with daemon_with(home, available - held):
                 assert ask_status(home).budget_bytes == 400 * MB
                 wait_for(lambda: len(ask_status(home).models) == 1)
