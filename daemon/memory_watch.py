@@ -63,8 +63,8 @@ class MemoryWatch:
         reading = self._source.read()
         governor = self.governor
         quiet = reading.level is Level.NORMAL and governor.limit == governor.budget
-        room = 0 if quiet else _room()  # nobody asks for it while nothing can change
-        change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, room, fixed)
+        there_is = 0 if quiet else room()  # nobody asks for it while nothing can change
+        change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, there_is, fixed)
         if change is not None:
             before, after = show_size(change.before), show_size(change.after)
             log.info("limit changed", before=before, now=after, why=change.why)
@@ -86,7 +86,8 @@ class MemoryWatch:
         return self.governor.set_budget(time.monotonic(), budget, why)
 
 
-def _room() -> int:
+def room() -> int:
+    """Bytes that the machine could give at once."""
     try:
         return this_machine().available
     except OSError as error:  # no descriptor is left to read it with

@@ -28,12 +28,16 @@ from expertd.protocol.segments import Segment, create, map_readonly
 
 @dataclass(frozen=True)
 class SharedPool:
-    """One pool's segment, its table ``[layers, experts]`` and the nonce that names it to its sessions."""
+    """One pool's segment, its table ``[layers, experts]`` and the nonce that names it to its sessions.
+
+    ``handed``: it is an earlier daemon's, which a session has handed back; it can be read only.
+    """
 
     segment: Segment
     layout: PoolLayout
     nonce: bytes
     table: NDArray[np.int32]
+    handed: bool = False
 
     def rows(self, slot: int) -> list[memoryview]:
         """Writable bytes of ``slot``, one view for each part."""
@@ -103,7 +107,7 @@ def handed_pool(manifest: Manifest, info: PoolInfo, size: int, descriptor: int) 
         header.release()
         segment.close()
         return "its table names slots that there are not, or one of them twice"
-    return SharedPool(segment, layout, info.nonce, table)
+    return SharedPool(segment, layout, info.nonce, table, handed=True)
 
 
 def _misfit(manifest: Manifest, info: PoolInfo) -> str | None:

@@ -535,6 +535,8 @@ class Session:
     def _send_outbox(self, link: Link) -> None:
         while self._outbox:
             said = self._outbox.popleft()
+            if isinstance(said, messages.Released) and said.segment in link.handed:
+                said = messages.Released(session=link.number, segment=said.segment)
             if said.session == link.number and not link.lost:
                 link.control.send(said)
 

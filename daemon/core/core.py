@@ -12,19 +12,21 @@ nothing is written to the old one any more.
 Attributes are those of ``holdings``, which adds models and gives them back.  What it does not do: choose victims
 (``expertd.daemon.policy``), the life of slots (``slots``), what a Fetch may ask for (``fetches``), what sessions will
 need soon (``ahead``), what they are about (``topics`` and ``turns``), what somebody wants to be resident (``warmth``),
-divide memory (``plan`` and ``memory``), read, write or send (``expertd.daemon.server``).
+what is taken of an earlier daemon's pools (``adoption``), divide memory (``plan`` and ``memory``), read, write or send
+(``expertd.daemon.server``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots, turns, warmth
+from expertd.daemon.core import adoption, ahead, events, fetches, instructions, memory, slots, turns, warmth
 from expertd.daemon.core.holdings import AtOnce, Holdings
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.plan import largest, resized
 from expertd.daemon.core.state import HANDED, Model, Pool, Session, Waiting
 from expertd.protocol.errors import ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
+from expertd.protocol.layout import PoolLayout
 
 LEARNED_FORWARDS = 32
 """Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
@@ -142,13 +144,34 @@ class Core(Holdings):
     def _pool_failed(self, segment: int, error: ExpertdError) -> None:
         if segment not in self._pools:
             return
-        model, pool = self._pools[segment]
-        if pool.generation > 1:
-            self._stay(model, pool, error)
-            return
-        self._drop(model)
-        for attach in model.opening:
-            self._out.append(instructions.Refuse(attach.session, error, None))
+        model, new = self._pools.pop(segment)
+        old = next((pool for pool in model.pools if pool.next is new), None)
+        if old is not None:
+            memory.forget_quotas([model])
+            self._memory_changed |= old.outdated
+            old.next, old.outdated = None, False
+        half = resized(model.manifest, new.layers, new.layout.size // 2)
+        if half.slots < new.layout.slots and (old is None or new.layout.size <= old.layout.size):
+            if old is None:
+                self._begin_smaller(model, new, half)
+            else:
+                self._move(model, old, half.size, fresh=new.fresh)  # what it lacks it gets when the old one has gone
+        elif old is None:
+            for attach in model.opening:
+                self._out.append(instructions.Refuse(attach.session, error, None))
+            self._drop(model)
+        else:
+            self._stay(model, old, error)
+
+    def _begin_smaller(self, model: Model, pool: Pool, layout: PoolLayout) -> None:
+        """There is no memory for what ``pool`` should begin with: begin with less, and grow when something is free."""
+        quota = pool.layout.size if pool.quota is None else pool.quota
+        begun = self._new_pool(model.key, 1, pool.layers, layout)
+        begun.quota, begun.wish, begun.carried, begun.sources = quota, pool.wish, pool.carried, pool.sources
+        model.pools[model.pools.index(pool)] = begun
+        model.pool_of_layer.update(dict.fromkeys(begun.layers, begun))
+        self._pools[begun.segment] = model, begun
+        adoption.shrink(model, begun)
 
     def _open_sessions(self, model: Model) -> None:
         opening, model.opening = model.opening, []
@@ -171,7 +194,9 @@ class Core(Holdings):
 
     def _ended(self, number: int) -> None:
         for model in self.models.values():
-            model.opening = [attach for attach in model.opening if attach.session != number]
+            if any(attach.session == number for attach in model.opening):
+                model.opening = [attach for attach in model.opening if attach.session != number]
+                self._leave(model, number)
         session = self.sessions.pop(number, None)
         if session is None:
             return
@@ -181,11 +206,16 @@ class Core(Holdings):
         model.policy.ended(number)
         model.topics.ended(number)
         del model.sessions[number]
-        for pool in (*model.pools, *model.old):
-            pool.holders.pop(number, None)
+        self._leave(model, number)
         model.used_at = self._events
         self._memory_changed = True
         self._pump_all(model)
+        self._sweep(model)
+
+    def _leave(self, model: Model, number: int) -> None:
+        """A session that is over, opened or not, holds no generation of ``model`` any more."""
+        for pool in (*model.pools, *model.old):
+            pool.holders.pop(number, None)
         self._sweep(model)
 
     def _heard(self, session: Session) -> None:
@@ -210,18 +240,21 @@ class Core(Holdings):
             self._pump_all(model)
 
     def _handed_back(self, event: events.HandedBack) -> None:
-        """Copy from pools of an earlier daemon into those of a model that has just come, and then give them back."""
+        """Copy from pools of an earlier daemon what is absent; they are there until their sessions release them."""
         model = self.models.get(event.model)
-        if model is None or model.sessions:
-            for what in event.pools:
-                self._out.append(instructions.UnlinkPool(what.segment))
+        new = [Pool.handed(what) for what in event.pools if what.segment not in self._pools]
+        if model is None or not model.knows(event.session):
+            for pool in new:
+                self._out.append(instructions.UnlinkPool(pool.segment))
             return
-        for what in event.pools:
-            pool = Pool.handed(what)
+        for pool in new:
             model.old.append(pool)
             self._pools[pool.segment] = (model, pool)
-        warmth.adopt(model)
-        self._sweep(model)
+        for what in event.pools:
+            self._pools[what.segment][1].holders[event.session] = model.version
+        adoption.adopt(model, new)
+        if model.ready:
+            self._pump_all(model)
 
     # -- fetch and ack -------------------------------------------------------------------------------------------------
 
@@ -495,21 +528,12 @@ class Core(Holdings):
         self._pump(model, new)
         self._sweep(model)
 
-    def _stay(self, model: Model, new: Pool, error: ExpertdError) -> None:
-        """There is no memory for a new generation: try a smaller one, or refuse what cannot be served without one."""
-        old = next(pool for pool in model.pools if pool.next is new)
-        del self._pools[new.segment]
-        memory.forget_quotas([model])
-        self._memory_changed |= old.outdated
-        old.next, old.outdated = None, False
-        half = resized(model.manifest, old.layers, new.layout.size // 2)
-        if new.layout.size <= old.layout.size and half.slots < new.layout.slots:
-            self._move(model, old, half.size, fresh=new.fresh)  # what it lacks it gets when the old one has gone
-            return
-        if slots.only_silent(slots.in_the_way(model, old)):
-            for waiting in fetches.ungranted(old):
-                self._give_up(model, old, waiting, error)
-        self._pump(model, old)
+    def _stay(self, model: Model, pool: Pool, error: ExpertdError) -> None:
+        """There is no memory for another generation of ``pool``: refuse what cannot be served without one."""
+        if slots.only_silent(slots.in_the_way(model, pool)):
+            for waiting in fetches.ungranted(pool):
+                self._give_up(model, pool, waiting, error)
+        self._pump(model, pool)
 
     def _offer(self, model: Model, session: Session) -> None:
         """Hand over the current generations that ``session`` does not have."""

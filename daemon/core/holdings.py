@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from expertd.daemon.core import events, instructions, memory
+from expertd.daemon.core import adoption, events, instructions, memory
 from expertd.daemon.core.plan import beginning, largest, plan_pools, smallest
 from expertd.daemon.core.state import Model, Pool, Session
 from expertd.daemon.policy import Forecast, PolicyFactory
@@ -31,8 +31,8 @@ class Holdings:
 
     Attributes:
         budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while pools
-            move, by one event of one session for each pool of a model that comes meanwhile, or that has to go on
-            without a silent session, and by what silent sessions keep.
+            move (from those of an earlier daemon, too), by one event of one session for each pool of a model that comes
+            meanwhile, or that has to go on without a silent session, and by what silent sessions keep.
         most: bytes that the user allows; more than the budget under memory pressure.
         beside: bytes that the user allows beyond that, and that base weights have.
         going: bytes by which the budget grows when a model that nobody uses is given back, by its key.
@@ -83,7 +83,7 @@ class Holdings:
             number
             for model in self.models.values()
             for number in {number for old in model.old for number in old.holders}
-            if not model.sessions[number].silent
+            if number in model.sessions and not model.sessions[number].silent
         ]
 
     def _new_model(self, event: events.Attach) -> Model:
@@ -96,11 +96,12 @@ class Holdings:
         wanted, needed = largest(manifest) * copies, smallest(manifest) * copies
         if needed > self.most - self.smallest_budget:
             raise memory.no_room(self.most, self.smallest_budget, manifest, needed, self.beside)
-        self._drop_idle(wanted)
+        self._drop_idle(wanted + event.holding)
         should_have = max(needed, memory.make_room(self.budget, self.models.values(), wanted))
         plans = plan_pools(manifest, should_have // copies)
         pools = []
-        for plan, layout in beginning(manifest, plans, (self.budget - self.used) // copies):
+        begins_with = adoption.beginning_with(self.budget - self.used, event)
+        for plan, layout in beginning(manifest, plans, begins_with // copies):
             pools.append(self._new_pool(manifest.key, 1, plan.layers, layout))
             pools[-1].quota = plan.layout.size if layout.slots < plan.layout.slots else None
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
@@ -113,12 +114,8 @@ class Holdings:
             self._pools[pool.segment] = (model, pool)
         return model
 
-    def number_segment(self) -> int:
-        """A number for one more segment."""
-        return next(self._segments)
-
     def _new_pool(self, model: str, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
-        segment = self.number_segment()
+        segment = next(number for number in self._segments if number not in self._pools)
         self._out.append(instructions.CreatePool(segment, generation, layout, model, layers))
         return Pool(segment, generation, layers, layout)
 
@@ -137,6 +134,6 @@ class Holdings:
         del self.models[model.key]
         self.budget += self.going.pop(model.key, 0)
         for pool in (*model.pools, *model.old):
-            del self._pools[pool.segment]
+            self._pools.pop(pool.segment, None)  # one that could not be created is not there any more
             if pool.created:
                 self._out.append(instructions.UnlinkPool(pool.segment))
