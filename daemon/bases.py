@@ -121,17 +121,11 @@ class SharedBases:
     ) -> Base | None:
         """Base weights of an earlier daemon that a session goes on with, as ``share``; None: they are not used here.
 
-        They were handed over when they were complete, and nobody can write to them.  If somebody else waits for them
-        being read, it gets these.  Owns ``descriptor``.
+        They were handed over when they were complete, and nobody can write to them.  Whoever waits for them being read
+        gets these; where they have been read, these only count.  Owns ``descriptor``.
         """
         base = self.known.find(manifest.base_key)
         sealed = None if base is None else self._sealed.get(base.segment)
-        if base is not None and sealed is not None:
-            os.close(descriptor)
-            if sealed.nonce != info.nonce:
-                return None  # of two copies one is enough for those who come
-            base.opening += 1
-            return base
         problem = _misfit(manifest, info, size, descriptor)
         if base is None:
             problem = problem or self.known.refusal(manifest, most, needed, opened)
@@ -139,9 +133,14 @@ class SharedBases:
             os.close(descriptor)
             self._tell(manifest, f"those that a session handed back are not used: {problem}")
             return None
-        base = base or self.known.add(manifest)
+        if base is None or sealed is None:
+            base = base or self.known.add(manifest)
+            self._sealed[base.segment] = _Sealed(descriptor, info.nonce)  # if they are being read, that stops
+        else:
+            os.close(descriptor)
+            if sealed.nonce != info.nonce:  # others are shared already
+                base = self.known.copy(manifest, info.nonce)
         base.opening += 1
-        self._sealed[base.segment] = _Sealed(descriptor, info.nonce)  # if they are being read, that stops
         self._changed()
         return base
 

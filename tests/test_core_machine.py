@@ -56,7 +56,7 @@ _looking_up = _who(lambda worker: worker.looks_up)
 _reading = _who(lambda worker: worker.reading and not worker.stopped)
 _with_requests = _who(lambda worker: worker.requests and not worker.stopped)
 _with_offers = _who(lambda worker: worker.free and worker.offers)
-_with_spare = _who(lambda worker: worker.spare and not worker.stopped)
+_with_spare = _who(lambda worker: worker.granted and worker.spare and not worker.stopped)
 _in_an_event = _who(lambda worker: worker.granted and worker.rest and not worker.stopped and worker.fetching is None)
 _to_fetch_again = _who(lambda worker: worker.free and worker.again)
 _sending = {channel: _who(lambda worker, c=channel: worker.outbox[c]) for channel in CHANNELS}

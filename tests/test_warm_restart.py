@@ -6,13 +6,19 @@ Files and their moments are ``test_warm_record``'s.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from expertd.daemon.core.slots import BACKGROUND_READS
+from expertd.protocol.layout import base_layout
 from expertd.protocol.messages import ModelStatus
 from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
@@ -181,6 +187,72 @@ def test_a_session_that_was_stopped_when_its_daemon_died_disturbs_nobody(
         assert held(home).recalled is not None
         os.kill(two.pid, signal.SIGCONT)
         assert two.run(TOKENS) == first
+
+
+@contextmanager
+def stopped(program: Program) -> Iterator[None]:
+    os.kill(program.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(program.pid, signal.SIGCONT)
+
+
+def test_a_program_that_comes_before_those_that_outlive_the_daemon_does_not_cost_them_what_they_hold(
+    tmp_path: Path, home: Home, start_daemon: StartDaemon
+) -> None:
+    """It has had base weights read for it when the other looks for a daemon; those that are there twice count twice."""
+    model_path = write_checkpoint(tmp_path / "model", "qwen3_moe", **{**SIZES, "n_experts": 2 * SIZES["n_experts"]})
+    manifest = load_lazily(model_path).manifest
+    base = base_layout(manifest.base)[1]
+    budget = budget_for(manifest, SLOTS) + base
+    daemon = start_daemon(str(budget), "--no-remember")
+    with ExitStack() as stack:
+        one = stack.enter_context(Program(model_path, budget))
+        first = one.run(TOKENS)
+        there = held(home).resident_blocks
+        with stopped(one):
+            kill(daemon)
+            start_daemon(str(budget), "--no-remember")
+            two = stack.enter_context(Program(model_path, budget))
+            assert (held(home).resident_blocks, held(home).base_bytes) == (0, base)
+        wait_for(lambda: len(held(home).sessions) == 2)
+        wait_for(lambda: held(home).pool_bytes <= budget - 2 * base)
+        found = held(home)
+        assert (found.base_bytes, found.bytes_read, found.misses) == (2 * base, 0, 0)
+        assert [session.shares_base for session in found.sessions] == [True, False]
+        # The pool has moved meanwhile, because of the base weights; what was on its way then is not there.
+        assert min(there, SLOTS) - 2 * BACKGROUND_READS <= found.resident_blocks
+        assert found.recalled is not None and found.recalled.adopted >= found.resident_blocks
+        assert (one.run(TOKENS), two.run(TOKENS)) == (first, first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another process's limits")
+def test_where_there_is_no_memory_for_two_pools_programs_come_back_all_the_same(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    """The limit on a file's size stands for a full /dev/shm."""
+    budget = budget_for(manifest, SLOTS)
+    pool = budget - base_layout(manifest.base)[1]
+    daemon = start_daemon(str(budget), "--no-remember")
+    with Program(model_path, budget) as one:
+        first = one.run(TOKENS)
+        there = held(home).resident_blocks
+        with stopped(one):
+            kill(daemon)
+            daemon = start_daemon(str(budget), "--no-remember")
+            before = resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (pool - 1, before[1]))
+        wait_for(lambda: bool(ask_status(home).models) and bool(held(home).sessions))
+        small = held(home)
+        assert 2 <= small.slots <= SLOTS // 2 < there
+        wait_for(lambda: held(home).resident_blocks == small.slots)
+        assert held(home).bytes_read == 0
+        assert one.run(TOKENS) == first
+        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, before)
+        with Program(model_path, budget) as two:
+            wait_for(lambda: held(home).slots == SLOTS)
+            assert (one.run(TOKENS), two.run(TOKENS)) == (first, first)
 
 
 def test_with_a_smaller_budget_a_part_is_adopted(

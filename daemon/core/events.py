@@ -194,7 +194,7 @@ class Handed:
 
 @dataclass(frozen=True)
 class HandedBack:
-    """``session``, of ``model`` (a key), has these of a daemon that has died, and will say when it has released them."""
+    """``session``, of ``model`` (a key), has these of a daemon that has died, and will say when they are released."""
 
     session: int
     model: str
