@@ -58,14 +58,16 @@ class SharedPool:
 
 
 def create_pool(
-    name: str, layout: PoolLayout, generation: int, model: str = "", layers: Sequence[int] = ()
+    name: str, layout: PoolLayout, generation: int, model: str = "", layers: Sequence[int] = (), least: bool = False
 ) -> SharedPool:
     """A new pool with an empty table, for these layers of the model with that key.
 
+    Args:
+        least: nobody could go on without it, so it is created even if the room for segments is full (``create``).
     Raises:
         SegmentFailed: the system has no memory for it.
     """
-    segment = create(name, layout.size)
+    segment = create(name, layout.size, beyond=least)
     nonce = secrets.token_bytes(16)
     write_header(memoryview(segment.mapping), nonce, generation)
     write_contents(memoryview(segment.mapping), model, layers, layout.slots)

@@ -141,7 +141,8 @@ class Server:
         ground = Ground(
             home, self._core, self._bases, self._lifelines, self._peers, self._pools, self._files,
             feed=self._feed, share_out=self._share_out, budget=lambda: self._memory.governor.budget,
-            room=memory_watch.room, recall=lambda manifest: recall(home, manifest, self._policy_name, remembers),
+            room=lambda: memory_watch.room() if self._memory.pressure.level == "normal" else 0,
+            recall=lambda manifest: recall(home, manifest, self._policy_name, remembers),
         )  # fmt: skip
         self._attaching = Attaching(ground)
         self._records = Records(home)
@@ -600,7 +601,9 @@ class Server:
         name = segment_name(self._home.root)
         async with self._creating:  # segments share that name while they are created
             try:
-                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation, what.model, what.layers)
+                pool = await asyncio.to_thread(
+                    create_pool, name, what.layout, what.generation, what.model, what.layers, what.least
+                )
             except ExpertdError as error:
                 log.warning("a pool could not be created: %s", error)
                 event = events.PoolFailed(what.segment, error)

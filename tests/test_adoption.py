@@ -390,6 +390,7 @@ def failing(daemon: Daemon, create: CreatePool) -> list[int]:
     tried = []
     while True:
         tried.append(create.layout.slots)
+        assert create.least is (create.layout.slots == WIDE.layers[0].top_k)
         creates = of(CreatePool, daemon.feed(PoolFailed(create.segment, NO_MEMORY)))
         if not creates:
             return tried

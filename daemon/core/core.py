@@ -166,7 +166,7 @@ class Core(Holdings):
     def _begin_smaller(self, model: Model, pool: Pool, layout: PoolLayout) -> None:
         """There is no memory for what ``pool`` should begin with: begin with less, and grow when something is free."""
         quota = pool.layout.size if pool.quota is None else pool.quota
-        begun = self._new_pool(model.key, 1, pool.layers, layout)
+        begun = self._new_pool(model.manifest, 1, pool.layers, layout)
         begun.quota, begun.wish, begun.carried, begun.sources = quota, pool.wish, pool.carried, pool.sources
         model.pools[model.pools.index(pool)] = begun
         model.pool_of_layer.update(dict.fromkeys(begun.layers, begun))
@@ -489,7 +489,7 @@ class Core(Holdings):
         """Begin a new generation of ``pool`` in ``size`` bytes, as near as that is possible."""
         if pool.next is None:
             layout = resized(model.manifest, pool.layers, size)
-            pool.next = self._new_pool(model.key, pool.generation + 1, pool.layers, layout)
+            pool.next = self._new_pool(model.manifest, pool.generation + 1, pool.layers, layout)
             pool.next.fresh = fresh
             self._pools[pool.next.segment] = (model, pool.next)
 

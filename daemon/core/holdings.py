@@ -9,10 +9,11 @@ import itertools
 from collections.abc import Callable
 
 from expertd.daemon.core import adoption, events, instructions, memory
-from expertd.daemon.core.plan import beginning, largest, plan_pools, smallest
+from expertd.daemon.core.plan import beginning, largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.layout import PoolLayout
+from expertd.protocol.manifest import Manifest
 
 
 class AtOnce(list[instructions.Instruction]):
@@ -102,7 +103,7 @@ class Holdings:
         pools = []
         begins_with = adoption.beginning_with(self.budget - self.used, event)
         for plan, layout in beginning(manifest, plans, begins_with // copies):
-            pools.append(self._new_pool(manifest.key, 1, plan.layers, layout))
+            pools.append(self._new_pool(manifest, 1, plan.layers, layout))
             pools[-1].quota = plan.layout.size if layout.slots < plan.layout.slots else None
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
         layers = manifest.layers
@@ -114,9 +115,10 @@ class Holdings:
             self._pools[pool.segment] = (model, pool)
         return model
 
-    def _new_pool(self, model: str, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
+    def _new_pool(self, manifest: Manifest, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
         segment = next(number for number in self._segments if number not in self._pools)
-        self._out.append(instructions.CreatePool(segment, generation, layout, model, layers))
+        least = layout == resized(manifest, layers, 0)
+        self._out.append(instructions.CreatePool(segment, generation, layout, manifest.key, layers, least))
         return Pool(segment, generation, layers, layout)
 
     def _idle(self) -> list[Model]:
