@@ -17,7 +17,7 @@ log = Log("expertd.daemon")
 TICK_S, IDLE_TICK_S = 0.25, 1.0
 """How often the system is asked, while there is something to give back and while there is not."""
 ASK_S = 2.0
-"""If the system gave no memory for a smaller pool, it is asked again so often."""
+"""If the system gave no memory for another pool, it is asked again so often."""
 LEVELS: dict[Level, Literal["normal", "warning", "critical"]] = {
     Level.NORMAL: "normal",
     Level.WARNING: "warning",
@@ -74,9 +74,9 @@ class MemoryWatch:
         log.info("memory pressure changed", level=reading.level.word, figure=reading.figure)
         return change, self.pressure
 
-    def asks_again(self, too_much: bool) -> bool:
-        """Whether it is time to ask for memory to move to again, if ``too_much`` is used: there was none, it seems."""
-        if not too_much or time.monotonic() - self._asked_at < ASK_S:
+    def asks_again(self, wanting: bool) -> bool:
+        """Whether it is time to ask for memory again, if the core is ``wanting``: there was none, it seems."""
+        if not wanting or time.monotonic() - self._asked_at < ASK_S:
             return False
         self._asked_at = time.monotonic()
         return True

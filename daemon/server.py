@@ -671,7 +671,7 @@ class Server:
             change, news = self._memory.tick(used, floor, bases.used)
             if change is not None:
                 self._share_out(change.drop)
-            elif self._memory.asks_again(self._core.used > self._core.budget):
+            elif self._memory.asks_again(self._core.wanting):
                 self._feed(events.MemoryWanted())
             if news is not None:
                 for session in self._peers:

@@ -25,6 +25,7 @@ from expertd.daemon.core.events import (
     Recall,
     Released,
 )
+from expertd.daemon.core.holdings import ASK_AGAIN
 from expertd.daemon.core.instructions import (
     CreatePool,
     Grant,
@@ -420,6 +421,33 @@ def test_where_it_gives_none_for_one_event_the_session_is_refused_and_nothing_is
     assert [refusal.error for refusal in of(Refuse, daemon.said)] == [NO_MEMORY]
     assert of(UnlinkPool, daemon.said) == [UnlinkPool(OLD)]
     assert daemon.core.models == {} and daemon.core.used == 0
+
+
+def test_memory_that_is_not_there_yet_when_the_pool_should_grow_is_asked_for_again() -> None:
+    """Its session has said that it has released the old one, and the system is a little behind."""
+    daemon, create = begin(0)
+    copy_all(daemon, of(StartCopy, daemon.feed(PoolCreated(create.segment))))
+    (create,) = of(CreatePool, daemon.feed(Released(1, OLD)))
+    assert failing(daemon, create) == [SLOTS, 5, 3]
+    assert daemon.core.wanting
+    (model,) = daemon.core.models.values()
+    begun = model.pools[0].segment
+    assert len(grow(daemon, daemon.feed(events.MemoryWanted()))) == 2
+    daemon.feed(Released(1, begun))
+    assert not daemon.core.wanting
+    daemon.finish()
+    assert resident(model) == THERE.keys()
+
+
+def test_memory_that_there_never_is_is_not_asked_for_for_ever() -> None:
+    daemon, create = begin(0)
+    copy_all(daemon, of(StartCopy, daemon.feed(PoolCreated(create.segment))))
+    event: events.Event = Released(1, OLD)
+    for _ in range(1 + ASK_AGAIN):
+        (create,) = of(CreatePool, daemon.feed(event))
+        assert failing(daemon, create) == [SLOTS, 5, 3]
+        wanting, event = daemon.core.wanting, events.MemoryWanted()
+    assert not wanting
 
 
 def test_a_model_of_several_pools_begins_with_the_one_that_there_is_memory_for() -> None:

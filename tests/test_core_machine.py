@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from expertd.daemon.core import Core, events, foresight, instructions, quotas, topics, turns, warmth
-from expertd.daemon.core.core import GROWTH
-from expertd.daemon.core.plan import largest, resized
+from expertd.daemon.core.plan import GROWTH, largest, resized
 from expertd.protocol.errors import ReadFailed
 from expertd.protocol.layout import PAGE
 from expertd.protocol.messages import AliasMode

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from expertd.daemon.core import adoption, ahead, events, fetches, instructions, memory, slots, turns, warmth
 from expertd.daemon.core.holdings import AtOnce, Holdings
 from expertd.daemon.core.instructions import Priority
-from expertd.daemon.core.plan import largest, resized
+from expertd.daemon.core.plan import GROWTH, largest, resized
 from expertd.daemon.core.state import HANDED, Model, Pool, Session, Waiting
 from expertd.protocol.errors import ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
 from expertd.protocol.layout import PoolLayout
@@ -31,8 +31,6 @@ from expertd.protocol.layout import PoolLayout
 LEARNED_FORWARDS = 32
 """Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
 long, and what others miss must not wait for it."""
-GROWTH = 9 / 8
-"""A pool moves to a larger generation if that is so much larger, holds all, or is its quota: moving costs copies."""
 
 
 class Core(Holdings):
@@ -146,22 +144,22 @@ class Core(Holdings):
             return
         model, new = self._pools.pop(segment)
         old = next((pool for pool in model.pools if pool.next is new), None)
+        less = memory.less(model.manifest, new, old)
         if old is not None:
             memory.forget_quotas([model])
             self._memory_changed |= old.outdated
             old.next, old.outdated = None, False
-        half = resized(model.manifest, new.layers, new.layout.size // 2)
-        if half.slots < new.layout.slots and (old is None or new.layout.size <= old.layout.size):
-            if old is None:
-                self._begin_smaller(model, new, half)
+            if less is not None:
+                self._move(model, old, less.size, fresh=new.fresh)  # what it lacks it gets when the old one has gone
             else:
-                self._move(model, old, half.size, fresh=new.fresh)  # what it lacks it gets when the old one has gone
-        elif old is None:
+                old.denied += new.layout.size > old.layout.size
+                self._stay(model, old, error)
+        elif less is not None:
+            self._begin_smaller(model, new, less)
+        else:
             for attach in model.opening:
                 self._out.append(instructions.Refuse(attach.session, error, None))
             self._drop(model)
-        else:
-            self._stay(model, old, error)
 
     def _begin_smaller(self, model: Model, pool: Pool, layout: PoolLayout) -> None:
         """There is no memory for what ``pool`` should begin with: begin with less, and grow when something is free."""
@@ -509,8 +507,9 @@ class Core(Holdings):
         stay = slots.hand_over(model, old, new)
         new.carried.update(stay)
         new.wish.extend(reversed(stay))  # the most valuable first
-        if old.quota is not None and old.generation == 1:  # it began smaller than it was to become
-            wished += warmth.recalled(model, new)
+        left = warmth.recalled(model, new)
+        if old.layout.slots < min(len(left), new.layout.slots):  # there was no room for all that an earlier daemon held
+            wished += left
         wished = [block for block in dict.fromkeys(wished) if block not in new.carried]
         if not new.fresh:
             slots.carry(model, new, (block for block in wished if any(block in source.where for source in handed)))

@@ -144,7 +144,7 @@ class BudgetChanged:
 
 @dataclass(frozen=True)
 class MemoryWanted:
-    """More is used than may be, because the system gave no memory to move to: it is time to ask again."""
+    """The system gave no memory to move to, and it is time to ask again (``Core.wanting``)."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.layout import PoolLayout
 from expertd.protocol.manifest import Manifest
 
+ASK_AGAIN = 3
+"""So often it is tried again to let a pool grow for which there was no memory; after that when some is given back."""
+
 
 class AtOnce(list[instructions.Instruction]):
     """Has each instruction carried out when it is appended, and keeps none."""
@@ -71,6 +74,15 @@ class Holdings:
     def floor(self) -> int:
         """Bytes for one event of each session: what they keep under the worst pressure."""
         return memory.floor(self.models.values())
+
+    @property
+    def wanting(self) -> bool:
+        """Whether it makes sense to ask the system again for memory that it did not give (``events.MemoryWanted``).
+
+        Too much is used, or a pool was to grow; what others still held a moment ago may be there now.
+        """
+        denied = (pool.denied for model in self.models.values() for pool in model.pools)
+        return self.used > self.budget or any(0 < times <= ASK_AGAIN for times in denied)
 
     @property
     def owing(self) -> list[int]:

@@ -106,6 +106,7 @@ class Pool:
         next: the generation after, while its memory is being created.
         quota: bytes that it should have in the place of what it has: pools, or models, give each other some.
         fresh: nothing of the generation before is copied: there is no memory or time for that.
+        denied: how often the system gave no memory for a larger generation.
         outdated: the memory was divided again since ``next`` was asked for, and it should be of another size now.
         superseded: there is a newer generation; nothing is granted or evicted here any more.
     """
@@ -137,6 +138,7 @@ class Pool:
     quota: int | None = None
     fresh: bool = False
     outdated: bool = False
+    denied: int = 0
     filling: int = 0
     copies_from: int = 0
 
