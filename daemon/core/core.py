@@ -26,7 +26,6 @@ from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.plan import GROWTH, largest, resized
 from expertd.daemon.core.state import HANDED, Model, Pool, Session, Waiting
 from expertd.protocol.errors import ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
-from expertd.protocol.layout import PoolLayout
 
 LEARNED_FORWARDS = 32
 """Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
@@ -160,16 +159,6 @@ class Core(Holdings):
             for attach in model.opening:
                 self._out.append(instructions.Refuse(attach.session, error, None))
             self._drop(model)
-
-    def _begin_smaller(self, model: Model, pool: Pool, layout: PoolLayout) -> None:
-        """There is no memory for what ``pool`` should begin with: begin with less, and grow when something is free."""
-        quota = pool.layout.size if pool.quota is None else pool.quota
-        begun = self._new_pool(model.manifest, 1, pool.layers, layout)
-        begun.quota, begun.wish, begun.carried, begun.sources = quota, pool.wish, pool.carried, pool.sources
-        model.pools[model.pools.index(pool)] = begun
-        model.pool_of_layer.update(dict.fromkeys(begun.layers, begun))
-        self._pools[begun.segment] = model, begun
-        adoption.shrink(model, begun)
 
     def _open_sessions(self, model: Model) -> None:
         opening, model.opening = model.opening, []
@@ -501,22 +490,7 @@ class Core(Holdings):
         old.next, old.superseded = None, True
         ahead.forget_pool(model, old)
         new.quota = old.quota if old.outdated else None
-        handed = [source for source in old.sources if source.generation == HANDED]
-        wished = [] if new.fresh else [b for b in old.wish if b not in old.carried or any(b in h.where for h in handed)]
-        slots.forget_wishes(model, old)
-        stay = slots.hand_over(model, old, new)
-        new.carried.update(stay)
-        new.wish.extend(reversed(stay))  # the most valuable first
-        left = warmth.recalled(model, new)
-        if old.layout.slots < min(len(left), new.layout.slots):  # there was no room for all that an earlier daemon held
-            wished += left
-        wished = [block for block in dict.fromkeys(wished) if block not in new.carried]
-        if not new.fresh:
-            slots.carry(model, new, (block for block in wished if any(block in source.where for source in handed)))
-        new.wish.extend(sorted(wished, key=lambda block: block not in new.carried))
-        if new.holds_all:
-            new.wish.extend(block for block in new.blocks if block not in new.carried)
-        new.sources = [old, *handed]
+        slots.follow(model, old, new)
         for session in model.sessions.values():
             if not session.silent or session.waiting is not None:  # whoever is refused has to know where to go
                 self._offer(model, session)

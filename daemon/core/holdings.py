@@ -127,6 +127,16 @@ class Holdings:
             self._pools[pool.segment] = (model, pool)
         return model
 
+    def _begin_smaller(self, model: Model, pool: Pool, layout: PoolLayout) -> None:
+        """There is no memory for what ``pool`` should begin with: begin with less, and grow when something is free."""
+        quota = pool.layout.size if pool.quota is None else pool.quota
+        begun = self._new_pool(model.manifest, 1, pool.layers, layout)
+        begun.quota, begun.wish, begun.carried, begun.sources = quota, pool.wish, pool.carried, pool.sources
+        model.pools[model.pools.index(pool)] = begun
+        model.pool_of_layer.update(dict.fromkeys(begun.layers, begun))
+        self._pools[begun.segment] = model, begun
+        adoption.shrink(model, begun)
+
     def _new_pool(self, manifest: Manifest, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
         segment = next(number for number in self._segments if number not in self._pools)
         least = layout == resized(manifest, layers, 0)
