@@ -10,19 +10,22 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from expertd.daemon.core.slots import BACKGROUND_READS
 from expertd.protocol.layout import base_layout
-from expertd.protocol.messages import ModelStatus
+from expertd.protocol.manifest import Manifest
+from expertd.protocol.messages import ModelStatus, Ping, Pong, Released
 from expertd.protocol.paths import Home
+from expertd.worker.link import Link, MappedPool
 from expertd.worker.manifest import load_lazily
-from tests.conftest import StartDaemon, wait_for
+from tests.conftest import DEADLINE_S, StartDaemon, wait_for
 from tests.programs import Program
 from tools.factory import write_checkpoint
 from tools.stage import ask_status, budget_for, end
@@ -225,6 +228,50 @@ def test_a_program_that_comes_before_those_that_outlive_the_daemon_does_not_cost
         assert min(there, SLOTS) - 2 * BACKGROUND_READS <= found.resident_blocks
         assert found.recalled is not None and found.recalled.adopted >= found.resident_blocks
         assert (one.run(TOKENS), two.run(TOKENS)) == (first, first)
+
+
+@contextmanager
+def attached(home: Home, manifest: Manifest, held: Sequence[MappedPool] = ()) -> Iterator[Link]:
+    """A session that computes nothing, with experts alone, which hands ``held`` back."""
+    link = Link(home, msgspec.structs.replace(manifest, base=()), "shm", held)
+    try:
+        yield link
+    finally:
+        link.hang_up()
+        link.data.close()
+
+
+def test_a_daemon_that_lives_does_not_take_its_own_pools(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    """A session that was cut off hands them back; what they hold changes, so nothing may be copied from them."""
+    start_daemon(str(budget_for(manifest, SLOTS)), "--no-remember")
+    with attached(home, manifest) as one, attached(home, manifest, one.pools) as again:
+        assert [pool.segment for pool in again.pools] == [pool.segment for pool in one.pools]
+        assert again.handed == set()
+        found = held(home)
+        assert found.recalled is None
+        assert found.pool_bytes == sum(pool.layout.size for pool in one.pools)
+    assert "handed back" not in home.daemon_log.read_text()
+
+
+def test_what_two_sessions_hand_back_is_there_until_both_have_released_it(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    daemon = start_daemon(str(budget_for(manifest, SLOTS)), "--no-remember")
+    with attached(home, manifest) as one:
+        kill(daemon)
+        start_daemon(str(budget_for(manifest, SLOTS)), "--no-remember")
+        with attached(home, manifest, one.pools) as two, attached(home, manifest, one.pools) as three:
+            old, new = (sum(pool.layout.size for pool in link.pools) for link in (one, two))
+            assert two.handed == three.handed == {pool.segment for pool in one.pools}
+            assert held(home).pool_bytes == old + new
+            for link, there in ((two, old + new), (three, new)):
+                for segment in link.handed:
+                    link.control.send(Released(session=link.number, segment=segment))
+                link.control.send(Ping(session=link.number))  # it is answered when they have been heard
+                assert isinstance(link.control.receive(DEADLINE_S), Pong)
+                assert held(home).pool_bytes == there
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another process's limits")
