@@ -148,7 +148,13 @@ class Attaching:
             raise LimitReached(f"{SESSION_LIMIT} sessions are open, which is the limit; close some, or try again later")
         loaded = self._ground.core.models.keys()
         if key not in loaded and len(loaded | self._indexing.keys()) >= MODEL_LIMIT:
-            raise LimitReached(f"{MODEL_LIMIT} models are loaded, which is the limit; close some, or try again later")
+            idle = self._ground.core.longest_idle
+            if idle is None:
+                raise LimitReached(
+                    f"{MODEL_LIMIT} models are in use, which is the limit; end a program that uses one "
+                    "('expertd status' names them), or try again later"
+                )
+            self._ground.feed(events.Unwanted(idle))
 
     async def _index(self, manifest: Manifest) -> BlockIndex:
         """The index of a model's blocks; sessions that come at the same moment share one."""
