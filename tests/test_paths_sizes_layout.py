@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _posixshmem
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -348,6 +349,30 @@ def test_too_little_shared_memory_is_an_error_and_leaves_nothing() -> None:
     open_before = len(list(Path("/dev/fd").iterdir()))
     with pytest.raises(SegmentFailed, match="lower the budget"):
         create(_name(), 1 << 50)
+    assert _left_behind() == []
+    assert len(list(Path("/dev/fd").iterdir())) == open_before
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="only Linux sets room aside for segments")
+def test_what_nobody_could_go_on_without_is_created_beside_a_full_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        if str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith("/dev/shm"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(descriptor, offset, size)
+
+    monkeypatch.setattr("expertd.protocol.segments.os.posix_fallocate", full)
+    open_before = len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(SegmentFailed, match="No space left on device"):
+        create(_name(), 2 * PAGE)
+    made = create(_name(), 2 * PAGE, beyond=True)
+    made.mapping[PAGE] = 7
+    with map_readonly(os.dup(made.readonly), 2 * PAGE) as seen:
+        assert (seen[PAGE], seen[PAGE + 1]) == (7, 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(made.readonly, b"x")
+    made.close()
     assert _left_behind() == []
     assert len(list(Path("/dev/fd").iterdir())) == open_before
 

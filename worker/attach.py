@@ -493,7 +493,8 @@ class Session:
                 if self._active.lost:
                     self._leave(self._active)
                     self.pressure.reset()
-                    self._bell.wait(pause_s if not self._needed else min(pause_s, _RETRY_S[0]))
+                    until_s = pause_s if not self._needed else min(pause_s, _RETRY_S[0])
+                    self._bell.wait(until_s, self._home.daemon_socket)  # a new daemon reads nothing that is here
                     pause_s = self._attach_again(pause_s)
                 else:
                     self._attend(self._active)
@@ -535,6 +536,8 @@ class Session:
     def _send_outbox(self, link: Link) -> None:
         while self._outbox:
             said = self._outbox.popleft()
+            if isinstance(said, messages.Released) and said.segment in link.handed:
+                said = messages.Released(session=link.number, segment=said.segment)
             if said.session == link.number and not link.lost:
                 link.control.send(said)
 
