@@ -12,14 +12,15 @@ import select
 import signal
 import sys
 import termios
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import click
 
 from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
+from expertd.clients.cli.signals import Stop
 from expertd.clients.terminal.conversation import (
     HELP,
     Command,
@@ -89,31 +90,6 @@ def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: 
         sys.exit(talk.failed_commands[0])
 
 
-class _Stop:
-    """Whether the user wants an answer to stop.  Called, it tells."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def __call__(self) -> bool:
-        return self.wanted
-
-    @contextmanager
-    def on_interrupt(self) -> Iterator[None]:
-        """In the block Ctrl-C asks for a stop, at the next token or piece of the prompt; once more, it interrupts."""
-
-        def interrupted(*_: object) -> None:
-            if self.wanted:
-                raise KeyboardInterrupt
-            self.wanted = True
-
-        before = signal.signal(signal.SIGINT, interrupted)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
 class _Talk:
     """One chat: its messages, its cache, and what each answer has cost."""
 
@@ -144,11 +120,11 @@ class _Talk:
         from expertd.worker.template import encode_chat
 
         self.said.ask(text)
-        stop, pieces, last = _Stop(), [], None
+        stop, pieces, last = Stop(), [], None
         try:
             prompt = encode_chat(self._tokenizer, self.said.messages)
             self._status.before()
-            with stop.on_interrupt():
+            with stop.on(signal.SIGINT):
                 for last in self._turns.answer(prompt, self._max_tokens, self._temperature, stop):
                     pieces.append(printable(last.text))
                     show(pieces[-1])

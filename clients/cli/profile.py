@@ -6,12 +6,10 @@ brought in is ``expertd warm``, having those stay that everything uses ``expertd
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ import click
 
 from expertd.clients.cli.group import Group
 from expertd.clients.cli.parameters import budget_option, complete_model, complete_profile, json_option
+from expertd.clients.cli.signals import ENDS, Stop
 from expertd.protocol.errors import ProfileInvalid
 from expertd.protocol.model_names import find_model, shown_name, shown_path
 from expertd.protocol.paths import Home
@@ -71,7 +70,8 @@ def record(
 
     MODEL is a checkpoint's folder or name; without it, it is the one that is loaded.
 
-    Without --prompts or --trace it watches the live traffic of every process that uses the model, until Ctrl-C.
+    Without --prompts or --trace it watches the live traffic of every process that uses the model, until Ctrl-C (or
+    SIGTERM).  Only if it is killed outright does the daemon go on recording; 'expertd trace stop' ends that.
     """
     if (prompts is not None) + bool(traces) + (seconds is not None) > 1:
         raise click.UsageError("give one of --prompts, --trace and --seconds")
@@ -269,27 +269,21 @@ def _watched(home: Home, folder: Path, seconds: float | None) -> tuple[list[Trac
     from expertd.protocol.rendezvous import connect
     from expertd.protocol.traces import read_trace
 
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="expertd-profile-") as scratch:
+    began, stop = time.monotonic(), Stop()
+    # Whatever ends this, the daemon has to be told, or it would record for good.
+    with tempfile.TemporaryDirectory(prefix="expertd-profile-") as scratch, stop.on(*ENDS):
         with connect(home, "cli") as connection:
             connection.ask(StartTrace(folder=scratch), TraceStarted)
             try:
                 end = "" if seconds is not None else "; Ctrl-C ends it"
                 click.echo(f"watching what uses {shown_name(folder)}{end}", err=True)
-                with _until_interrupted():
-                    while seconds is None or time.monotonic() < began + seconds:
-                        time.sleep(0.1)
+                while not stop.wanted and (seconds is None or time.monotonic() < began + seconds):
+                    time.sleep(0.1)
             finally:
                 ended = connection.ask(StopTrace(), TraceStopped, timeout_s=TRACE_END_S).ended
         paths = [Path(each.path) for each in ended if each.tokens and Path(each.path).exists()]
         found = [trace for trace in map(read_trace, paths) if trace.info.model == shown_name(folder)]
     return found, f"{round(time.monotonic() - began)} s of live traffic"
-
-
-@contextlib.contextmanager
-def _until_interrupted() -> Iterator[None]:
-    with contextlib.suppress(KeyboardInterrupt):
-        yield
 
 
 def _summary(name: str, found: Profile) -> dict[str, Any]:
