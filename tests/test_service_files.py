@@ -152,6 +152,11 @@ gui/501/expertd.daemon = {
 	runs = 2
 	pid = 4711
 	last exit code = 2
+	endpoints = {
+		"org.example" = {
+			state = active
+		}
+	}
 }
 """
 
@@ -159,11 +164,13 @@ gui/501/expertd.daemon = {
 @pytest.mark.parametrize(
     ("status", "said", "found"),
     [
-        (0, PRINTED, Found(loaded=True, pid=4711, last_status=2)),
-        (0, PRINTED.replace("\tpid = 4711\n", ""), Found(loaded=True, last_status=2)),
-        (0, PRINTED.replace("code = 2", "code = 78: EX_CONFIG"), Found(loaded=True, pid=4711, last_status=78)),
-        (0, PRINTED.replace("code = 2", "code = (never exited)"), Found(loaded=True, pid=4711)),
-        (0, PRINTED.replace("exit code = 2", "terminating signal = Killed: 9"), Found(True, False, 4711, -9)),
+        (0, PRINTED, Found(True, True, 4711, 2)),
+        (0, PRINTED.replace("\tpid = 4711\n", "").replace("= running", "= not running"), Found(True, False, None, 2)),
+        (0, PRINTED.replace("\tpid = 4711\n", "").replace("= running", "= waiting"), Found(True, False, None, 2)),
+        (0, PRINTED.replace("\tpid = 4711\n", "").replace("= running", "= spawn scheduled"), Found(True, True, None, 2)),
+        (0, PRINTED.replace("code = 2", "code = 78: EX_CONFIG"), Found(True, True, 4711, 78)),
+        (0, PRINTED.replace("code = 2", "code = (never exited)"), Found(True, True, 4711)),
+        (0, PRINTED.replace("exit code = 2", "terminating signal = Killed: 9"), Found(True, True, 4711, -9)),
         (113, "Could not find service", Found()),
     ],
 )
