@@ -35,7 +35,7 @@ from expertd.protocol.messages import (
     Warming,
     expect,
 )
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.routing import pack
 from expertd.protocol.sizes import parse_budget
@@ -62,8 +62,9 @@ class Client:
         Raises:
             DaemonNotRunning: there is none.
             ProtocolMismatch: it is of another version.
+            PathInvalid: see ``expertd.protocol.paths.expanded``.
         """
-        self._home = Home.current() if home is None else Home(Path(home).expanduser().absolute())
+        self._home = Home.current() if home is None else Home(expanded(home).absolute())
         self._connection = connect(self._home, "client")
 
     def status(self) -> Status:
@@ -164,7 +165,7 @@ class Client:
 
 def _named(model: str | Path) -> str:
     """A folder by its full path, anything else as it is."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return str(path.resolve()) if path.is_dir() else str(model)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from expertd.protocol.checkpoint import missing_files
 from expertd.protocol.errors import ModelAmbiguous, ModelIncomplete, ModelNotHere, NotACheckpoint
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.shown import LM_STUDIO_FOLDERS, id_of, shown_name, shown_path, snapshot_of
 
 __all__ = [
@@ -53,13 +53,14 @@ def find_model(name: str | Path, home: Home | None = None) -> Path:
 
     Raises:
         NotACheckpoint: it is written as a path, and there is nothing.
+        PathInvalid: see ``expanded``.
         ModelNotHere: it is no folder, and no model on this machine is called so; says how to get it.
         ModelIncomplete: files of it are missing, as after a download that was broken off.
         ModelAmbiguous: several are called so.
         ConfigInvalid, HomeError: the settings, which say where to look, cannot be used.
     """
     text = str(name)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if text and path.exists():
         folder = path.resolve()
     elif isinstance(name, Path) or _is_path(text):

@@ -199,6 +199,10 @@ IN_FILE = f" in {PATH}: "
         ({"log": {"count": 1}}, "1 is not a number of log files; write a whole number from 2 to 100"),
         ({"model_folders": "/a"}, f"model_folders{IN_FILE}'/a' is not a list of folders; write for example"),
         ({"model_folders": ["a"]}, f"model_folders{IN_FILE}'a' is relative, but to what?"),
+        ({"model_folders": ["~nobody-here/m"]}, f"model_folders{IN_FILE}'~nobody-here/m': there is no user 'nobody-here'"),
+        ({"serve": {"api_key_file": "~nobody-here"}}, f"api_key_file in [serve] of {PATH}: '~nobody-here': there is no"),
+        ({"generate": {"temperature": 10**400}}, "is not a temperature; write 0 or more"),
+        ({"generate": {"max_tokens": 10**400}}, "is not a number of tokens; write a whole number from 1 to 1000000000"),
         ({"policy": 3}, f"policy{IN_FILE}3 is not a policy; there are: forecast, "),
     ],
 )

@@ -160,14 +160,16 @@ gui/501/expertd.daemon = {
 }
 """
 
+AT_REST = PRINTED.replace("\tpid = 4711\n", "").replace("= running", "= not running")
+
 
 @pytest.mark.parametrize(
     ("status", "said", "found"),
     [
         (0, PRINTED, Found(True, True, 4711, 2)),
-        (0, PRINTED.replace("\tpid = 4711\n", "").replace("= running", "= not running"), Found(True, False, None, 2)),
-        (0, PRINTED.replace("\tpid = 4711\n", "").replace("= running", "= waiting"), Found(True, False, None, 2)),
-        (0, PRINTED.replace("\tpid = 4711\n", "").replace("= running", "= spawn scheduled"), Found(True, True, None, 2)),
+        (0, AT_REST, Found(True, False, None, 2)),
+        (0, AT_REST.replace("= not running", "= waiting"), Found(True, False, None, 2)),
+        (0, AT_REST.replace("= not running", "= spawn scheduled"), Found(True, True, None, 2)),
         (0, PRINTED.replace("code = 2", "code = 78: EX_CONFIG"), Found(True, True, 4711, 78)),
         (0, PRINTED.replace("code = 2", "code = (never exited)"), Found(True, True, 4711)),
         (0, PRINTED.replace("exit code = 2", "terminating signal = Killed: 9"), Found(True, True, 4711, -9)),

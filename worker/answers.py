@@ -10,15 +10,21 @@ from mlx_lm.sample_utils import make_sampler
 
 from expertd.worker.engine import new_generator
 from expertd.worker.kv_quantized import new_caches
+from expertd.worker.template import check_text, encode_chat
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]], *, raw: bool = False) -> list[int]:
-    """The tokens of a text, as a user's message unless ``raw``, or of chat messages; a text if there is no template."""
+    """The tokens of a text, as a user's message unless ``raw``, or of chat messages; a text if there is no template.
+
+    Raises:
+        RequestInvalid: the text is not Unicode, or the template refuses it.
+    """
     if isinstance(prompt, str):
+        check_text(prompt)
         if raw or not tokenizer.has_chat_template:
             return list(tokenizer.encode(prompt))
         prompt = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+    return encode_chat(tokenizer, prompt)
 
 
 def answer_all(

@@ -21,6 +21,7 @@ import click
 
 from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
 from expertd.clients.cli.signals import Stop
+from expertd.clients.cli.wrap import take_any_bytes
 from expertd.clients.terminal.conversation import (
     HELP,
     Command,
@@ -34,10 +35,10 @@ from expertd.clients.terminal.fit import columns, wrapped
 from expertd.clients.terminal.glance import percent
 from expertd.clients.terminal.rates import rates
 from expertd.protocol.config import read_config
-from expertd.protocol.errors import ExpertdError
+from expertd.protocol.errors import ExpertdError, PathInvalid
 from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.model_names import shown_name
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
 
@@ -75,6 +76,7 @@ def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: 
     from expertd.worker.turns import Turns
 
     loaded, tokenizer = expertd.load(folder, budget=budget)
+    take_any_bytes()
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:
         turns = Turns(loaded, tokenizer, kv_bits=config.generate_kv_bits.value)
@@ -299,10 +301,10 @@ def _obey(talk: _Talk, command: Command) -> bool:
         case "system":
             click.echo(talk.said.system or "The model is told nothing.")
         case "save" if command.rest:
-            path = Path(command.rest).expanduser()
             try:
+                path = expanded(command.rest)
                 talk.said.save(path, talk.name)
-            except SaveFailed as error:
+            except (SaveFailed, PathInvalid) as error:
                 click.echo(f"expertd: {error}", err=True)
                 talk.failed_commands.append(ExpertdError.exit_status)
             else:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
+from expertd.clients.cli.wrap import take_any_bytes
 from expertd.protocol.config import read_config
 from expertd.protocol.paths import Home
 
@@ -39,6 +40,7 @@ def generate(model: str, prompt: str, raw: bool, budget: str | None, **flags: An
 
     loaded, tokenizer = expertd.load(folder, budget=budget)
     check_kv_bits(loaded, kv_bits)
+    take_any_bytes()
     text = sys.stdin.read() if prompt == "-" else prompt
     tokens = encode_prompt(tokenizer, text, raw=raw)
     sampler = make_sampler(temp=temperature)

@@ -133,7 +133,7 @@ def reckon(
     from expertd.daemon.machine import Machine, default_budget, reserves, this_machine
 
     home.check()
-    folder = model.expanduser().resolve()
+    folder = model.resolve()
     shape = read_shape(folder, home.packed)
     if measure:
         _generate(home, shape)

@@ -23,7 +23,7 @@ from expertd.clients.cli.serve import alias_option, named_models, pin_option
 from expertd.protocol.config import KEYS, Source, read_config, variable
 from expertd.protocol.connection import Connection, package_version
 from expertd.protocol.errors import DaemonNotRunning, ProtocolMismatch, ServiceFailed, ServiceNotInstalled
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.quick_deaths import why_refused
 from expertd.protocol.service import FORMAT, Gateway, Service, read_service
 
@@ -350,7 +350,7 @@ def _lasting_alias(alias: str) -> str:
 
 def _lasting_name(model: str) -> str:
     """What a service should call ``model``: an id of the hub as it is, to find the newest; a folder in full."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return str(path.absolute()) if path.exists() else model
 
 

@@ -16,7 +16,7 @@ from expertd.clients.cli.parameters import budget_option, complete_model, json_o
 from expertd.clients.terminal.fit import folded, width_of
 from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, TraceStopped
 from expertd.protocol.model_names import find_model
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
 from expertd.protocol.traces import Trace, TraceInfo, check_new, part_of, read_trace
@@ -113,7 +113,7 @@ def start(output: Path | None) -> None:
 
     Exits with 3 if no daemon runs in this home.
     """
-    folder = (output or Path()).expanduser().resolve()
+    folder = expanded(output or Path()).resolve()
     if not folder.is_dir():
         raise click.BadParameter(f"{folder} is no folder; create it first", param_hint="--output")
     with connect(Home.current(), "cli") as connection:
