@@ -476,7 +476,13 @@ def config_without_file() -> Config:
         return merge({}, {}, {}, Path())
 
 
-def read_config(home: Home, *, default_idle_exit_s: float | None = None, **flags: object) -> Config:
+def read_config(
+    home: Home,
+    *,
+    default_idle_exit_s: float | None = None,
+    environment: Mapping[str, str] = os.environ,
+    **flags: object,
+) -> Config:
     """The settings in ``home`` (see ``merge``).
 
     Raises:
@@ -484,7 +490,7 @@ def read_config(home: Home, *, default_idle_exit_s: float | None = None, **flags
         ConfigInvalid, SizeInvalid: see ``merge``; or the file cannot be read, or is not TOML.
     """
     home.check()
-    return merge(flags, os.environ, _read(home.config), home.config, default_idle_exit_s=default_idle_exit_s)
+    return merge(flags, environment, _read(home.config), home.config, default_idle_exit_s=default_idle_exit_s)
 
 
 def merge(

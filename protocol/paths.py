@@ -6,6 +6,7 @@ Two homes never meet: sockets, lock, logs and state of one are invisible to the 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import stat
 from dataclasses import dataclass
@@ -31,6 +32,15 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         user = Path(path).parts[0].removeprefix("~")
         why = f"there is no user {user!r} here" if user else "this user has no home folder, and HOME is not set"
         raise PathInvalid(f"{os.fspath(path)!r}: {why}; write the whole path, or ./ before a name with ~") from None
+
+
+def lasting(python: str) -> str:
+    """The path of an interpreter by which it is still found after an upgrade.
+
+    Homebrew installs each version into a folder of its own, removes the last one, and keeps a link to the newest.
+    """
+    link = re.sub(r"/Cellar/([^/]+)/[^/]+/", r"/opt/\1/", python)
+    return link if Path(link).exists() else python
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from expertd.protocol.errors import (
     ProtocolMismatch,
 )
 from expertd.protocol.messages import Stop, Stopping
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, lasting
 
 if TYPE_CHECKING:
     import subprocess
@@ -229,7 +229,8 @@ def _after(idle_exit_s: float | None) -> str:
 def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subprocess.Popen[bytes]:
     import subprocess
 
-    command = [sys.executable, "-m", "expertd.daemon"]  # it reads the other settings itself
+    python = lasting(sys.executable)
+    command = [python, "-m", "expertd.daemon"]  # it reads the other settings itself
     if idle_exit_s is not None:
         command += ["--idle-exit", str(idle_exit_s)]
     if budget is not None:
@@ -237,15 +238,16 @@ def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subproc
     environment = {**os.environ, "EXPERTD_HOME": str(home.root)}
     _started[:] = [child for child in _started if child.poll() is None]
     with home.daemon_log.open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=environment,
-            cwd="/",
-        )
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment,
+                cwd="/",
+            )  # fmt: skip
+        except OSError as error:
+            raise DaemonStartFailed(
+                f"no daemon can be started with {python or 'this program'} ({error.strerror}); if expertd was upgraded "
+                "or removed while this program ran, start it again"
+            ) from error
     _started.append(process)
     return process
 

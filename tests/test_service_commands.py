@@ -144,7 +144,7 @@ def test_what_is_described_otherwise_is_replaced_in_its_place(launchctl: Stage) 
     assert launchctl.pid() != pid
     assert not runs(pid)
     assert plistlib.loads(Path(file).read_bytes())["EnvironmentVariables"] == {
-        "EXPERTD_HOME": str(launchctl.home.root), "HF_HOME": "/models/hub",
+        "EXPERTD_HOME": str(launchctl.home.root), "HF_HUB_CACHE": "/models/hub/hub",
     }  # fmt: skip
 
 
@@ -317,6 +317,19 @@ def test_a_mistake_in_the_settings_is_told_before_anything_is_done(service: Stag
     assert done.returncode == 2
     assert "did you mean 'budget'?" in done.stderr
     assert service.calls() == []
+
+
+def test_a_variable_that_does_not_go_along_is_not_in_the_agent_either(
+    launchctl: Stage, checkpoints: dict[str, Path]
+) -> None:
+    named = ("service", "install", "--gateway", str(checkpoints["stacked"]))
+    launchctl.fail("bootstrap", 5, "not now")
+    failed = launchctl.expertd(*named, EXPERTD_SERVE_PORT="9999", EXPERTD_SERVE_HOST="0.0.0.0")
+    assert failed.stderr.startswith("expertd: EXPERTD_SERVE_HOST, EXPERTD_SERVE_PORT: set in this shell, not for the")
+    record = read_service(launchctl.home)
+    assert record is not None
+    assert record.gateway is not None
+    assert (record.gateway.host, record.gateway.port) == ("127.0.0.1", 8080)
 
 
 def test_variables_that_do_not_go_along_are_named(service: Stage) -> None:

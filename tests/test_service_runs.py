@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from expertd.launchd.agent import daemon_agent, home_key, lasting
+from expertd.launchd.agent import daemon_agent, home_key
 from expertd.launchd.launchd import Launchd
 from expertd.launchd.systemd import Systemd
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import DaemonNotRunning
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, lasting
 from expertd.protocol.quick_deaths import MOST, read_starts
 from expertd.protocol.rendezvous import lock_holder
 from tests.conftest import DEADLINE_S, StartDaemon, wait_for

@@ -14,7 +14,6 @@ import sys
 import termios
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from pathlib import Path
 from typing import Any
 
 import click

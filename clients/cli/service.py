@@ -20,10 +20,10 @@ import msgspec
 
 from expertd.clients.cli.parameters import json_option
 from expertd.clients.cli.serve import alias_option, named_models, pin_option
-from expertd.protocol.config import KEYS, Source, read_config, variable
+from expertd.protocol.config import KEYS, read_config, variable
 from expertd.protocol.connection import Connection, package_version
 from expertd.protocol.errors import DaemonNotRunning, ProtocolMismatch, ServiceFailed, ServiceNotInstalled
-from expertd.protocol.paths import Home, expanded
+from expertd.protocol.paths import Home, expanded, lasting
 from expertd.protocol.quick_deaths import why_refused
 from expertd.protocol.service import FORMAT, Gateway, Service, read_service
 
@@ -74,8 +74,9 @@ def install(
     expertd service install                     the daemon
     expertd service install --gateway MODEL...  an OpenAI API over models too
 
-    What is not named stays as it is.  EXPERTD_HOME, HF_HOME and [serve] of config.toml are taken over as they are now;
-    what the daemon should be started with is read from config.toml at each start: see 'expertd config show'.
+    What is not named stays as it is.  EXPERTD_HOME, the hub's cache (HF_HOME and so on) and [serve] of config.toml are
+    taken over as they are now; what the daemon should be started with is read from config.toml at each start: see
+    'expertd config show'.
     """
     home = Home.current()
     if not dry_run:
@@ -218,14 +219,13 @@ class _Site:
             ServiceManagerMissing: there is no manager, or it does not answer.
         """
         from expertd.launchd import manager as managers
-        from expertd.launchd.agent import daemon_agent, gateway_agent, lasting
+        from expertd.launchd.agent import daemon_agent, gateway_agent
         from expertd.launchd.installer import Installer
 
         manager = managers.system_manager()
         installer = Installer(home, manager)
         installer.check()
         python = lasting(sys.executable)
-        python = python if Path(python).exists() else sys.executable
         daemon = daemon_agent(home, python, os.environ)
         served = gateway_agent(home, python, os.environ, gateway or Gateway((), HOST, PORT))
         wanted = (daemon, served) if gateway is not None else (daemon,)
@@ -327,7 +327,7 @@ def _gateway(
                 "--port, --host, --alias and --pin are a gateway's: use them with --gateway MODEL"
             )
         return None
-    config = read_config(Home.current())
+    config = read_config(Home.current(), environment={})  # a variable of this shell is none of the service's
     had = before or Gateway((), config.serve_host.value, config.serve_port.value or PORT)
     if models:
         named_models(models, aliases, pins)
@@ -337,9 +337,7 @@ def _gateway(
     elif aliases or pins:
         raise click.UsageError("--alias and --pin are of models: name these after --gateway, too")
     wished_gateway = msgspec.structs.replace(had, host=host or had.host, port=port or had.port)
-    # A variable of this shell is none of the service's.
-    keys = config.serve_api_key_file
-    check_exposure(wished_gateway.host, keys.value is not None and keys.source is Source.FILE)
+    check_exposure(wished_gateway.host, config.serve_api_key_file.value is not None)
     return wished_gateway
 
 
@@ -356,7 +354,7 @@ def _lasting_name(model: str) -> str:
 
 def _note_variables() -> None:
     """Say which settings of this shell the service does not get."""
-    lost = [variable(key) for key in KEYS if os.environ.get(variable(key))]
+    lost = [variable(name) for name, key in KEYS.items() if key.section != "generate" and os.environ.get(key.variable)]
     if lost:
         click.echo(
             f"expertd: {', '.join(lost)}: set in this shell, not for the service; write it into config.toml", err=True
