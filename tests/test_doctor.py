@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from expertd.clients.cli.doctor import requirement, settings, surroundings, table
+from expertd.clients.cli.doctor import agents, requirement, settings, surroundings, table
 from expertd.clients.doctor import CHECKS, Finding, Surroundings, Verdict, examine
 from expertd.clients.doctor.findings import note, ok, problem
 from expertd.clients.doctor.home import (
@@ -26,7 +26,7 @@ from expertd.clients.doctor.home import (
     leftovers,
 )
 from expertd.clients.doctor.models import check_hub, check_lm_studio, lm_studio_folder, weights
-from expertd.clients.doctor.service import agent_files, check_denied, check_environment, check_service, denied
+from expertd.clients.doctor.service import check_denied, check_environment, check_service, denied
 from expertd.clients.doctor.surroundings import Budget, DiskSpeed, Space
 from expertd.clients.doctor.system import (
     check_alias,
@@ -41,6 +41,7 @@ from expertd.clients.doctor.system import (
 )
 from expertd.launchd.agent import daemon_agent, gateway_agent
 from expertd.launchd.launchd import Launchd
+from expertd.launchd.manager import Manager
 from expertd.launchd.systemd import Systemd
 from expertd.protocol.connection import package_version
 from expertd.protocol.errors import ProtocolMismatch
@@ -77,7 +78,7 @@ def mac(tmp_path: Path) -> Surroundings:
         requirement=lambda package: (">=0.32.4,<0.33", "0.32.5"), alias=lambda: "",
         settings=list, budget=lambda: Budget(8 * GB, 8 * GB, ("total: 16 GB",)), pressure=lambda: ("normal", "level 1"),
         space=lambda path: Space(10 * GB, 9 * GB), speed=lambda paths: None, alive=lambda pid: False,
-        status=lambda: None, owner=lambda: None, service_variable=lambda name: "",
+        status=lambda: None, owner=lambda: None, agents=lambda: (), service_variable=lambda name: "",
     )  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def test_everything_that_is_asked_of_the_system_may_fail(mac: Surroundings) -> N
         raise RuntimeError("no")
 
     names = ("requirement", "alias", "settings", "budget", "pressure", "space", "speed", "alive", "status", "owner",
-             "service_variable")  # fmt: skip
+             "agents", "service_variable")  # fmt: skip
     nowhere = Home(Path("/tmp/expertd-nowhere"))
     changes: dict[str, Any] = dict.fromkeys(names, fails)
     at = replace(mac, home=nowhere, shm=Path("/dev/shm"), environ={"EXPERTD_BUDGET": "1GB"}, **changes)
@@ -267,13 +268,22 @@ def test_daemon(mac: Surroundings) -> None:
     assert check_daemon(replace(mac, status=mismatch)).verdict is Verdict.PROBLEM
 
 
+def _manager(at: Surroundings) -> Manager:
+    return Launchd(501, at.user / "Library" / "LaunchAgents") if at.mac else Systemd(at.user / "units")
+
+
+def _asked(at: Surroundings) -> Surroundings:
+    """The same, with its agents found as the command finds them."""
+    return replace(at, agents=lambda: agents(at.home, {"HOME": str(at.user), **at.environ}, _manager(at)))
+
+
 def _install(at: Surroundings, gateway: Gateway | None = None, **more: Any) -> Service:
     """Leave what an installation leaves; its commands are of no matter here."""
     at.home.run.mkdir(parents=True, exist_ok=True)
-    record = Service(FORMAT, "launchd" if at.mac else "systemd", package_version(), ("x",), gateway=gateway, **more)
+    manager = _manager(at)
+    record = Service(FORMAT, manager.name, package_version(), ("x",), gateway=gateway, **more)
     at.home.service.write_bytes(encode_service(record))
     environment = {"HOME": str(at.user), **at.environ}
-    manager = Launchd(501, agent_files(at)["daemon"].parent) if at.mac else Systemd(agent_files(at)["daemon"].parent)
     agents = [daemon_agent(at.home, "/python", environment)]
     agents += [] if gateway is None else [gateway_agent(at.home, "/python", environment, gateway)]
     for agent in agents:
@@ -283,6 +293,7 @@ def _install(at: Surroundings, gateway: Gateway | None = None, **more: Any) -> S
 
 
 def test_a_service_that_is_as_it_should_be(mac: Surroundings, linux: Surroundings) -> None:
+    mac, linux = _asked(mac), _asked(linux)
     assert check_service(mac).text.startswith("not installed")
     _install(mac)
     assert check_service(mac) == ok("launchd keeps the daemon")
@@ -292,8 +303,9 @@ def test_a_service_that_is_as_it_should_be(mac: Surroundings, linux: Surrounding
 
 
 def test_what_is_wrong_with_a_service_is_told_with_the_way_out(mac: Surroundings) -> None:
+    mac = _asked(mac)
     record = _install(mac, Gateway(("/m/a",), "127.0.0.1", 8080))
-    files = agent_files(mac)
+    files = {agent.name: agent.path for agent in mac.agents()}
 
     def told(**changes: Any) -> Finding:
         mac.home.service.write_bytes(encode_service(msgspec.structs.replace(record, **changes)))
@@ -362,10 +374,10 @@ def test_variables_that_a_service_misses(mac: Surroundings, linux: Surroundings)
 
 def test_a_shell_that_looks_elsewhere_than_the_service_is_told(mac: Surroundings, linux: Surroundings) -> None:
     for at in (mac, linux):
-        at = replace(at, environ={"HF_HOME": "/big & wide/hf"})
+        at = _asked(replace(at, environ={"HF_HOME": "/big & wide/hf"}))
         _install(at)
         assert check_environment(at).verdict is Verdict.OK
-        moved = check_environment(replace(at, environ={"HF_HOME": "/elsewhere"}))
+        moved = check_environment(_asked(replace(at, environ={"HF_HOME": "/elsewhere"})))
         assert moved.verdict is Verdict.NOTE and moved.todo.startswith("expertd service install")
 
 

@@ -8,22 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 from expertd.clients.doctor.findings import Finding, note, ok, problem
 from expertd.clients.doctor.models import known_models
 from expertd.clients.doctor.surroundings import Surroundings
-from expertd.launchd.agent import Agent, daemon_agent, gateway_agent
-from expertd.launchd.launchd import Launchd
-from expertd.launchd.manager import Manager
-from expertd.launchd.systemd import Systemd
 from expertd.protocol.config import read_config
 from expertd.protocol.connection import package_version
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.model_names import hub_cache, shown_path
 from expertd.protocol.quick_deaths import why_refused
-from expertd.protocol.service import Gateway, read_service
+from expertd.protocol.service import read_service
 
 PROTECTED = ("Documents", "Desktop", "Downloads", "Library/Mobile Documents")
 """Folders of the user that macOS lets an agent read only if the user has allowed it."""
@@ -33,22 +28,24 @@ OUR_OWN = ("EXPERTD_HOME",)
 
 def check_service(at: Surroundings) -> Finding:
     """Whether the service is installed, completely and by this version, and is neither stopped nor given up."""
-    record, files = read_service(at.home), agent_files(at)
-    there = {name: path for name, path in files.items() if path.exists()}
+    record, agents = read_service(at.home), at.agents()
+    there = [agent.path for agent in agents if agent.path.exists()]
     if record is None and there:
         return note(
-            f"{', '.join(map(str, there.values()))}: there, but the home knows of no service",
+            f"{', '.join(map(str, there))}: there, but the home knows of no service",
             "expertd service install, or expertd service uninstall",
         )
     if record is None:
         return ok("not installed; daemons start on demand and end when idle")
-    for name in ("daemon", "gateway") if record.gateway is not None else ("daemon",):
-        if name not in there:
-            return problem(f"it is not installed completely: {files[name]} is not there", "expertd service install")
-        if not os.access(files[name], os.R_OK):
-            return problem(f"{files[name]} cannot be read", f"chmod u+r {shlex.quote(str(files[name]))}")
-        log = at.home.daemon_log if name == "daemon" else at.home.service_gateway_log
-        if why := why_refused(at.home, name, log):
+    for agent in agents:
+        if agent.name == "gateway" and record.gateway is None:
+            continue
+        if agent.path not in there:
+            return problem(f"it is not installed completely: {agent.path} is not there", "expertd service install")
+        if not os.access(agent.path, os.R_OK):
+            return problem(f"{agent.path} cannot be read", f"chmod u+r {shlex.quote(str(agent.path))}")
+        log = at.home.daemon_log if agent.name == "daemon" else at.home.service_gateway_log
+        if why := why_refused(at.home, agent.name, log):
             sentence, _, todo = why.rpartition("; start it again with: ")
             return problem(sentence, todo)
     if record.stopped:
@@ -60,23 +57,6 @@ def check_service(at: Surroundings) -> Finding:
         )
     models = ", ".join(map(shown_path, record.gateway.models)) if record.gateway is not None else ""
     return ok(f"{record.manager} keeps the daemon" + (f", and a gateway for {models}" if models else ""))
-
-
-def agent_files(at: Surroundings) -> dict[str, Path]:
-    """Where the definitions of this home's agents are, or would be."""
-    return {agent.name: _manager(at).file(agent) for agent in _agents(at)}
-
-
-def _manager(at: Surroundings) -> Manager:
-    if at.mac:
-        return Launchd(os.getuid(), at.user / "Library" / "LaunchAgents")
-    return Systemd(Path(at.environ.get("XDG_CONFIG_HOME") or at.user / ".config") / "systemd" / "user")
-
-
-def _agents(at: Surroundings) -> tuple[Agent, Agent]:
-    environment = {"HOME": str(at.user), **at.environ}
-    daemon = daemon_agent(at.home, "", environment)
-    return daemon, gateway_agent(at.home, "", environment, Gateway((), "", 0))
 
 
 def check_denied(at: Surroundings) -> Finding:
@@ -136,10 +116,8 @@ def check_environment(at: Surroundings) -> Finding:
 
 
 def _installed_otherwise(at: Surroundings) -> bool:
-    """Whether the daemon's definition lacks a variable that an installation would write into it now."""
+    """Whether an agent's definition lacks a variable that an installation would write into it now."""
     if read_service(at.home) is None:
         return False
-    manager, (daemon, _) = _manager(at), _agents(at)
-    without = set(manager.render(replace(daemon, environment={})).splitlines())
-    wanted = set(manager.render(daemon).splitlines()) - without
-    return not wanted <= set(manager.file(daemon).read_bytes().splitlines())
+    there = [agent for agent in at.agents() if agent.path.exists()]
+    return any(not agent.variables <= set(agent.path.read_bytes().splitlines()) for agent in there)
