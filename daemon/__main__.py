@@ -113,7 +113,7 @@ def run_service() -> None:
     home.prepare()
     with counted(home, "daemon") as may_start:
         if not may_start:
-            _tell(why_refused(home, "daemon", home.daemon_log))
+            _tell(why_refused(home, "daemon"))
             return
         while True:
             wait_for_home(home, _tell)

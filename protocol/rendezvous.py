@@ -138,7 +138,7 @@ def _start(
                         if why_not := ask_to_start(service):
                             _say(announce, f"{asked} did not start the service's daemon ({why_not})")
                             service = asked = None
-                    elif why := why_refused(home, "daemon", home.daemon_log):
+                    elif why := why_refused(home, "daemon"):
                         raise DaemonStartFailed(why) from None
             else:
                 started = process is not None and connection.daemon.pid == process.pid
@@ -158,11 +158,11 @@ def _start(
     if process is not None:
         if process.poll() is None:
             process.terminate()
-        last = _last_words(home, said_before)
+        last = last_words(home, said_before)
         raise DaemonStartFailed(f"the daemon did not come up ({last}); its log is {home.daemon_log}")
     holder = lock_holder(home)
     if holder is None and asked is not None:
-        last = _last_words(home, said_before)
+        last = last_words(home, said_before)
         raise DaemonStartFailed(
             f"the service's daemon did not come up ({last}); its log is {home.daemon_log}, and its state is told by: "
             "expertd service status"
@@ -187,7 +187,7 @@ def _service(home: Home) -> Service | None:
     service = read_service(home)
     if service is None or service.stopped:
         return None
-    if why := why_refused(home, "daemon", home.daemon_log):
+    if why := why_refused(home, "daemon"):
         raise DaemonStartFailed(why)
     return service
 
@@ -252,7 +252,8 @@ def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subproc
     return process
 
 
-def _last_words(home: Home, since: int) -> str:
+def last_words(home: Home, since: int = 0) -> str:
+    """The last line of the daemon's log behind the byte ``since``; a sentence's part that says so if there is none."""
     try:
         with home.daemon_log.open("rb") as log:
             log.seek(since if since <= home.daemon_log.stat().st_size else 0)  # a new file may have begun meanwhile

@@ -431,6 +431,11 @@ def test_logs_shows_the_end_and_what_comes(launchctl: Stage) -> None:
     missing = launchctl.expertd("service", "logs", "--gateway")
     assert missing.returncode == 3
     assert "there is no log of a gateway yet" in missing.stderr
+    launchctl.home.service_gateway_log.write_text("expertd: MODEL is gone [not_a_checkpoint]\n")
+    launchctl.home.gateway_log(77).write_text("2026-11-29 14:03:01.000 INFO gateway[77] the gateway has ended\n")
+    assert launchctl.done("service", "logs", "--gateway", "-n", "1") == ["expertd: MODEL is gone [not_a_checkpoint]"]
+    both = [json.loads(text)["event"] for text in launchctl.done("service", "logs", "--gateway", "--json")]
+    assert both == ["the gateway has ended", "expertd: MODEL is gone [not_a_checkpoint]"]
     log = launchctl.home.daemon_log
     log.write_text("".join(f"line {number}\n" for number in range(100)))
     assert launchctl.done("service", "logs", "-n", "2") == ["line 98", "line 99"]
@@ -444,6 +449,7 @@ def test_logs_shows_the_end_and_what_comes(launchctl: Stage) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=launchctl.environment) as following:
         try:
             assert following.stdout is not None
+            assert following.stdout.readline() == log.read_text().splitlines(keepends=True)[0]
             assert following.stdout.readline() == "line 99\n"
             with log.open("a") as file:
                 file.write("line 100\n")
@@ -546,7 +552,7 @@ def test_a_daemon_that_dies_at_once_is_given_up_and_told_and_start_resets_it(ser
     assert [one.returncode for one in tries] == [2] * MOST + [0]
     sentence = (
         f"the service's daemon has died {MOST} times in a row, each time within 60 s, and is not started any more; "
-        f"{service.home.daemon_log} says why; start it again with: expertd service start"
+        "'expertd service logs' says why; start it again with: expertd service start"
     )
     assert tries[-1].stderr == f"expertd: {sentence}\n"
     told = service.expertd("service", "status")

@@ -87,7 +87,7 @@ def serve(models: tuple[str, ...], service: bool, **options: Any) -> None:
     with counted(home, "gateway") as may_start:
         if may_start:
             return _serve(models, **options)
-    click.echo(f"expertd: {why_refused(home, 'gateway', home.service_gateway_log)}", err=True)
+    click.echo(f"expertd: {why_refused(home, 'gateway')}", err=True)
     return None
 
 

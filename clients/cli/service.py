@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from expertd.protocol.connection import Connection, package_version
 from expertd.protocol.errors import DaemonNotRunning, ProtocolMismatch, ServiceFailed, ServiceNotInstalled
 from expertd.protocol.paths import Home, expanded, lasting
 from expertd.protocol.quick_deaths import why_refused
+from expertd.protocol.rendezvous import last_words
 from expertd.protocol.service import FORMAT, Gateway, Service, read_service
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 HOST, PORT = "127.0.0.1", 8080
 ANSWER_S = 20.0
 """So long a daemon has to answer that the manager has started."""
-TAIL_BYTES = 1 << 20
 LOOK_S = 0.25
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
@@ -173,29 +173,22 @@ def status(as_json: bool) -> None:
 @service.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option(
-    "-n", "--lines", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="How many lines to show."
+    "-n", "--lines", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="Show the last N events."
 )
 @click.option("--gateway", is_flag=True, help="The gateway's log, not the daemon's.")
 @json_option("Print one JSON object for each event.")
 def logs(follow: bool, lines: int, gateway: bool, as_json: bool) -> None:
-    """Show the end of the daemon's log."""
+    """Show the end of the daemon's log.
+
+    It is what 'expertd logs --daemon' shows, or with --gateway 'expertd logs --gateway'.
+    """
+    from expertd.clients.cli.logs import DAEMON, GATEWAYS, show_logs
+
     home = Home.current()
     home.check()
-    path = home.service_gateway_log if gateway else home.daemon_log
-    if not path.exists() and not follow:
+    if not show_logs(home.log, GATEWAYS if gateway else DAEMON, lines, follow, as_json) and lines:
         name = "gateway" if gateway else "daemon"
-        raise ServiceNotInstalled(f"there is no log of a {name} yet ({path}); it begins when one is started")
-    from expertd.clients.cli.logs import events
-
-    try:
-        for text in tail(path, lines, follow):
-            if as_json:
-                for event in events(text.splitlines()):
-                    click.echo(event.as_json())
-            else:
-                click.echo(text, nl=False)
-    except KeyboardInterrupt:
-        return
+        raise ServiceNotInstalled(f"there is no log of a {name} yet in {home.log}; it begins when one is started")
 
 
 # -- one home's service ------------------------------------------------------------------------------------------------
@@ -298,10 +291,9 @@ def _await_daemon(site: _Site) -> int:
             if time.monotonic() > deadline:
                 break
             time.sleep(LOOK_S)
-    last = list(tail(site.home.daemon_log, 1, False))
-    said = f" (its last words: {last[-1].strip()})" if last else ""
     raise ServiceFailed(
-        f"the service is installed, but its daemon does not answer{said}; put that right, then: expertd service start"
+        "the service is installed, but its daemon does not answer (its last words: "
+        f"{last_words(site.home)}); put that right, then: expertd service start"
     )
 
 
@@ -385,7 +377,7 @@ def as_object(site: _Site, situation: Situation) -> dict[str, Any]:
                 "loaded": found.loaded,
                 "pid": found.pid,
                 "last_status": found.last_status,
-                "given_up": why_refused(site.home, agent.name, agent.log) or None,
+                "given_up": why_refused(site.home, agent.name) or None,
                 "log": str(agent.log),
             }
         )
@@ -443,31 +435,3 @@ def _state(agent: dict[str, Any], found: dict[str, Any]) -> str:
 def _url(gateway: Gateway) -> str:
     host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
     return f"http://{host}:{gateway.port}/v1"
-
-
-def tail(path: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The last lines of a log, and with ``follow`` what comes after them, in a file that takes its place too."""
-    position, inode = 0, -1
-    while True:
-        try:
-            with path.open("rb") as file:
-                state = os.fstat(file.fileno())
-                if inode == -1:
-                    file.seek(max(0, state.st_size - TAIL_BYTES))
-                    text = b"".join(_last_lines(file.read(), lines))
-                else:
-                    file.seek(position if state.st_ino == inode and state.st_size >= position else 0)
-                    text = file.read()
-                position, inode = file.tell(), state.st_ino
-        except FileNotFoundError:
-            text = b""
-            inode = 0 if inode == -1 else inode  # all of what comes is new
-        if text:
-            yield text.decode(errors="replace")
-        if not follow:
-            return
-        time.sleep(LOOK_S)
-
-
-def _last_lines(content: bytes, lines: int) -> Sequence[bytes]:
-    return content.splitlines(keepends=True)[-lines:] if lines else []

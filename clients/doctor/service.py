@@ -44,8 +44,7 @@ def check_service(at: Surroundings) -> Finding:
             return problem(f"it is not installed completely: {agent.path} is not there", "expertd service install")
         if not os.access(agent.path, os.R_OK):
             return problem(f"{agent.path} cannot be read", f"chmod u+r {shlex.quote(str(agent.path))}")
-        log = at.home.daemon_log if agent.name == "daemon" else at.home.service_gateway_log
-        if why := why_refused(at.home, agent.name, log):
+        if why := why_refused(at.home, agent.name):
             sentence, _, todo = why.rpartition("; start it again with: ")
             return problem(sentence, todo)
     if record.stopped:
