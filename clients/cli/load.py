@@ -49,10 +49,16 @@ def status_of(client: Client, folder: Path) -> ModelStatus:
     Raises:
         ModelNotLoaded: nothing.
     """
-    for model in client.status().models:
+    models = client.status().models
+    for model in models:
         if model.path == str(folder):
             return model
-    raise ModelNotLoaded(f"the daemon holds nothing of {folder}; something else took its memory")
+    held = ", ".join(shown_name(model.path) for model in models) or "no model"
+    name = shown_path(str(folder))
+    raise ModelNotLoaded(
+        f"the daemon holds nothing of {name} now (it holds {held}); a program that uses it brings it, or: "
+        f"expertd load {name}"
+    )
 
 
 def show_resident(model: ModelStatus) -> str:

@@ -158,7 +158,7 @@ def reckon(
         return sum(pool.layout.slots for pool in plan_pools(shape.manifest, experts))
 
     points = {slots: curve(slots) for slots in _shown(list(dict.fromkeys(map(slots_of, wanted))))}
-    made = make_plan(shape, wanted, slots_of, memory.room + base, points.__getitem__, computing, disk, fetch_s)
+    made = make_plan(shape, wanted, slots_of, max(0, memory.left + base), points.__getitem__, computing, disk, fetch_s)
     return Reckoned(shape, memory, auto, context, hits_source, computing, disk, fetch_s, made)
 
 
