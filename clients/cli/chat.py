@@ -18,7 +18,13 @@ from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
+from expertd.clients.cli.parameters import (
+    budget_option,
+    complete_model,
+    config_option,
+    find_or_pull,
+    model_folder_option,
+)
 from expertd.clients.cli.signals import Stop
 from expertd.clients.cli.wrap import take_any_bytes
 from expertd.clients.terminal.conversation import (
@@ -47,6 +53,7 @@ STATUS_S = 2.0
 
 @click.command()
 @click.argument("model", shell_complete=complete_model)
+@model_folder_option
 @click.option("--system", default="", metavar="WORDS", help="What the model is told before all else.")
 @click.option(
     "--max-tokens",

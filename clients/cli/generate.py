@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
+from expertd.clients.cli.parameters import (
+    budget_option,
+    complete_model,
+    config_option,
+    find_or_pull,
+    model_folder_option,
+)
 from expertd.clients.cli.wrap import take_any_bytes
 from expertd.protocol.config import read_config
 from expertd.protocol.paths import Home
@@ -16,6 +22,7 @@ from expertd.protocol.paths import Home
 @click.command()
 @click.argument("model", shell_complete=complete_model)
 @click.argument("prompt")
+@model_folder_option
 @config_option("generate_max_tokens")
 @config_option("generate_temperature")
 @config_option("generate_kv_bits")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, complete_model
+from expertd.clients.cli.parameters import budget_option, complete_model, model_folder_option
 from expertd.clients.cli.progress import Progress
 from expertd.clients.client import Block, Client
 from expertd.protocol.errors import DaemonNotRunning, ModelNotLoaded
@@ -25,6 +25,7 @@ _POLL_S = 0.1
 
 @click.command()
 @click.argument("model", shell_complete=complete_model)
+@model_folder_option
 @budget_option
 def load(model: str, budget: str | None) -> None:
     """Read the experts of MODEL (a checkpoint's folder or name) into free memory, those first that are used most.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.clients.cli.parameters import json_option
+from expertd.clients.cli.parameters import json_option, model_folder_option
 from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError, NotACheckpoint
 from expertd.protocol.model_names import HUB_CACHE, LM_STUDIO, KnownModel, known_models, models_in
@@ -44,6 +44,7 @@ class Row:
 @click.option(
     "--expect", is_flag=True, help="Reckon hits and tokens a second too, as 'expertd plan' does (seconds a model)."
 )
+@model_folder_option
 @json_option()
 def models(folders: Sequence[Path], expect: bool, as_json: bool) -> None:
     """List the models on this machine: what is in them, and whether expertd can serve them.

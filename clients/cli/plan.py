@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertd.clients.cli.parameters import complete_model, json_option
+from expertd.clients.cli.parameters import complete_model, json_option, model_folder_option
 from expertd.protocol.errors import (
     DaemonNotRunning,
     ExpertdError,
@@ -88,6 +88,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> 
     help="Recorded routing of this model ('expertd trace record').  [default: the newest in 'traces' in the home]",
 )  # fmt: skip
 @click.option("--measure", is_flag=True, help="Let the model generate a little first, to see how fast it computes.")
+@model_folder_option
 @json_option()
 def plan(
     model: str, ram: int | None, sizes: tuple[int, ...], context: int, trace: Path | None, measure: bool,

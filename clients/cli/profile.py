@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from expertd.clients.cli.group import Group
-from expertd.clients.cli.parameters import budget_option, complete_model, complete_profile, json_option
+from expertd.clients.cli.parameters import (
+    budget_option,
+    complete_model,
+    complete_profile,
+    json_option,
+    model_folder_option,
+)
 from expertd.clients.cli.signals import ENDS, Stop
 from expertd.protocol.errors import ProfileInvalid
 from expertd.protocol.model_names import find_model, shown_name, shown_path
@@ -61,6 +67,7 @@ def profile() -> None:
 )
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without the model's chat template.")
 @_replace
+@model_folder_option
 @budget_option
 def record(
     name: str, model: str | None, prompts: Path | None, traces: tuple[Path, ...], seconds: float | None,
@@ -157,6 +164,7 @@ def show(name: str, as_json: bool) -> None:
 @click.argument("model", shell_complete=complete_model)
 @click.argument("name", required=False, shell_complete=complete_profile)
 @click.option("--none", "ends", is_flag=True, help="Use no profile any more.")
+@model_folder_option
 def use(model: str, name: str | None, ends: bool) -> None:
     """Have MODEL use the profile NAME from now on.
 
