@@ -294,7 +294,7 @@ class EndlessWorker:
     def watch(self, watcher: Callable[[int, Delta], None]) -> None:
         """Nobody is told."""
 
-    async def receive(self, timeout_s: float) -> tuple[int, Delta] | None:
+    async def receive(self, timeout_s: float, pass_on: object = None) -> tuple[int, Delta] | None:
         self.sent += 1
         if self.silent_after is not None and self.sent > self.silent_after:
             await asyncio.sleep(timeout_s)
