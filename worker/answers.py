@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
+from expertd.protocol.errors import RequestInvalid
 from expertd.worker.engine import new_generator
 from expertd.worker.kv_quantized import new_caches
-from expertd.worker.template import check_text, encode_chat
+from expertd.worker.template import encode_chat
+
+
+def check_text(said: object) -> None:
+    """Refuse what no tokenizer takes: halves of characters, as which bytes are read that are not UTF-8.
+
+    Raises:
+        RequestInvalid: there are some in ``said``, however deep.
+    """
+    try:
+        json.dumps(said, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise RequestInvalid(
+            "the text has bytes that are not UTF-8, so it cannot be read; convert it (iconv -t UTF-8 does)"
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]], *, raw: bool = False) -> list[int]:
@@ -19,8 +35,8 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]], *, raw: bo
     Raises:
         RequestInvalid: the text is not Unicode, or the template refuses it.
     """
+    check_text(prompt)
     if isinstance(prompt, str):
-        check_text(prompt)
         if raw or not tokenizer.has_chat_template:
             return list(tokenizer.encode(prompt))
         prompt = [{"role": "user", "content": prompt}]

@@ -5,26 +5,10 @@ Raw text is the business of whoever has it; what an answer consists of is ``expe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expertd.protocol.errors import ParameterUnsupported, RequestInvalid
-
-
-def check_text(said: object) -> None:
-    """Refuse what no tokenizer takes: halves of characters, as which bytes are read that are not UTF-8.
-
-    Raises:
-        RequestInvalid: there are some in ``said``, however deep.
-    """
-    try:
-        json.dumps(said, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        raise RequestInvalid(
-            "the text has bytes that are not UTF-8, so it cannot be read; convert it (iconv -t UTF-8 does)",
-            param="messages",
-        ) from error
 
 
 def encode_chat(
@@ -63,7 +47,6 @@ def encode_chat(
     try:
         prompt = list(tokenizer.apply_chat_template(list(messages), **more))
     except Exception as error:
-        check_text(messages)
         # A template is a program of the model's author: it may raise anything, about what the messages contain.
         raise RequestInvalid(f"the model's chat template refused the messages ({error})", param="messages") from error
     if not prompt:

@@ -124,12 +124,14 @@ class _Talk:
             ExpertdError: there is no answer, or none any more; then it is as if ``text`` had not been asked.
             KeyboardInterrupt: Ctrl-C came again before the answer stopped; likewise.
         """
+        from expertd.worker.answers import check_text
         from expertd.worker.load import session_of
         from expertd.worker.template import encode_chat
 
         self.said.ask(text)
         stop, pieces, last = Stop(), [], None
         try:
+            check_text(self.said.messages)
             prompt = encode_chat(self._tokenizer, self.said.messages)
             self._status.before()
             with stop.on(signal.SIGINT):
