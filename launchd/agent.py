@@ -86,7 +86,8 @@ def _kept(home: Home, environment: Mapping[str, str]) -> dict[str, str]:
     kept = {}
     if environment.get("EXPERTD_HOME"):
         kept["EXPERTD_HOME"] = str(home.root)
-    cache, variable = hub_cache(environment, Path(environment.get("HOME") or Path.home()))
-    if variable:
+    user = Path(environment.get("HOME") or Path.home())
+    cache, _ = hub_cache(environment, user)
+    if cache != hub_cache({}, user)[0]:
         kept["HF_HUB_CACHE"] = str(cache)
     return kept

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expertd.protocol import PROTOCOL
@@ -229,7 +230,8 @@ def _after(idle_exit_s: float | None) -> str:
 def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subprocess.Popen[bytes]:
     import subprocess
 
-    python = lasting(sys.executable)
+    # Its own interpreter first, which is of its own version.
+    python = sys.executable if Path(sys.executable).exists() else lasting(sys.executable)
     command = [python, "-m", "expertd.daemon"]  # it reads the other settings itself
     if idle_exit_s is not None:
         command += ["--idle-exit", str(idle_exit_s)]

@@ -392,6 +392,7 @@ def test_what_ends_a_command_is_a_wish_first_and_an_interrupt_then() -> None:
 def test_what_does_not_go_together_is_refused(home: Home, tmp_path: Path) -> None:
     write_profile(home, "small", profile())
     assert "is none for demo: it is for 2 MoE layers of 4 experts" in refused("profile", "use", str(DEMO), "small")
+    assert "small is a profile; the model comes first" in refused("profile", "use", "small", str(DEMO))
     assert "give the NAME of a profile, or --none" in refused("profile", "use", str(DEMO))
     assert "there is no profile 'x'; there are: small" in refused("profile", "show", "x")
     assert "give prompts, or a profile, but not both" in refused("warm", str(DEMO), "Hi", "--profile", "small")

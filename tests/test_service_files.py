@@ -108,6 +108,11 @@ def test_what_the_shell_says_of_the_home_and_the_hub_goes_along() -> None:
     ]
 
 
+def test_where_the_hub_s_cache_is_in_its_place_nothing_is_written_of_it() -> None:
+    shell = USER | {"XDG_CACHE_HOME": f"{USER['HOME']}/.cache"}
+    assert daemon_agent(PLAIN, PYTHON, shell).environment == {}
+
+
 def test_two_homes_have_agents_of_their_own() -> None:
     one, other = Home(Path("/tmp/one")), Home(Path("/tmp/other"))
     labels = {LAUNCHD.label(daemon_agent(home, PYTHON, USER)) for home in (PLAIN, one, other)}

@@ -24,7 +24,7 @@ from expertd.clients.cli.parameters import (
     model_folder_option,
 )
 from expertd.clients.cli.signals import ENDS, Stop
-from expertd.protocol.errors import ProfileInvalid
+from expertd.protocol.errors import CheckpointError, ProfileInvalid
 from expertd.protocol.model_names import find_model, shown_name, shown_path
 from expertd.protocol.paths import Home
 from expertd.protocol.profiles import (
@@ -173,7 +173,13 @@ def use(model: str, name: str | None, ends: bool) -> None:
     """
     if (name is None) != ends:
         raise click.UsageError("give the NAME of a profile, or --none")
-    home, folder = Home.current(), find_model(model)
+    home = Home.current()
+    try:
+        folder = find_model(model)
+    except CheckpointError:
+        if model in profile_names(home):
+            raise click.UsageError(f"{model} is a profile; the model comes first: profile use MODEL {model}") from None
+        raise
     if name is None:
         use_profile(home, str(folder), None)
         click.echo(f"{shown_name(folder)} uses no profile")
