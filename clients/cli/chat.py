@@ -76,13 +76,13 @@ def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: 
     \"\"\", or each but the last with \\ at its end.  The first answer that fails ends it.  Exits with 2 if a line was a
     command that there is not, with 1 if the chat could not be saved.
     """
+    take_any_bytes()
     config = read_config(Home.current(), **flags)
     folder = find_or_pull(model)  # before mlx is imported, which takes a second
     import expertd
     from expertd.worker.turns import Turns
 
     loaded, tokenizer = expertd.load(folder, budget=budget)
-    take_any_bytes()
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:
         turns = Turns(loaded, tokenizer, kv_bits=config.generate_kv_bits.value)

@@ -33,6 +33,7 @@ def generate(model: str, prompt: str, raw: bool, budget: str | None, **flags: An
 
     MODEL is a checkpoint's folder, or the name of one, as an id of the hub ('expertd models' lists what is here).
     """
+    take_any_bytes()
     config = read_config(Home.current(), **flags)
     max_tokens, temperature = config.generate_max_tokens.value, config.generate_temperature.value
     kv_bits = config.generate_kv_bits.value
@@ -47,7 +48,6 @@ def generate(model: str, prompt: str, raw: bool, budget: str | None, **flags: An
 
     loaded, tokenizer = expertd.load(folder, budget=budget)
     check_kv_bits(loaded, kv_bits)
-    take_any_bytes()
     text = sys.stdin.read() if prompt == "-" else prompt
     tokens = encode_prompt(tokenizer, text, raw=raw)
     sampler = make_sampler(temp=temperature)

@@ -27,7 +27,10 @@ def wrapped(head: str, text: str) -> list[str]:
 
 
 def take_any_bytes() -> None:
-    """Read standard input, and write standard output, whatever the bytes are: what cannot use them says so."""
+    """Read standard input, and write standard output, whatever the bytes are: what cannot use them says so.
+
+    To be called before anything is read.
+    """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")
