@@ -182,8 +182,8 @@ def test_what_does_not_fit_is_refused_before_a_stream_begins(
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         say(client, served, max_tokens=max_tokens, stream=stream)
-    assert (caught.value.code, caught.value.param) == ("prompt_too_long", param)
-    assert "32768" in caught.value.message
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", param)
+    assert "this model's maximum context length is 32768 tokens" in caught.value.message
 
 
 @pytest.mark.parametrize(
