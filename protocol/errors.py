@@ -25,6 +25,7 @@
     |-- SegmentFailed                 segment_failed
     |-- HomeError                     home_invalid
     |   `-- HomeTooLong               home_too_long
+    |-- PathInvalid                   path_invalid
     |-- DaemonNotRunning              daemon_not_running
     |   `-- DaemonLost                daemon_lost
     |-- DaemonAlreadyRunning          daemon_already_running
@@ -264,6 +265,14 @@ class HomeTooLong(HomeError):
     """A socket's path under EXPERTD_HOME would not fit the system's limit."""
 
     code = "home_too_long"
+
+
+class PathInvalid(ExpertdError):
+    """A path begins with ``~``, and there is no folder that this stands for."""
+
+    code = "path_invalid"
+    exit_status = 2
+    http_status = 400
 
 
 class DaemonNotRunning(ExpertdError):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.protocol.checkpoint import ITEM_BYTES
-from expertd.protocol.errors import HomeError, HomeTooLong, SegmentFailed, SizeInvalid
+from expertd.protocol.errors import HomeError, HomeTooLong, PathInvalid, SegmentFailed, SizeInvalid
 from expertd.protocol.layout import (
     PAGE,
     SLAB_ELEMENTS,
@@ -26,7 +26,8 @@ from expertd.protocol.layout import (
     write_header,
 )
 from expertd.protocol.manifest import Part
-from expertd.protocol.paths import SOCKET_PATH_BYTES, Home
+from expertd.protocol.model_names import find_model
+from expertd.protocol.paths import SOCKET_PATH_BYTES, Home, expanded
 from expertd.protocol.segments import Segment, create, map_readonly, segment_name
 from expertd.protocol.sizes import parse_budget, parse_size, show_size
 
@@ -399,3 +400,15 @@ def test_the_name_of_any_home_is_short_and_its_own(path: str) -> None:
     assert name.startswith("/expertd-")
     assert len(name) <= 31
     assert name != segment_name(Path(path) / "other")
+
+
+def test_a_tilde_that_stands_for_nothing_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert expanded("~/models") == Path.home() / "models"
+    assert expanded("/m") == expanded(Path("/m")) == Path("/m")
+    with pytest.raises(PathInvalid, match=r"^'~nobody-here/x': there is no user 'nobody-here' here; write"):
+        expanded("~nobody-here/x")
+    monkeypatch.setenv("EXPERTD_HOME", "~nobody-here")
+    with pytest.raises(PathInvalid, match="'nobody-here'"):
+        Home.current()
+    with pytest.raises(PathInvalid):
+        find_model("~nobody-here/model")

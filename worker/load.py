@@ -22,7 +22,7 @@ from expertd.protocol.errors import AliasFailed, CheckpointError, ExpertdError, 
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.model_names import find_model
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.protocol.sizes import parse_budget
 from expertd.worker import attach
@@ -100,7 +100,7 @@ def load(
 
 
 def _at(name: str | Path, revision: str) -> str:
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         raise CheckpointError(f"{name} is a folder, which has no revisions; leave 'revision' out")
     return f"{name}@{revision}"
 
