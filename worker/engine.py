@@ -429,20 +429,19 @@ class Engine:
             text, stopped = request.stops.feed(request.detokenizer.last_segment)
             if not stopped and reason is not None:
                 text += request.stops.flush()
-            piece = request.channels.feed(text)
+            pieces = request.channels.feed(text)
             logprobs = self._logprobs(request, answer)
         except Exception as error:
             log.exception("the text of request %d could not be made", request.id)
             self._drop([answer.uid])
             return [_refused(request.id, error)]
-        if stopped or (request.one_call and request.channels.called):
+        if stopped or (request.one_call and request.channels.call_ended):
             reason = "stop"
         if reason is None:
-            return [self._delta(request, piece, logprobs)]
-        last = request.channels.finish()
-        piece = Piece(piece.text + last.text, piece.reasoning + last.reasoning, piece.calls + last.calls)
+            return self._deltas(request, pieces, logprobs)
+        pieces += request.channels.finish(cut=answer.finish_reason != "stop")
         events: list[Event] = [
-            self._delta(request, piece, logprobs),
+            *self._deltas(request, pieces, logprobs),
             Finished(
                 request=request.id,
                 reason="tool_calls" if reason == "stop" and request.channels.called else reason,
@@ -456,6 +455,11 @@ class Engine:
             self._kept.keep(answer.all_tokens, answer.prompt_cache)
         self._drop([answer.uid])
         return events
+
+    def _deltas(self, request: _Request, pieces: list[Piece], logprobs: list[TokenLogprob]) -> list[Event]:
+        """One, except where a token ends something and begins what comes before it in a Delta."""
+        first, *more = pieces or [Piece()]
+        return [self._delta(request, first, logprobs), *(self._delta(request, piece, []) for piece in more)]
 
     @staticmethod
     def _delta(request: _Request, piece: Piece, logprobs: list[TokenLogprob]) -> Delta:

@@ -5,6 +5,7 @@ Raw text is the business of whoever has it; what an answer consists of is ``expe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,10 +46,29 @@ def encode_chat(
     more = {name: value for name, value in (hints or {}).items() if name in template} | more
     more |= {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
     try:
-        prompt = list(tokenizer.apply_chat_template(list(messages), **more))
+        prompt = list(tokenizer.apply_chat_template([_with_objects(message) for message in messages], **more))
     except Exception as error:
         # A template is a program of the model's author: it may raise anything, about what the messages contain.
         raise RequestInvalid(f"the model's chat template refused the messages ({error})", param="messages") from error
     if not prompt:
         raise RequestInvalid("the model's chat template made no tokens of the messages", param="messages")
     return prompt
+
+
+def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with the arguments of its calls as objects, which is how templates take them."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    if not isinstance(function["arguments"], str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call  # it was cut off: most templates take a text too
+    return {**call, "function": {**function, "arguments": arguments}}

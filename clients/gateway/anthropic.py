@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from expertd.clients.gateway.answers import Told, sse
+from expertd.clients.gateway.answers import Part, Told, sse
 from expertd.clients.gateway.chat import function_of
 from expertd.clients.gateway.wanted import (
     HOTTEST,
@@ -29,7 +29,7 @@ from expertd.clients.gateway.wanted import (
     within,
 )
 from expertd.protocol.errors import ExpertdError, ParameterUnsupported
-from expertd.protocol.messages import Delta, Finished, Sampling, ToolCall
+from expertd.protocol.messages import Delta, Finished, Sampling
 
 __all__ = ["IGNORED", "PING", "Rendering", "error_body", "parse", "parse_count"]
 
@@ -264,9 +264,10 @@ def _said(content: Sequence[Any], param: str) -> dict[str, Any]:
             case "redacted_thinking":
                 continue  # nobody but Anthropic can read it
             case "tool_use":
-                if not isinstance(block.get("input"), dict):
-                    invalid(f"{here}.input", "an object")
-                function = {"name": _text(block, "name", here), "arguments": block["input"]}
+                function = {
+                    "name": _text(block, "name", here),
+                    "arguments": _arguments(block.get("input"), f"{here}.input"),
+                }
                 calls.append({"id": _text(block, "id", here), "type": "function", "function": function})
             case kind:
                 unsupported(here, f"is of type {kind!r}, which is not supported")
@@ -276,6 +277,16 @@ def _said(content: Sequence[Any], param: str) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return message
+
+
+def _arguments(value: object, param: str) -> str:
+    """What a tool was used with, as JSON, in which numbers may be of any size."""
+    if not isinstance(value, dict):
+        invalid(param, "an object")
+    try:
+        return json.dumps(value)
+    except (ValueError, RecursionError):
+        invalid(param, "an object of fewer levels, and of numbers with fewer digits")
 
 
 def _asked(role: str, content: Sequence[Any], param: str) -> list[dict[str, Any]]:
@@ -316,12 +327,7 @@ class Rendering:
     def whole(self, answers: Sequence[Told]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         (told,) = answers
-        content: list[dict[str, Any]] = []
-        if told.reasoning:
-            content.append({"type": "thinking", "thinking": told.reasoning, "signature": ""})
-        if told.text or not (told.calls or content):
-            content.append({"type": "text", "text": told.text})
-        content += [_use(call) | {"input": _input(call)} for call in told.calls]
+        content = [_block(part) for part in told.parts] or [{"type": "text", "text": ""}]
         return {**self._head, "content": content, **_stop(told.end), "usage": _usage_of(told.end)}
 
     def begin(self) -> Iterator[bytes]:
@@ -345,10 +351,11 @@ class Rendering:
             yield from self._in("text", {"type": "text", "text": ""})
             yield self._delta({"type": "text_delta", "text": event.text})
         for call in event.calls:
-            yield from self._close()
-            yield from self._in("tool_use", {**_use(call), "input": {}})
-            yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
-            yield from self._close()
+            if call.id:
+                yield from self._close()
+                yield from self._in("tool_use", {**_use(call.id, call.name), "input": {}})
+            if call.arguments:
+                yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
     def end(self) -> Iterator[bytes]:
         """What a stream ends with."""
@@ -385,13 +392,23 @@ def _event(kind: str, **fields: Any) -> bytes:
     return sse({"type": kind, **fields}, kind)
 
 
-def _use(call: ToolCall) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id, "name": call.name}
+def _block(part: Part) -> dict[str, Any]:
+    match part.kind:
+        case "reasoning":
+            return {"type": "thinking", "thinking": part.text, "signature": ""}
+        case "text":
+            return {"type": "text", "text": part.text}
+    return {**_use(part.id, part.name), "input": _input(part.text)}
 
 
-def _input(call: ToolCall) -> Any:
+def _use(id: str, name: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": id, "name": name}
+
+
+def _input(arguments: str) -> Any:
+    """Arguments as an object; an empty one if the call was cut off, which the reason of the end says."""
     try:
-        return json.loads(call.arguments)
+        return json.loads(arguments)
     except ValueError:
         return {}
 
