@@ -33,9 +33,11 @@ Parser = Callable[[str, list[dict[str, Any]]], Any]
 class Calls:
     """The text between two markers, which holds a call or several."""
 
-    def __init__(self, parse: Parser, tools: list[dict[str, Any]]) -> None:
+    def __init__(self, parse: Parser, tools: list[dict[str, Any]], one: bool = False) -> None:
+        """``one``: only the first call is told."""
         self._parse = parse
         self._tools = tools
+        self._one = one
         self._said = ""
         self._told: list[_Seen] = []
         self._format = _format_of(parse, tools)
@@ -79,7 +81,7 @@ class Calls:
     def _tell(self, seen: list[_Seen]) -> list[ToolCall]:
         """What is new in ``seen``, as far as it goes on from what was told."""
         pieces: list[ToolCall] = []
-        for place, call in enumerate(seen):
+        for place, call in enumerate(seen[:1] if self._one else seen):
             if place == len(self._told):
                 if not self.complete:
                     break

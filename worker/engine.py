@@ -283,7 +283,12 @@ class Engine:
                 param=param,
             )
         channels = Channels(
-            self._tokenizer, prompt, message.tools, raw=message.messages is None, enforced=message.schema is not None
+            self._tokenizer,
+            prompt,
+            message.tools,
+            raw=message.messages is None,
+            enforced=message.schema is not None,
+            one_call=not message.parallel_calls,
         )
         return _Request(
             id=message.request,
