@@ -283,6 +283,14 @@ def test_arguments_go_out_as_the_model_writes_them(text: str, arguments: str) ->
         assert (found, left) == ([("now", arguments)], "")
 
 
+def test_an_id_of_the_model_s_own_is_kept_unless_it_is_endless() -> None:
+    for id, kept in (("c" * 256, True), ("c" * 257, False), ("", False)):
+        text = json.dumps({"id": id, "name": "now", "arguments": {}})
+        (call,) = told("json_tools", [text])[1]
+        assert (call.id == id) == kept
+        assert kept or call.id.startswith("call_")
+
+
 @pytest.mark.parametrize("format", WRITERS)
 @settings(max_examples=20)
 @given(cut=st.integers(1, 300), cuts=CUTS)

@@ -30,6 +30,10 @@ Parser = Callable[[str, list[dict[str, Any]]], Any]
 """One of mlx-lm's: the text between two markers and the tools -> a call, or a list of calls.  Raises anything."""
 
 
+LONGEST_ID = 256
+"""Characters of an id that a model gives its call; a longer one is replaced by ours."""
+
+
 class Calls:
     """The text between two markers, which holds a call or several."""
 
@@ -85,7 +89,8 @@ class Calls:
             if place == len(self._told):
                 if not self.complete:
                     break
-                pieces.append(ToolCall(id=call.id or _new_id(), name=call.name, arguments=call.arguments))
+                id = call.id if len(call.id) <= LONGEST_ID else ""
+                pieces.append(ToolCall(id=id or _new_id(), name=call.name, arguments=call.arguments))
                 self._told.append(call)
                 continue
             told = self._told[place]

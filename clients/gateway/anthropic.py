@@ -409,7 +409,7 @@ def _input(arguments: str) -> Any:
     """Arguments as an object; an empty one if the call was cut off, which the reason of the end says."""
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

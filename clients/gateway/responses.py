@@ -487,7 +487,7 @@ def _event_of(part: Part) -> Delta:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
