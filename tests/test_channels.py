@@ -123,19 +123,6 @@ def test_a_call_has_come_to_its_end_where_its_mark_is_or_its_arguments_end() -> 
     assert channels.call_ended
 
 
-@pytest.mark.parametrize("size", [1, 1000])
-def test_where_one_call_is_wanted_others_beside_it_are_not_told(size: int) -> None:
-    text = '[TOOL_CALLS]look[ARGS]{"at": "a"}look[ARGS]{"at": "b"}'
-    found: dict[bool, list[str]] = {}
-    for one in (False, True):
-        channels = Channels(Marks(mistral, thinks=False), [1], TOOLS, one_call=one)
-        pieces = [piece for at in range(0, len(text), size) for piece in channels.feed(text[at : at + size])]
-        pieces += channels.finish()
-        calls = [call for piece in pieces for call in piece.calls]
-        found[one] = "".join(("|" if call.id else "") + call.arguments for call in calls).split("|")
-    assert found == {False: ["", '{"at": "a"}', '{"at": "b"}'], True: ["", '{"at": "a"}']}
-
-
 def test_a_delta_tells_no_more_than_one_piece_of_a_call() -> None:
     for size in (1, 5, 1000):
         for event in deltas(call("a long way"), size):

@@ -37,11 +37,9 @@ LONGEST_ID = 256
 class Calls:
     """The text between two markers, which holds a call or several."""
 
-    def __init__(self, parse: Parser, tools: list[dict[str, Any]], one: bool = False) -> None:
-        """``one``: only the first call is told."""
+    def __init__(self, parse: Parser, tools: list[dict[str, Any]]) -> None:
         self._parse = parse
         self._tools = tools
-        self._one = one
         self._said = ""
         self._told: list[_Seen] = []
         self._format = _format_of(parse, tools)
@@ -85,7 +83,7 @@ class Calls:
     def _tell(self, seen: list[_Seen]) -> list[ToolCall]:
         """What is new in ``seen``, as far as it goes on from what was told."""
         pieces: list[ToolCall] = []
-        for place, call in enumerate(seen[:1] if self._one else seen):
+        for place, call in enumerate(seen):
             if place == len(self._told):
                 if not self.complete:
                     break

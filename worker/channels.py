@@ -48,7 +48,6 @@ class Channels:
         *,
         raw: bool = False,
         enforced: bool = False,
-        one_call: bool = False,
     ) -> None:
         """Begin an answer to ``prompt`` (tokens).
 
@@ -56,12 +55,10 @@ class Channels:
             tools: calls are only looked for where there are some.
             raw: all is text, whatever it looks like.
             enforced: what follows the reasoning is kept to a grammar, in which markers mean nothing.
-            one_call: of several calls between two markers only the first is told.
         """
         self._parse = tokenizer.tool_parser if tools and tokenizer.has_tool_calling else None
         self._marked = self._parse is not None and bool(tokenizer.tool_call_end)  # whether calls have an end marker
         self._tools = tools
-        self._one_call = one_call
         self._calls: Calls | None = None
         self._space: str | None = ""  # since the last that was no text; None: text follows text
         self._after_call = False
@@ -90,7 +87,7 @@ class Channels:
     def _pieces(self, state: str, text: str) -> Iterator[Piece]:
         if state == "tool" and self._parse is not None:
             if self._calls is None:
-                self._calls = Calls(self._parse, self._tools, self._one_call)
+                self._calls = Calls(self._parse, self._tools)
             yield self._called(self._calls.feed(text))
             if not self._marked and self._calls.begun and self._calls.complete:
                 self.call_ended = True
