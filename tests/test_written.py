@@ -143,4 +143,4 @@ def test_the_only_call_ends_where_its_arguments_do_if_it_has_no_mark(cut: int) -
 @pytest.mark.parametrize("cut", [1, 1000])
 def test_no_call_comes_after_a_stop_string(cut: int) -> None:
     told = Told(Plain(), f"one END{CALL}", cut, ("END",))
-    assert (told.order, told.called, told.stop) == (["one "], False, "END")
+    assert ("".join(told.order), told.called, told.stop) == ("one ", False, "END")
