@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.tokenizer_utils import load
 
 from expertd.protocol.errors import ParameterUnsupported, RequestInvalid
-from expertd.worker.template import encode_chat
+from expertd.worker.template import render_chat
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 SAID = "[{{ message.role }}: {{ message.content | trim }}]"
@@ -34,7 +34,7 @@ def tokenizer() -> Any:
 
 def prompt(tokenizer: Any, template: str, messages: list[dict[str, Any]], **more: Any) -> str:
     tokenizer._tokenizer.chat_template = template
-    return str(tokenizer.decode(encode_chat(tokenizer, messages, **more)))
+    return render_chat(tokenizer, messages, **more)
 
 
 @pytest.mark.parametrize(("template", "role"), [(EACH, "system"), (STRICT, "user"), (SILENT, "user")])
