@@ -62,8 +62,6 @@ class Channels:
         self._calls: Calls | None = None
         self._space: str | None = ""  # since the last that was no text; None: text follows text
         self._after_call = False
-        self.called = False
-        """Whether a tool was called, be it in part."""
         self.call_ended = False
         """Whether a call has come to its end."""
         self.thinking = not raw and bool(tokenizer.has_thinking) and _opens(tokenizer, prompt)
@@ -111,7 +109,7 @@ class Channels:
 
     def _called(self, calls: list[ToolCall]) -> Piece:
         if calls:
-            self.called = self._after_call = True
+            self._after_call = True
             self._space = ""
         return Piece(calls=calls)
 
