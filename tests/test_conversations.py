@@ -55,7 +55,7 @@ def test_a_message_that_was_parsed_comes_back_with_what_was_parsed() -> None:
               "tool_calls": [call], "refusal": None, "audio": None, "function_call": None}  # fmt: skip
     (message,) = said(of_chat([answer]))
     assert message == {"role": "assistant", "content": "{}", "tool_calls": [{**call, "function": {
-        "name": "f", "arguments": {}}}]}  # fmt: skip
+        "name": "f", "arguments": "{}"}}]}  # fmt: skip
     with pytest.raises(ParameterUnsupported, match=r"'messages\[0\]\.parsed' is not supported"):
         of_chat([HI | {"parsed": {}}])
 

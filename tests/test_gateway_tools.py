@@ -97,10 +97,21 @@ def test_a_streamed_call_adds_up_to_the_whole_one(client: openai.OpenAI) -> None
     chunks = list(chat(client, tool_choice="required", parallel_tool_calls=False, stream=True))
     deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert [call.index for call in deltas] == [0] * len(deltas)
+    assert len(deltas) > 5, "the arguments come while they are written"
+    first, *more = deltas
+    assert (first.id is not None, {(call.id, call.function.name) for call in more}) == (True, {(None, None)})
     assert "".join(call.function.name or "" for call in deltas) == whole.function.name
     assert "".join(call.function.arguments or "" for call in deltas) == whole.function.arguments
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+
+def test_numbers_of_any_size_and_calls_that_were_cut_off_go_back_to_the_model(client: openai.OpenAI) -> None:
+    for arguments in ('{"days": 123456789012345678901234}', '{"city": "Os'):
+        call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        said = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        answer = chat(client, messages=[*said, {"role": "tool", "tool_call_id": "c1", "content": "?"}], max_tokens=1)
+        assert answer.usage.prompt_tokens > len(arguments) // 4
 
 
 def test_a_result_goes_back_to_the_model(client: openai.OpenAI) -> None:
@@ -123,9 +134,10 @@ def test_responses_call_functions_too(client: openai.OpenAI) -> None:
         assert choice == "required" or item.name == "clock"
     events = list(client.responses.create(**ask, tool_choice="required", stream=True))
     (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
-    deltas = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
-    assert deltas == done.arguments
-    assert fits(done.name, json.loads(deltas))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert len(deltas) > 5
+    assert "".join(deltas) == done.arguments
+    assert fits(done.name, json.loads(done.arguments))
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}], ids=str)
@@ -138,11 +150,12 @@ def test_messages_use_tools(claude: anthropic.Anthropic, choice: Any) -> None:
     assert (block.type, answer.stop_reason) == ("tool_use", "tool_use")
     assert fits(block.name, block.input)
     with claude.messages.stream(**ask) as stream:
-        partial = "".join(event.partial_json for event in stream if event.type == "input_json")
+        partial = [event.partial_json for event in stream if event.type == "input_json"]
         final = stream.get_final_message()
     (block,) = final.content
     assert block.type == "tool_use"
-    assert json.loads(partial) == block.input
+    assert len(partial) > 5
+    assert json.loads("".join(partial)) == block.input
     assert fits(block.name, block.input)
 
 

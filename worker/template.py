@@ -6,6 +6,7 @@ Raw text is the business of whoever has it, lengths that of ``expertd.worker.pro
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -76,7 +77,8 @@ def render_chat(
             raise ParameterUnsupported(f"this model's chat template knows no '{name}'; leave it out", param=name)
     more = {name: value for name, value in (hints or {}).items() if name in known} | more
     more |= {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
-    said = list(messages) if _takes_all(tokenizer, messages, more) else [messages[0], *map(_of_user, messages[1:])]
+    messages = [_with_objects(message) for message in messages]
+    said = messages if _takes_all(tokenizer, messages, more) else [messages[0], *map(_of_user, messages[1:])]
     try:
         prompt = str(tokenizer.apply_chat_template(said, tokenize=False, **more))
     except Exception as error:
@@ -85,6 +87,25 @@ def render_chat(
     if not prompt:
         raise RequestInvalid("the model's chat template made no text of the messages", param="messages")
     return prompt
+
+
+def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with the arguments of its calls as objects, which is how templates take them."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    if not isinstance(function["arguments"], str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call  # it was cut off: most templates take a text too
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _takes_all(tokenizer: Any, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> bool:

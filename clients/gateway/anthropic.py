@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from expertd.clients.gateway.answers import Told, sse
-from expertd.clients.gateway.conversation import Messages, call_of, kind_of, not_supported, text_of, texts
+from expertd.clients.gateway.answers import Part, Told, sse
+from expertd.clients.gateway.conversation import Messages, call_of, json_of, kind_of, not_supported, text_of, texts
 from expertd.clients.gateway.fields import body_object, boolean, invalid, string, unsupported, whole, within
 from expertd.clients.gateway.tools import choose, entries, function_of
 from expertd.clients.gateway.wanted import (
@@ -24,7 +24,7 @@ from expertd.clients.gateway.wanted import (
     stops,
 )
 from expertd.protocol.errors import ExpertdError
-from expertd.protocol.messages import Delta, Finished, Sampling, ToolCall
+from expertd.protocol.messages import Delta, Finished, Sampling
 
 __all__ = ["IGNORED", "PING", "Rendering", "error_body", "parse", "parse_count"]
 
@@ -236,9 +236,8 @@ def _said(content: Sequence[Any], param: str) -> dict[str, Any]:
             case "redacted_thinking":
                 continue  # nobody but Anthropic can read it
             case "tool_use":
-                if not isinstance(block.get("input"), dict):
-                    invalid(f"{here}.input", "an object")
-                calls.append(call_of(string(block, "id", here), string(block, "name", here), block["input"]))
+                arguments = json_of(block.get("input"), f"{here}.input")
+                calls.append(call_of(string(block, "id", here), string(block, "name", here), arguments))
             case kind:
                 raise not_supported(kind, here)
     message: dict[str, Any] = {"role": "assistant", "content": "".join(said)}
@@ -287,12 +286,7 @@ class Rendering:
     def whole(self, answers: Sequence[Told]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         (told,) = answers
-        content: list[dict[str, Any]] = []
-        if told.reasoning:
-            content.append({"type": "thinking", "thinking": told.reasoning, "signature": ""})
-        if told.text or not (told.calls or content):
-            content.append({"type": "text", "text": told.text})
-        content += [_use(call) | {"input": _input(call)} for call in told.calls]
+        content = [_block(part) for part in told.parts] or [{"type": "text", "text": ""}]
         return {**self._head, "content": content, **_stop(told.end), "usage": _usage_of(told.end)}
 
     def begin(self) -> Iterator[bytes]:
@@ -316,10 +310,11 @@ class Rendering:
             yield from self._in("text", {"type": "text", "text": ""})
             yield self._delta({"type": "text_delta", "text": event.text})
         for call in event.calls:
-            yield from self._close()
-            yield from self._in("tool_use", {**_use(call), "input": {}})
-            yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
-            yield from self._close()
+            if call.id:
+                yield from self._close()
+                yield from self._in("tool_use", {**_use(call.id, call.name), "input": {}})
+            if call.arguments:
+                yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
     def end(self) -> Iterator[bytes]:
         """What a stream ends with."""
@@ -356,14 +351,24 @@ def _event(kind: str, **fields: Any) -> bytes:
     return sse({"type": kind, **fields}, kind)
 
 
-def _use(call: ToolCall) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id, "name": call.name}
+def _block(part: Part) -> dict[str, Any]:
+    match part.kind:
+        case "reasoning":
+            return {"type": "thinking", "thinking": part.text, "signature": ""}
+        case "text":
+            return {"type": "text", "text": part.text}
+    return {**_use(part.id, part.name), "input": _input(part.text)}
 
 
-def _input(call: ToolCall) -> Any:
+def _use(id: str, name: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": id, "name": name}
+
+
+def _input(arguments: str) -> Any:
+    """Arguments as an object; an empty one if the call was cut off, which the reason of the end says."""
     try:
-        return json.loads(call.arguments)
-    except ValueError:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
         return {}
 
 

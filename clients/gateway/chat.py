@@ -234,7 +234,7 @@ def _message(value: object, param: str) -> dict[str, Any]:
 
 
 def _calls(value: object, param: str) -> list[dict[str, Any]]:
-    """Earlier calls of tools."""
+    """Earlier calls of tools; their arguments stay JSON, in which numbers may be of any size."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -291,10 +291,7 @@ class Rendering:
         if event.reasoning:
             delta["reasoning_content"] = event.reasoning
         if event.calls:
-            delta["tool_calls"] = [
-                {"index": self._calls[place] + n, **_call(call)} for n, call in enumerate(event.calls)
-            ]
-            self._calls[place] += len(event.calls)
+            delta["tool_calls"] = [self._piece(place, call) for call in event.calls]
         if delta or event.logprobs:
             yield self._chunk(place, delta, logprobs=event.logprobs)
 
@@ -311,7 +308,8 @@ class Rendering:
     def _choice(self, place: int, told: Told) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": told.text, "refusal": None}
         if told.calls:
-            message |= {"content": told.text or None, "tool_calls": [_call(call) for call in told.calls]}
+            calls = [_call(call.id, call.name, call.text) for call in told.calls]
+            message |= {"content": told.text or None, "tool_calls": calls}
         if told.reasoning:
             message["reasoning_content"] = told.reasoning
         return {
@@ -320,6 +318,12 @@ class Rendering:
             "logprobs": None if self._wanted.top_logprobs is None else _logprobs(told.logprobs),
             "finish_reason": told.end.reason,
         }
+
+    def _piece(self, place: int, call: ToolCall) -> dict[str, Any]:
+        if not call.id:
+            return {"index": self._calls[place] - 1, "function": {"arguments": call.arguments}}
+        self._calls[place] += 1
+        return {"index": self._calls[place] - 1, **_call(call.id, call.name, call.arguments)}
 
     def _chunk(
         self, place: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()
@@ -340,8 +344,8 @@ def usage(ends: Sequence[Finished]) -> dict[str, Any]:
     }
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _logprobs(logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from expertd.clients.gateway.fields import invalid, string, unsupported
 from expertd.protocol.errors import ParameterUnsupported
 
-__all__ = ["Messages", "arguments_of", "call_of", "kind_of", "text_of", "texts", "with_one_system"]
+__all__ = ["Messages", "arguments_of", "call_of", "json_of", "kind_of", "text_of", "texts", "with_one_system"]
 
 Messages = list[dict[str, Any]]
 """What a template takes: ``role`` and ``content``, and of an assistant ``reasoning_content`` and ``tool_calls``."""
@@ -67,21 +67,28 @@ def not_supported(kind: str, param: str, rest: str = "") -> ParameterUnsupported
     return ParameterUnsupported(f"'{param}' is of type {kind!r}, which is not supported{rest}", param=param)
 
 
-def call_of(id: str, name: str, arguments: object) -> dict[str, Any]:
-    """An earlier call; templates take its arguments as an object."""
+def call_of(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """An earlier call; its arguments stay JSON, in which numbers may be of any size."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def arguments_of(value: object, param: str) -> Any:
-    """What a call was made with: JSON, as text."""
+def arguments_of(value: object, param: str) -> str:
+    """What a call was made with, as text: JSON, unless the call was cut off or the model made a mistake."""
     if value is None or value == "":
-        return {}
+        return "{}"
     if not isinstance(value, str):
         invalid(param, "JSON, as a string")
+    return value
+
+
+def json_of(value: object, param: str) -> str:
+    """The object that a call was made with, as JSON."""
+    if not isinstance(value, dict):
+        invalid(param, "an object")
     try:
-        return json.loads(value)
+        return json.dumps(value)
     except (ValueError, RecursionError):
-        invalid(param, "JSON, as a string")
+        invalid(param, "an object of fewer levels, and of numbers with fewer digits")
 
 
 def with_one_system(messages: Sequence[dict[str, Any]]) -> Messages:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from expertd.clients.gateway.answers import KEEPALIVE, Told, error_body, sse
+from expertd.clients.gateway.answers import KEEPALIVE, Part, TextLogprobs, Told, error_body, sse
 from expertd.clients.gateway.chat import EFFORTS, ROLES
 from expertd.clients.gateway.conversation import Messages, arguments_of, call_of, not_supported, texts
 from expertd.clients.gateway.fields import body_object, boolean, invalid, string, unsupported, whole
@@ -324,7 +324,8 @@ class Rendering:
         self._sequence = 0
         self.output: Items = []
         """What has been said so far."""
-        self._open: Literal["reasoning", "message"] | None = None
+        self._open: Literal["reasoning", "message", "call"] | None = None
+        self._logprobs = TextLogprobs()
         self._end: Finished | None = None
         self._thoughts = 0
 
@@ -342,11 +343,10 @@ class Rendering:
         """The response object of an answer that is not streamed."""
         (told,) = answers
         self._thoughts = told.thoughts
-        for _ in self.event(0, Delta(request=0, text=told.text, tokens=0, reasoning=told.reasoning, calls=told.calls,
-                                     logprobs=told.logprobs)):  # fmt: skip
-            pass
-        for _ in self.event(0, told.end):
-            pass
+        events: list[Delta | Finished] = [*map(_event_of, told.parts), told.end]
+        for event in events:
+            for _ in self.event(0, event):
+                pass
         return self.response()
 
     def response(self, status: str | None = None, error: ExpertdError | None = None) -> dict[str, Any]:
@@ -384,16 +384,15 @@ class Rendering:
             self.output[-1]["content"][0]["text"] += event.reasoning
             self._thoughts += event.tokens
             yield self._event("response.reasoning_text.delta", **self._here(), delta=event.reasoning)
-        if event.text or event.logprobs:
+        of_text = self._logprobs.of(event)
+        if event.text:
             yield from self._in("message")
             part = self.output[-1]["content"][0]
             part["text"] += event.text
-            logprobs = [_logprob(told) for told in event.logprobs] if self._request.with_logprobs else []
+            logprobs = [_logprob(told) for told in of_text] if self._request.with_logprobs else []
             part["logprobs"] += logprobs
-            if event.text:
-                yield self._event("response.output_text.delta", **self._here(), delta=event.text, logprobs=logprobs)
+            yield self._event("response.output_text.delta", **self._here(), delta=event.text, logprobs=logprobs)
         for call in event.calls:
-            yield from self._close()
             yield from self._call(call)
 
     def end(self) -> Iterator[bytes]:
@@ -430,31 +429,39 @@ class Rendering:
         if kind is None:
             return
         item = self.output[-1]
-        part = item["content"][0]
-        text = part["text"]
-        if kind == "reasoning":
-            yield self._event("response.reasoning_text.done", **self._here(), text=text)
+        if kind == "call":
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            status = "completed" if _is_json(item["arguments"]) else "incomplete"
+            yield self._event("response.function_call_arguments.done", **self._item(), **told)
         else:
-            logprobs = part["logprobs"]
-            yield self._event("response.output_text.done", **self._here(), text=text, logprobs=logprobs)
-        yield self._event("response.content_part.done", **self._here(), part=part)
+            part = item["content"][0]
+            text = part["text"]
+            if kind == "reasoning":
+                yield self._event("response.reasoning_text.done", **self._here(), text=text)
+            else:
+                logprobs = part["logprobs"]
+                yield self._event("response.output_text.done", **self._here(), text=text, logprobs=logprobs)
+            yield self._event("response.content_part.done", **self._here(), part=part)
         item["status"] = status
         yield self._event("response.output_item.done", output_index=len(self.output) - 1, item=item)
 
     def _call(self, call: ToolCall) -> Iterator[bytes]:
-        item = {"id": _id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
-        place = len(self.output)
-        self.output.append(item | {"arguments": call.arguments, "status": "completed"})
-        yield self._event(
-            "response.output_item.added", output_index=place, item=item | {"arguments": "", "status": "in_progress"}
-        )
-        here = {"item_id": item["id"], "output_index": place}
-        yield self._event("response.function_call_arguments.delta", **here, delta=call.arguments)
-        yield self._event("response.function_call_arguments.done", **here, name=call.name, arguments=call.arguments)
-        yield self._event("response.output_item.done", output_index=place, item=self.output[-1])
+        """A piece of a call; the first opens its item."""
+        if call.id:
+            yield from self._close()
+            self._open = "call"
+            item = {"id": _id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
+            self.output.append(item | {"arguments": "", "status": "in_progress"})
+            yield self._event("response.output_item.added", output_index=len(self.output) - 1, item=self.output[-1])
+        if call.arguments:
+            self.output[-1]["arguments"] += call.arguments
+            yield self._event("response.function_call_arguments.delta", **self._item(), delta=call.arguments)
+
+    def _item(self) -> dict[str, Any]:
+        return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
 
     def _here(self) -> dict[str, Any]:
-        return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1, "content_index": 0}
+        return self._item() | {"content_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._sequence += 1
@@ -468,6 +475,24 @@ class Rendering:
             "output_tokens_details": {"reasoning_tokens": self._thoughts},
             "total_tokens": end.prompt_tokens + end.completion_tokens,
         }
+
+
+def _event_of(part: Part) -> Delta:
+    """A whole part as it might have come at once."""
+    match part.kind:
+        case "reasoning":
+            return Delta(request=0, text="", tokens=0, reasoning=part.text)
+        case "text":
+            return Delta(request=0, text=part.text, tokens=0, logprobs=part.logprobs)
+    return Delta(request=0, text="", tokens=0, calls=[ToolCall(id=part.id, name=part.name, arguments=part.text)])
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _logprob(told: TokenLogprob) -> dict[str, Any]:
