@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -172,15 +173,15 @@ def test_what_lies_beside_a_function_is_refused_by_name() -> None:
         of_chat([HI], tools=[{**TOOL, "foo": 1}])
 
 
-@pytest.mark.parametrize(("parse", "given", "param"), [
-    (chat_with, {"response_format": {"type": "json_schema", "json_schema": FORMAT}}, "response_format"),
-    (responses_with, {"text": {"format": FORMAT}}, "text.format"),
-    (claude_with, {"output_config": {"format": FORMAT}, "tool_choice": {"type": "any"}}, "output_config.format"),
+@pytest.mark.parametrize(("parse", "given"), [
+    (chat_with, {"response_format": {"type": "json_schema", "json_schema": FORMAT}}),
+    (responses_with, {"text": {"format": FORMAT}}),
+    (claude_with, {"output_config": {"format": FORMAT}}),
 ])  # fmt: skip
-def test_a_format_beside_tools_is_refused_under_its_name(parse: Any, given: dict[str, Any], param: str) -> None:
-    with pytest.raises(ParameterUnsupported, match="cannot be combined with tools") as caught:
-        parse({}, **given)
-    assert caught.value.param == param
+def test_a_format_may_stand_beside_tools(parse: Any, given: dict[str, Any]) -> None:
+    message = parse({}, **given).generate(1)
+    assert json.loads(message.schema) == SCHEMA
+    assert [tool["function"]["name"] for tool in message.tools] == ["f"]
 
 
 # -- errors of workers -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from expertd.clients.gateway.conversation import with_one_system
-from expertd.clients.gateway.fields import invalid, is_number, unsupported, whole, within
+from expertd.clients.gateway.fields import invalid, is_number, whole, within
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.messages import Generate, Sampling
 
@@ -43,7 +43,7 @@ class Wanted:
         template: further variables of the chat template; ``hints``: those that matter only if it knows them.
         goes_on: whether the answer is the rest of the last message, which the assistant has begun.
         max_tokens: None: as many as fit into the context.
-        schema: a JSON schema, itself JSON, that the answer has to fit.
+        schema: a JSON schema, itself JSON, that the answer has to fit, unless it is calls of tools.
         top_logprobs: how many of the likeliest tokens to tell with each; None: no log-probabilities.
         count: whether the prompt's tokens are only to be counted.
         answers: how many.
@@ -74,10 +74,6 @@ class Wanted:
     stream: bool = False
     include_usage: bool = False
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.schema is not None and self.tools:
-            unsupported(self._name("response_format"), "cannot be combined with tools; leave one of them out")
 
     def generate(self, request: int, answer: int = 0) -> Generate:
         """The message to a worker for one of its answers; each has a seed of its own."""
