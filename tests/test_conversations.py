@@ -173,14 +173,15 @@ def test_what_lies_beside_a_function_is_refused_by_name() -> None:
         of_chat([HI], tools=[{**TOOL, "foo": 1}])
 
 
-@pytest.mark.parametrize("parsed", [
-    chat_with({}, response_format={"type": "json_schema", "json_schema": FORMAT}),
-    responses_with({}, text={"format": FORMAT}),
-    claude_with({}, output_config={"format": FORMAT}),
+@pytest.mark.parametrize(("parse", "given"), [
+    (chat_with, {"response_format": {"type": "json_schema", "json_schema": FORMAT}}),
+    (responses_with, {"text": {"format": FORMAT}}),
+    (claude_with, {"output_config": {"format": FORMAT}}),
 ])  # fmt: skip
-def test_a_format_beside_tools_is_passed_on_with_them(parsed: Any) -> None:
-    told = parsed.generate(1)
-    assert (told.tools, json.loads(told.schema), told.tool_choice) == ([TOOL], SCHEMA, "auto")
+def test_a_format_may_stand_beside_tools(parse: Any, given: dict[str, Any]) -> None:
+    message = parse({}, **given).generate(1)
+    assert json.loads(message.schema) == SCHEMA
+    assert [tool["function"]["name"] for tool in message.tools] == ["f"]
 
 
 # -- errors of workers -------------------------------------------------------------------------------------------------

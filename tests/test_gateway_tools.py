@@ -234,3 +234,19 @@ def test_a_choice_of_nothing_is_refused_everywhere(client: openai.OpenAI, claude
     for ask in asks:
         with pytest.raises((openai.BadRequestError, anthropic.BadRequestError), match="there are no tools"):
             ask()
+
+
+def test_beside_a_format_an_answer_is_calls_or_fits_it(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    answer = chat(client, response_format=form, parallel_tool_calls=False, n=4, temperature=1, seed=1, max_tokens=300)
+    for choice in answer.choices:
+        if calls := choice.message.tool_calls:
+            assert choice.message.content is None
+            assert [fits(call.function.name, json.loads(call.function.arguments)) for call in calls] == [True]
+        else:
+            assert choice.finish_reason == "stop"
+            assert json.loads(choice.message.content)["warm"] in (True, False)
+    required = chat(client, response_format=form, parallel_tool_calls=False, tool_choice="required", max_tokens=300)
+    assert required.choices[0].finish_reason == "tool_calls"

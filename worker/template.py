@@ -64,6 +64,8 @@ def render_chat(
     """
     if not tokenizer.has_chat_template:
         raise RequestInvalid("the model's tokenizer has no chat template, so it takes no chat messages")
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise RequestInvalid("each message of a conversation has to be an object", param="messages")
     if tools and not tokenizer.has_tool_calling:
         raise ParameterUnsupported("this model's chat template knows no tools; leave them out", param="tools")
     known = _variables(tokenizer)
