@@ -284,10 +284,10 @@ def test_an_interrupted_fetch_is_answered_before_anything_is_looked_up(
     with pytest.raises(KeyboardInterrupt):
         model(mx.array(PROMPT))
     timer.join()
-    assert session_of(model)._unanswered is not None
+    assert session_of(model)._talk.unanswered is not None
     daemon.send_signal(signal.SIGCONT)
     assert np.array_equal(greedy(model, PROMPT, 8).tokens, expected)
-    assert session_of(model)._unanswered is None
+    assert session_of(model)._talk.unanswered is None
     expertd.unload(model)
 
 

@@ -200,8 +200,9 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: 
     session = attach.Session(home, loaded.manifest, mode, start)
     shared: SharedBase | None = None
     try:
-        if session.base is not None:
-            shared, session.base = SharedBase(session.base, loaded.manifest.base), None
+        if (base := session.take_base()) is not None:
+            shared = SharedBase(base, loaded.manifest.base)
+            del base
             arrays = [(path, shared.arrays[number]) for path, number in loaded.base.items()]
             loaded.model.update(tree_unflatten(arrays))
         events = Events(session, SharedSlabs if mode == "shm" else CopiedSlabs)
