@@ -14,7 +14,6 @@ import contextlib
 import mmap
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -30,6 +29,7 @@ from expertd.protocol.errors import (
 )
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
+from expertd.worker import sessions
 from expertd.worker.control import Control
 from expertd.worker.doorbell import Doorbell
 from expertd.worker.link import Link, MappedPool, Mode
@@ -44,9 +44,6 @@ _FORKED = (
     "a model that was loaded before a fork cannot be used in the child, and MLX neither; start a new process "
     "(multiprocessing's 'spawn') and load it there"
 )
-
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
 
 class Session:
     """Open from construction to ``close``.
@@ -64,6 +61,10 @@ class Session:
         pressure: how short of memory the machine is, as the daemon says.
         on_idle: called by the control thread under the forward lock, when no forward has run for a while.
         on_close: called under the forward lock when the session is closed, before anything is given up.
+        let_go: called by the control thread when nobody computes any more: drops the arrays over the session's pages,
+            and tells whether nothing can read those now; if something can, it is called again and again.
+        abandoned: the model is gone.
+        hurried: somebody waits for the end.
     """
 
     def __init__(self, home: Home, manifest: Manifest, mode: Mode, start: Callable[[], None] | None = None) -> None:
@@ -79,7 +80,10 @@ class Session:
         self._manifest = manifest
         self.mode = mode
         self._closed: ExpertdError | None = None
-        self._abandoned = False
+        self.abandoned = False
+        self.hurried = False
+        self._at_once = False
+        self._tried = threading.Event()  # to let the pages go
         self._forward = threading.Lock()
         self._settled = True
         self.owner = 0
@@ -92,6 +96,7 @@ class Session:
         self.pressure = Gauge()
         self.on_idle: Callable[[], None] = lambda: None
         self.on_close: Callable[[], None] = lambda: None
+        self.let_go: Callable[[], bool] = lambda: True
         self._bell = Doorbell()
         try:
             self._succession = Succession(home, manifest, mode, start, self._bell)
@@ -100,7 +105,7 @@ class Session:
             raise
         control = Control(self, self._succession, self._bell)
         self._thread = threading.Thread(target=control.run, name=f"session-{self.number}", daemon=True)
-        _sessions.add(self)
+        sessions.register(self)
         self._thread.start()
 
     @property
@@ -132,10 +137,12 @@ class Session:
         """The seconds that they took in all."""
         return self._talk.waited_s
 
-    def take_base(self) -> mmap.mmap | None:
-        """The pages of the manifest's base weights, for whoever makes arrays of them; None if they are not shared."""
-        base, self._succession.base = self._succession.base, None
-        return base
+    def take_base(self) -> tuple[mmap.mmap, int] | None:
+        """The pages of the manifest's base weights, for whoever makes arrays of them; None if they are not shared.
+
+        Their descriptor too, which is there as long as they are mapped.
+        """
+        return self._succession.take_base()
 
     @property
     def number(self) -> int:
@@ -325,7 +332,7 @@ class Session:
     @property
     def over(self) -> bool:
         """Whether nobody computes any more, or will."""
-        return self._closed is not None or self._abandoned
+        return self._closed is not None or self.abandoned
 
     @property
     def forwards(self) -> int:
@@ -369,15 +376,33 @@ class Session:
             finally:
                 self._forward.release()
 
+    def shut(self) -> None:
+        """Nobody computes any more; the model may be gone."""
+        with self._forward:
+            self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
+
+    def part(self) -> bool:
+        """Nobody computes any more: let the pages go; whether the session can end."""
+        if not self._at_once:
+            self._succession.adopt_unused()
+            if self.let_go():
+                self._succession.let_go()
+            if self._succession.mapped:
+                self._tried.set()
+                return False
+        return True
+
     def ended(self) -> None:
-        """The control thread ends."""
-        if self._abandoned:
-            with self._forward:  # somebody may still compute with one of the model's layers
-                self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
-        if self._settled:
+        """The session ends: hang up, unless something may still read a pool that the daemon may write to."""
+        if self._settled or not self._succession.mapped:
             self._succession.hang_up()
-        if self._abandoned:
-            self._close_sockets()
+            self._succession.close()
+        self._bell.close()
+
+    def unattended(self) -> None:
+        """The control thread is at its end, or broken: nobody is to wait for it."""
+        self._tried.set()
+        self._succession.wake()
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -391,13 +416,8 @@ class Session:
         """Frames that passed between this session and its daemons, both ways, since it was opened."""
         return self._succession.frames
 
-    def close(self) -> None:
-        """Detach.  Waits for a forward that is under way; later ones raise SessionClosed.
-
-        Unmapping the pages is for whoever has arrays over them (``expertd.worker.alias``).
-        """
-        if self.forked:
-            return
+    def stop(self) -> None:
+        """Have nobody compute any more.  Waits for a forward that is under way; later ones raise SessionClosed."""
         with self._forward:
             if self._closed is None:
                 self._talk.report_at_last(self._link)
@@ -405,14 +425,33 @@ class Session:
                     self.on_close()
                 finally:
                     self._closed = SessionClosed("the model was closed; load it again")
-        self._bell.ring()
-        self._thread.join()
-        self._close_sockets()
 
-    def _close_sockets(self) -> None:
-        """Close what is left; if a graph may still read a pool, the daemon keeps that until this process ends."""
-        if self._settled:
-            self._succession.close()
+    def close(self, at_once: bool = False) -> None:
+        """Detach, after ``stop``.
+
+        If arrays over the pages are still used, the session ends for the daemon when those are gone (``let_go``), or
+        with the process.
+
+        Args:
+            at_once: end now, and leave what is mapped to the end of the process.
+        """
+        if self.forked:
+            return
+        self.stop()
+        self.hurried = True
+        self._at_once = self._at_once or at_once
+        self._bell.ring()
+        self._tried.wait()
+        if at_once or not self._succession.mapped:
+            self._thread.join()
+
+    def void(self) -> None:
+        """In a forked child the session is the parent's: hang up nothing, send nothing, refuse to compute."""
+        self._closed = SessionClosed(_FORKED)
+        self._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
+        # The parent's death must reach the daemon as an end of file, so the child may not hold the line open.
+        for link in self._succession.links():
+            link.line.close()
         self._bell.close()
 
     def abandon(self) -> None:
@@ -421,25 +460,6 @@ class Session:
         The collector runs on any thread and at any place, so this takes no lock and waits for nobody.
         """
         if not self.forked:
-            self._abandoned = True
+            self.abandoned = True
             self._bell.ring()
 
-
-def _void_after_fork() -> None:
-    """In a forked child sessions are the parent's: hang up nothing, send nothing, refuse to compute."""
-    for session in _sessions:
-        session._closed = SessionClosed(_FORKED)
-        session._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
-        # The parent's death must reach the daemon as an end of file, so the child may not hold the line open.
-        for link in session._succession.links():
-            link.line.close()
-        session._bell.close()
-
-
-def close_all() -> None:
-    """Close every session of this process (at exit)."""
-    for session in list(_sessions):
-        session.close()
-
-
-os.register_at_fork(after_in_child=_void_after_fork)

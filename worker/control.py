@@ -39,6 +39,15 @@ class Control:
 
     def run(self) -> None:
         """What the thread does, from its beginning to its end."""
+        try:
+            self._follow()
+            self._part()
+            self._session.ended()
+        finally:
+            self._session.unattended()
+
+    def _follow(self) -> None:
+        """Listen to the daemon that there is, until the session is over."""
         session, succession = self._session, self._succession
         pause_s = 0.0
         while not session.over:
@@ -55,8 +64,25 @@ class Control:
                 if not session.over:
                     log.warning("%s", error)
                 succession.active.lost = True
-        session.ended()
+
+    def _part(self) -> None:
+        """The session is over: let its pages go, and stay until they are, so that the daemon counts them.
+
+        A forgotten model gets a moment to go to its end, because the garbage collector has told of that on the way.
+        """
+        session, succession = self._session, self._succession
+        session.shut()
         succession.wake()
+        patience = time.monotonic() + IDLE_S
+        while not ((session.hurried or (session.abandoned and time.monotonic() >= patience)) and session.part()):
+            if succession.active.lost:
+                self._bell.wait(IDLE_S)
+                continue
+            try:
+                self._attend(succession.active)
+            except (ExpertdError, OSError, zmq.ZMQError) as error:
+                log.debug("a session that is over was disturbed: %s", error)
+                succession.active.lost = True
 
     def _leave(self, link: Link) -> None:
         """Nothing more is said over ``link``: tell its daemon, when nothing is looked up in its pools any more.
@@ -100,6 +126,8 @@ class Control:
                 self._succession.offer(link, info)
             case messages.Record(path=path):
                 self._succession.record(path)
+                if path and self._session.over:
+                    self._session.recorded(path, 0, "the program has unloaded the model")
             case messages.Ping():
                 link.control.send(messages.Pong(session=link.number))
             case messages.Pressure() as told:

@@ -12,6 +12,7 @@ Who may read what meanwhile, acks and fetches are ``expertd.worker.attach``'s; t
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 import weakref
 from collections import deque
@@ -34,7 +35,7 @@ RECOVERY_S = 30.0
 """How long a forward that misses waits for a daemon's return."""
 MOVE_S = 5.0
 """A session that was told that its pool moved and hears nothing of the new one for so long attaches anew."""
-RETRY_S = (0.05, 2.0)
+RETRY_S = (0.05, 0.5)
 """Pauses between two attempts to attach again: while a forward waits for it, and while nobody does."""
 _POLL_S = 0.25
 
@@ -77,14 +78,18 @@ class Succession:
         self._refusals = Sparsely(10.0)
         self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
         self._frames_before = 0
+        self._mapped: set[int] = set()  # segments of which pages are mapped here
         alone = msgspec.structs.replace(manifest, base=())
         self.link = self.active = Link(home, manifest if mode == "shm" else alone, mode)
         # Of another daemon no base weights are wanted: what is mapped stays, and nobody ever writes to it.
         self._held_base = self.link.held_base
         self._manifest_again = alone if self._held_base is None else manifest
         self.base, self.link.base = self.link.base, None
+        if self.base is not None and self._held_base is not None:
+            self._follow_unmapping(None, self._held_base.info.segment, self.base)
         self.pools, self.link.pools = self.link.pools, []
-        self._follow_unmapping(self.link, self.pools)
+        for pool in self.pools:
+            self._follow_unmapping(self.link.number, pool.segment, pool.mapping)
 
     # -- the computing thread ------------------------------------------------------------------------------------------
 
@@ -141,6 +146,11 @@ class Succession:
                 self._left.append(self.link)
                 self.link = link
 
+    def take_base(self) -> tuple[mmap.mmap, int] | None:
+        """See ``Session.take_base``."""
+        base, self.base = self.base, None
+        return None if base is None or self._held_base is None else (base, self._held_base.descriptor)
+
     # -- any thread ----------------------------------------------------------------------------------------------------
 
     def tell(self, message: messages.Released | messages.Recorded) -> None:
@@ -187,7 +197,8 @@ class Succession:
                 self.active.data.close()  # nobody has used it
             self.active = link
             self._offers = {pool.layers: pool for pool in link.pools}
-            self._follow_unmapping(link, link.pools)
+            for pool in link.pools:
+                self._follow_unmapping(link.number, pool.segment, pool.mapping)
             link.pools = []
             self._told()
         return 0.0
@@ -200,7 +211,7 @@ class Succession:
         """
         pool = link.receive_pool(info)
         with self._exchange:
-            self._follow_unmapping(link, [pool])
+            self._follow_unmapping(link.number, pool.segment, pool.mapping)
             self._offers[pool.layers] = pool
             self._told()
 
@@ -258,22 +269,39 @@ class Succession:
         with self._exchange:
             self._exchange.notify_all()
 
+    @property
+    def mapped(self) -> bool:
+        """Whether pages of a daemon are mapped in this process on behalf of the session."""
+        return bool(self._mapped)
+
+    def adopt_unused(self) -> None:
+        """The session is over: have what is offered take the place of what was there, which nobody looks up in."""
+        offered = self.offered()
+        if offered:
+            self.adopted(offered)
+
+    def let_go(self) -> None:
+        """The session is over, and has no arrays any more: let all pages go."""
+        with self._exchange:
+            self.base = None
+            self.pools.clear()
+            self._offers.clear()
+
     def close(self) -> None:
-        """Close what is the computing thread's, and let the pools go."""
+        """Close what is the computing thread's."""
         for link in (self.link, self.active):
             link.data.close()
-        self.pools.clear()
-        self._offers.clear()
 
-    def _follow_unmapping(self, link: Link, pools: Sequence[MappedPool]) -> None:
-        """Tell the daemon when the pages of ``pools`` are really gone from this process."""
-        for pool in pools:
-            gone = weakref.finalize(pool.mapping, _unmapped, weakref.ref(self), link.number, pool.segment)
-            gone.atexit = False
+    def _follow_unmapping(self, number: int | None, segment: int, mapping: mmap.mmap) -> None:
+        """Note when the pages of a segment are really gone from this process, and tell session ``number``'s daemon."""
+        self._mapped.add(segment)
+        weakref.finalize(mapping, _unmapped, weakref.ref(self), number, segment).atexit = False
 
 
-def _unmapped(succession: weakref.ref[Succession], number: int, segment: int) -> None:
-    """The pages of a pool are gone; on whatever thread, so this only notes it down."""
+def _unmapped(succession: weakref.ref[Succession], number: int | None, segment: int) -> None:
+    """The pages of a segment are gone; on whatever thread, so this only notes it down."""
     alive = succession()
     if alive is not None:
-        alive.tell(messages.Released(session=number, segment=segment))
+        alive._mapped.discard(segment)
+        if number is not None:
+            alive.tell(messages.Released(session=number, segment=segment))
