@@ -9,6 +9,7 @@ read when is no business of this module (``expertd.worker.attach``).
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
 import os
@@ -25,6 +26,8 @@ from expertd.protocol.layout import PAGE, PoolLayout, base_layout
 from expertd.protocol.manifest import BaseTensor
 from expertd.protocol.segments import create, make_private, map_readonly
 from expertd.worker.dtypes import MLX_TYPE, NUMPY_TYPE
+
+log = logging.getLogger("expertd.worker")
 
 
 class Bases:
@@ -128,6 +131,7 @@ class _Hold:
         self.bases = Bases()
         self._arrays: list[weakref.ref[Any]] = []
         self._stuck = False
+        _held.add(self)
 
     def watch(self, arrays: Iterable[Any]) -> None:
         """These are the arrays over the pages."""
@@ -143,14 +147,15 @@ class _Hold:
         """
         if self._mapping is None:
             return True
-        if any(array() is not None for array in self._arrays):
-            _held.add(self)
+        if self._stuck or any(array() is not None for array in self._arrays):
             return False
-        if self._stuck:
-            return False
-        if not self.bases.let_go():
+        try:
+            unused = self.bases.let_go()
+        except RuntimeError as error:  # MLX may tell here of what failed before
+            log.warning("it could not be found out whether pages are still used (%s); they stay mapped", error)
+            unused = False
+        if not unused:
             self._stuck = True
-            _held.add(self)
             if self._descriptor is not None:
                 make_private(_start(self._mapping), len(self._mapping), self._descriptor)
             return False
@@ -160,7 +165,7 @@ class _Hold:
 
 
 _held: set[_Hold] = set()
-"""Whatever becomes of the session, these are not to be unmapped."""
+"""Whatever becomes of their session, these have not been let go, so they may not be unmapped."""
 
 
 class SharedSlabs:

@@ -52,6 +52,8 @@ class Session:
     that it found.  ``end``, ``ack`` and ``fetch`` promise that whatever was looked up before them is evaluated.
 
     Attributes:
+        home, manifest, mode: whose daemon it is attached to, which blocks the model has, and how it uses their pages.
+        forwards: how many have ended.
         owner: identity of the thread that is between ``begin`` and ``end``, 0 if none is.
         asked, acked: how often the daemon has asked for an ack, and which of these requests has been answered.  If they
             differ, the owner calls ``ack`` when it may.
@@ -76,8 +78,8 @@ class Session:
             DaemonNotRunning, ProtocolMismatch, BudgetTooSmall, CheckpointError, SegmentFailed: as the daemon says.
         """
         self._process = os.getpid()
-        self._home = home
-        self._manifest = manifest
+        self.home = home
+        self.manifest = manifest
         self.mode = mode
         self._closed: ExpertdError | None = None
         self.abandoned = False
@@ -91,7 +93,7 @@ class Session:
         self.asked = self.acked = 0
         self._talk = Talk(home)
         self.routing = self._talk.routing
-        self._forwards = 0
+        self.forwards = 0
         self._missed_in = 0  # the number of the last forward in which something was fetched
         self.pressure = Gauge()
         self.on_idle: Callable[[], None] = lambda: None
@@ -149,16 +151,6 @@ class Session:
         """The session's number in its present daemon."""
         return self._link.number
 
-    @property
-    def home(self) -> Home:
-        """Whose daemon it is attached to."""
-        return self._home
-
-    @property
-    def manifest(self) -> Manifest:
-        """Which blocks the session's model has."""
-        return self._manifest
-
     # -- the computing thread ------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -195,8 +187,8 @@ class Session:
         if not settled:
             self._forward.release()
             return
-        self._forwards += 1
-        flush = self._forwards % FLUSH_FORWARDS == 0 and self._closed is None
+        self.forwards += 1
+        flush = self.forwards % FLUSH_FORWARDS == 0 and self._closed is None
         while True:
             try:
                 if flush and self.routing:
@@ -244,7 +236,7 @@ class Session:
     def announces(self) -> int:
         """What should be announced (``messages.Announce``): as the daemon wants, and less while nothing misses."""
         wanted = self._link.announce
-        return wanted if wanted <= 0 or self._forwards - self._missed_in <= 1 else 0
+        return wanted if wanted <= 0 or self.forwards - self._missed_in <= 1 else 0
 
     def fetch(
         self,
@@ -273,7 +265,7 @@ class Session:
         if link.lost:
             raise PoolMoved("the daemon has gone")
         self.acked = self.asked  # a Fetch acks everything that was told
-        self._missed_in = self._forwards
+        self._missed_in = self.forwards
         self.leases_only = leases_only
         try:
             answer = self._talk.fetch(pool, layer, experts.tolist(), then, leases_only, self._check_open)
@@ -333,11 +325,6 @@ class Session:
     def over(self) -> bool:
         """Whether nobody computes any more, or will."""
         return self._closed is not None or self.abandoned
-
-    @property
-    def forwards(self) -> int:
-        """How many have ended."""
-        return self._forwards
 
     def leave(self, link: Link) -> None:
         """Hang up on the daemon whose pools are looked up in, unless something may still read there."""

@@ -117,8 +117,9 @@ def unload(model: Any) -> None:
     session.stop()
     if session.forked:
         return  # nothing is mapped for us, and MLX does not work here
-    mx.synchronize()  # what is being computed reads the pages
-    mx.synchronize(generation_stream)
+    if session.forwards:
+        mx.synchronize()  # what is being computed reads the pages
+        mx.synchronize(generation_stream)
     events.let_go()
     for module in model.modules():
         if isinstance(module, CachedExperts):
