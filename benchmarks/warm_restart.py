@@ -13,6 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 import expertd
 from expertd.clients import Client
 from expertd.clients.profiles.counting import profile_of
@@ -33,6 +36,10 @@ SHARE = 0.75
 PROMPT, TOKENS = 24, 50
 """Tokens of a prompt, and of its answer."""
 KINDS = ("code", "prose")
+RECOVERED = 0.95
+"""Of the hits that there were: so much counts as being warm again."""
+READ_S, QUICK_READ_S = 30.0, 5.0
+"""How long reading a record is made to take."""
 DEADLINE_S = 120.0
 
 
@@ -135,55 +142,67 @@ def _forget(home: Home) -> None:
                 time.sleep(0.01)
 
 
-def restart(count: int) -> dict[str, float]:
-    """All is gone, daemon and program: how soon what was there is there again, and what the next prompts hit.
+def restart(count: int, read_s: float) -> dict[str, float]:
+    """All is gone, daemon and program: how long after a program has loaded the model again it would hit as before.
 
-    The disk is slowed down, so that reading what was recorded takes about two seconds.
+    The disk is slowed down, so that reading the blocks that were recorded takes ``read_s``; loading reads the base
+    weights before.  What would be hit is told by the routing of prompts that were answered before, and by the tables
+    that the program sees: which of the blocks that these answers used are there.
     """
-    texts = "code"
     with ExitStack() as stack:
         home = stack.enter_context(temporary_home())
         budget = budget_for(load_lazily(DEMO).manifest, _slots())
         first = launch_daemon(home, budget)
         try:
             model, tokenizer = expertd.load(DEMO)
-            early = prompts_of(tokenizer, texts, count, second_half=False)
-            late = prompts_of(tokenizer, texts, count, second_half=True)
-            answer(model, tokenizer, early)
-            before = _hit_rate(home, model, tokenizer, late)
+            answer(model, tokenizer, prompts_of(tokenizer, "code", count, second_half=False))
+            path = home.root / "late.npz"
+            with recording(model, path, scores=False):
+                answer(model, tokenizer, prompts_of(tokenizer, "code", count, second_half=True))
+            used = read_trace(path).experts
+            before = _hit_rate(model, used)
             expertd.unload(model)
-            held_blocks, block_bytes = held(home).resident_blocks, held(home).block_bytes
+            held_bytes = held(home).resident_blocks * held(home).block_bytes
         finally:
             end(first)
-        rate = held_blocks * block_bytes // 2
-        stack.enter_context(running_daemon(home, budget, "--simulate-ssd", str(rate)))
+        stack.enter_context(running_daemon(home, budget, "--simulate-ssd", str(int(held_bytes / read_s))))
         began = time.monotonic()
-        model, tokenizer = expertd.load(DEMO)
+        model, _ = expertd.load(DEMO)
         try:
+            loaded = time.monotonic()
+            recovered_s = _recovery(model, used, before, loaded)
             found = settled(home)
-            took = time.monotonic() - began
-            assert found.recalled is not None
-            after = _hit_rate(home, model, tokenizer, late)
+            back_s, after = time.monotonic() - loaded, _hit_rate(model, used)
         finally:
             expertd.unload(model)
-    print(f"restart: {found.recalled.back} of {found.recalled.blocks} blocks back after {took:.2f} s, of which reading "
-          f"takes {held_blocks * block_bytes / rate:.2f} s; hits {100 * before:.1f} % before, "
-          f"{100 * after:.1f} % after")  # fmt: skip
+    assert found.recalled is not None
+    print(f"restart: {100 * before:.1f} % hits before; loaded after {loaded - began:.2f} s, "
+          f"{100 * RECOVERED:.0f} % of the hits {recovered_s:.2f} s later; "
+          f"all {found.recalled.back} of {found.recalled.blocks} blocks back {back_s:.2f} s after loading, of which "
+          f"reading takes {read_s:.2f} s")  # fmt: skip
     return {
-        "restart_recovery_s": round(took, 3),
-        "restart_read_s": round(held_blocks * block_bytes / rate, 3),
+        "restart_recovery_s": round(recovered_s, 3),
+        "restart_load_s": round(loaded - began, 3),
+        "restart_read_s": read_s,
+        "restart_all_back_s": round(back_s, 3),
+        "restart_recovery_ratio": round(recovered_s / read_s, 4),
         "restart_hit_ratio": round(after / before, 4),
     }
 
 
-def _hit_rate(home: Home, model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> float:
-    session_of(model).report()
-    before = held(home)
-    answer(model, tokenizer, prompts)
-    session_of(model).report()
-    after = held(home)
-    hits, misses = after.hits - before.hits, after.misses - before.misses
-    return hits / max(1, hits + misses)
+def _recovery(model: Any, used: NDArray[np.integer], before: float, began: float) -> float:
+    """Seconds from ``began`` until what was ``used`` would be hit nearly as ``before``."""
+    while _hit_rate(model, used) < RECOVERED * before:
+        if time.monotonic() > began + DEADLINE_S:
+            raise TimeoutError(f"the hits of before did not come back within {DEADLINE_S:.0f} s")
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def _hit_rate(model: Any, used: NDArray[np.integer]) -> float:
+    """The part of the blocks ``used``, ``[tokens, layers, top_k]``, that is resident now."""
+    tables = {layer: pool.table[row] for pool in session_of(model).pools for row, layer in enumerate(pool.layers)}
+    return statistics.mean(float((tables[layer][used[:, layer]] >= 0).mean()) for layer in tables)
 
 
 def adoption(count: int) -> dict[str, float]:
@@ -221,4 +240,4 @@ def adoption(count: int) -> dict[str, float]:
 def run(quick: bool = False) -> dict[str, Any]:
     """What profiles are worth, and what it costs that all is restarted, or that the daemon is killed."""
     count = 3 if quick else 8
-    return {**profiles(count), **restart(count), **adoption(count)}
+    return {**profiles(count), **restart(count, QUICK_READ_S if quick else READ_S), **adoption(count)}

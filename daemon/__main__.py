@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from expertd.daemon.holders import Holders
 from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.ownership import wait_for_home
 from expertd.daemon.policy import POLICIES
@@ -66,7 +67,7 @@ def run(*, simulate_pressure: Path | None = None, simulate_ssd: str | None = Non
     _end_well()
     home = Home.current()
     config = read_config(home, **flags)
-    size = config.budget.value or default_budget(this_machine()).size
+    size = config.budget.value or default_budget(this_machine(), Holders(home.daemon_holders).before).size
     pressure = system_source() if simulate_pressure is None else ScriptedSource(simulate_pressure)
     simulate_ssd = simulate_ssd or os.environ.get("EXPERTD_SIMULATE_SSD") or None
     ssd = None if simulate_ssd is None else SimulatedSsd(parse_ssd(simulate_ssd))

@@ -49,17 +49,22 @@ def reserves(memory: int) -> tuple[int, int]:
     return max(SYSTEM_LEAST, memory // SYSTEM_SHARE), memory // PAGE_CACHE_SHARE
 
 
-def default_budget(machine: Machine) -> Budget:
-    """Half of the memory, or what is available less the reserves, whichever is less; never below ``FLOOR``."""
+def default_budget(machine: Machine, own: int = 0) -> Budget:
+    """Half of the memory, or what is available less the reserves, whichever is less; never below ``FLOOR``.
+
+    Args:
+        own: bytes that a budget is there for and that are taken already, by this daemon or by sessions of one before.
+    """
     memory = machine.total if machine.limit is None else min(machine.total, machine.limit)
     half = memory // SHARE
     system, page_cache = reserves(memory)
-    left = max(0, machine.available - system - page_cache)
+    left = max(0, machine.available + own - system - page_cache)
     why = [f"total: {show_size(machine.total)}"]
     if memory < machine.total:
         why.append(f"limit of the memory cgroup: {show_size(memory)}, which counts in place of the total")
     why += [
         f"available: {show_size(machine.available)}",
+        *([f"held by the cache already, and so available to it: {show_size(own)}"] if own else []),
         f"reserve for the system: {show_size(system)} (the larger of {show_size(SYSTEM_LEAST)} and 10 %)",
         f"reserve for the page cache: {show_size(page_cache)} (1/8; without it a bigger cache is slower, mlx-lm#1438)",
         f"what remains: {show_size(left)}",

@@ -97,7 +97,7 @@ def record_of(model: Model, at: float) -> WarmRecord | None:
 
     What was to be brought in again, and is not there yet, stays in the record, behind all that is.
     """
-    blocks = model.policy.ranked()
+    blocks = model.policy.lasting()
     there = set(blocks)
     if model.recalled is not None:
         coming = {block for pool in model.pools for block in (*pool.wish, *pool.background)}

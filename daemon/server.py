@@ -7,7 +7,6 @@ creation of segments, the parsing of headers).  Only this loop touches the core,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -15,7 +14,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,43 +25,42 @@ import zmq.asyncio
 from expertd.daemon import memory_watch
 from expertd.daemon.bases import SharedBases
 from expertd.daemon.blocks import OpenFiles
-from expertd.daemon.core import Core, events, instructions, warmth
+from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.core.bases import Base
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
 from expertd.daemon.diary import Diary
 from expertd.daemon.files import Read
+from expertd.daemon.filling import Filling
+from expertd.daemon.hearing import Hearing
+from expertd.daemon.holders import Holders, held_now
 from expertd.daemon.idleness import Idleness
 from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.large_pages import LargePages, system_collapse
 from expertd.daemon.lifelines import Lifelines
 from expertd.daemon.liveness import TICK_S, Liveness
-from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.ownership import owned
-from expertd.daemon.policy import Block, Forecast, PolicyFactory
+from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.daemon.pools import SharedPool, close_all, create_pool, handed_pool
 from expertd.daemon.pressure import Source, system_source
-from expertd.daemon.reader import Job, Reader
+from expertd.daemon.reader import Reader
 from expertd.daemon.remembering import Remembering, recall, record_of
 from expertd.daemon.status import as_line, daemon_status
+from expertd.daemon.steering import Steering
 from expertd.daemon.subscribers import Subscribers
 from expertd.daemon.thermal import system_thermal
 from expertd.daemon.tokens import TokenCounts
 from expertd.daemon.tracing import Tracing
-from expertd.daemon.waits import Place, Waited, Waits
+from expertd.daemon.waits import Waited, Waits
 from expertd.daemon.warm_record import Records
 from expertd.protocol import PROTOCOL, messages
 from expertd.protocol.connection import control_identity, data_identity, package_version
 from expertd.protocol.errors import (
-    BlocksInvalid,
-    BudgetTooSmall,
     DaemonBusy,
     ExpertdError,
     LimitReached,
     MessageInvalid,
-    ModelInUse,
-    ModelNotLoaded,
     ProtocolMismatch,
     SessionUnknown,
 )
@@ -70,7 +68,6 @@ from expertd.protocol.logs import Log
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
-from expertd.protocol.routing import unpack
 from expertd.protocol.segments import remove, segment_name
 from expertd.protocol.sizes import show_size
 from expertd.protocol.traces import trace_exists
@@ -82,8 +79,6 @@ SESSION_LIMIT = 128
 MODEL_LIMIT = 32
 FAIR_FRAMES = 64
 """After so many frames in a row the loop sees to everything else: a flood may not keep reads and deaths waiting."""
-TRACE_END_S = 20.0
-"""So long sessions have to write what they recorded, before whoever ends it hears of the others."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +145,8 @@ class Server:
         self._waits = Waits()
         self._waited: dict[str, Waited] = {}  # In sessions that have ended, by models' keys.
         self._tokens = TokenCounts()
-        self._reads: dict[tuple[int, int], tuple[Place, Job]] = {}  # by segment and slot
         self._tracing = Tracing(taken=trace_exists)
+        self._hearing = Hearing(self._waits, self._tokens, self._tracing, self._feed)
         self._peers: dict[int, _Peer] = {}
         self._events: deque[events.Event] = deque()
         self._numbers = itertools.count(secrets.randbits(48))
@@ -165,6 +160,11 @@ class Server:
         self._diary = Diary()
         self._remembering = Remembering() if remembers else None
         self._records = Records(home)
+        self._holders = Holders(home.daemon_holders)
+        self._steering = Steering(
+            self._core, self._memory, self._bases.known, self._holders, self._tracing,
+            feed=self._feed, share_out=self._share_out, tell=self._to_control, forget=self._records.forget,
+        )  # fmt: skip
         self._why_ended = ""
         self._attaching = 0  # sessions whose headers are being read
         self._frame_at: float | None = None  # when the frame came that is being handled
@@ -189,6 +189,7 @@ class Server:
             for stale in (self._home.daemon_socket, self._home.lifeline_socket):
                 stale.unlink(missing_ok=True)
             self._subscribers = Subscribers(self._send)
+            self._filling = Filling(self._reader, self._pools, self._files, self._waits, self._diary, self._feed)
             logging.getLogger("expertd.daemon").addHandler(self._subscribers)
             self._lifelines.listen()
             self._router.bind(f"ipc://{self._home.daemon_socket}")
@@ -274,45 +275,18 @@ class Server:
     def _take_session(self, identity: bytes, message: messages.Message) -> None:
         """A message of an open session."""
         match message:
-            case messages.Fetch(session=session, sequence=sequence, segment=segment, layer=layer):
+            case messages.Fetch(session=session, sequence=sequence):
                 if self._check_sender(identity, session, sequence):
-                    experts, routing = tuple(message.experts), tuple(unpack(message.routing))
-                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens, sequence)
-                    self._waits.fetched(session, sequence, segment, layer, experts, time.monotonic())
-                    fetch = events.Fetch(
-                        session, sequence, segment, layer, experts, routing,
-                        tuple(message.then), message.leases_only, self._waits.waited_s(session),
-                    )  # fmt: skip
-                    self._feed(fetch)
-            case messages.Ahead(session=session):
-                if self._check_sender(identity, session):
-                    routing = tuple(unpack(message.routing))
-                    experts, distance = tuple(message.experts), message.distance
-                    ahead = events.Ahead(
-                        session, message.segment, message.layer, experts, distance, message.prompt, routing
-                    )
-                    self._feed(ahead)
-            case messages.Ack(session=session):
-                if self._check_sender(identity, session):
-                    routing = tuple(unpack(message.routing))
-                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
-                    self._feed(events.Ack(session, message.version, message.sequence, routing))
-            case messages.RoutingLog(session=session):
-                if self._check_sender(identity, session):
-                    self._feed(events.Routed(session, tuple(unpack(message.routing))))
-                    self._tokens.reported(session, message.decode_tokens, message.prompt_tokens)
-            case messages.Released(session=session, segment=segment):
-                if self._check_sender(identity, session):
-                    self._feed(events.Released(session, segment))
-            case messages.Recorded(session=session):
-                if self._check_sender(identity, session):
-                    self._tracing.recorded(message)
+                    self._hearing.take(message)
+            case (
+                messages.Ahead() | messages.Ack() | messages.RoutingLog() | messages.Released() | messages.Recorded()
+                | messages.Pong()
+            ):  # fmt: skip
+                if self._check_sender(identity, message.session):
+                    self._hearing.take(message)
             case messages.Ping(session=session):
                 if self._check_sender(identity, session):
                     self._send(identity, messages.Pong(session=session))
-            case messages.Pong(session=session):
-                if self._check_sender(identity, session):
-                    self._feed(events.Heard(session))
             case messages.Detach(session=session):
                 if self._check_sender(identity, session):
                     self._end(session)
@@ -327,21 +301,13 @@ class Server:
             case messages.Attach():
                 self._attaching += 1
                 self._spawn(self._attach(identity, message))
-            case messages.SetBudget(budget=budget):
-                self._set_budget(identity, budget)
-            case messages.Unload(model=model):
-                self._unload(identity, self._loaded(model))
-            case messages.Warm(model=model, blocks=blocks):
-                self._warm(identity, self._loaded(model), _blocks(blocks))
-            case messages.Pin(model=model, blocks=blocks, pinned=pinned):
-                self._pin(identity, self._loaded(model), _blocks(blocks), pinned)
+            case messages.SetBudget() | messages.Unload() | messages.Warm() | messages.Pin() | messages.StartTrace():
+                self._send(identity, self._steering.answer(message))
             case messages.Subscribe():
                 self._subscribers.subscribe(identity)
                 self._send(identity, messages.Subscribed())
             case messages.AskStatus():
                 self._send(identity, self._status())
-            case messages.StartTrace(folder=folder):
-                self._start_trace(identity, Path(folder))
             case messages.StopTrace():
                 self._spawn(self._stop_trace(identity))
             case messages.Stop(if_idle=if_idle):
@@ -352,73 +318,8 @@ class Server:
             case _:
                 self._take_session(identity, message)
 
-    def _set_budget(self, identity: bytes, wanted: int | None) -> None:
-        needed, before = self._core.smallest_budget + self._bases.known.in_use, self._memory.governor.budget
-        budget = default_budget(this_machine()).size if wanted is None else wanted
-        if budget < needed:
-            raise BudgetTooSmall(
-                f"the models in use need at least {needed} bytes ({show_size(needed)}); give that much, or end them"
-            )
-        log.info("budget changed", before=show_size(before), now=show_size(budget))
-        self._memory.set_budget(budget, "the budget was changed")
-        self._share_out()
-        self._send(identity, messages.BudgetSet(before=before, budget=budget))
-
-    def _loaded(self, name: str) -> Model:
-        """The model with that key, folder, name of a folder, or hub id."""
-        for model in self._core.models.values():
-            folder = Path(model.manifest.folder)
-            if name in (model.key, str(folder), folder.name, shown_name(folder)):
-                return model
-        loaded = ", ".join(shown_name(Path(model.manifest.folder)) for model in self._core.models.values()) or "none"
-        raise ModelNotLoaded(f"the daemon holds nothing of {name[:200]!r}; what it holds: {loaded}")
-
-    def _unload(self, identity: bytes, model: Model) -> None:
-        folder = model.manifest.folder
-        if model.in_use:
-            users = ", ".join(str(session.pid) for session in model.sessions.values())
-            raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
-        size = model.size + model.extra + sum(base.size for base in self._bases.known.of_model(model.key))
-        self._feed(events.Unwanted(model.key))
-        self._records.forget(model.key)  # who wants it gone does not want it back by itself
-        self._send(identity, messages.Unloaded(path=folder, bytes=size))
-
-    def _warm(self, identity: bytes, model: Model, blocks: tuple[Block, ...]) -> None:
-        if (problem := warmth.unknown(model, blocks)) is not None:
-            raise BlocksInvalid(problem)
-        self._feed(events.Warm(model.key, blocks))
-        self._send(identity, messages.Warming(path=model.manifest.folder, blocks=warmth.wished(model)))
-
-    def _pin(self, identity: bytes, model: Model, blocks: tuple[Block, ...], pinned: bool) -> None:
-        problem = warmth.unknown(model, blocks) or (warmth.too_many_pins(model, blocks) if pinned else None)
-        if problem is not None:
-            raise BlocksInvalid(problem)
-        self._feed(events.Pin(model.key, blocks, pinned))
-        self._send(identity, messages.Pinned(path=model.manifest.folder, blocks=len(model.pinned)))
-
-    def _start_trace(self, identity: bytes, folder: Path) -> None:
-        self._tracing.start(folder)
-        log.info("recording of routing began", folder=folder, sessions=len(self._peers))
-        for model in self._core.models.values():
-            for session in model.sessions:
-                self._trace(session, model)
-        self._send(identity, messages.TraceStarted(sessions=len(self._peers)))
-
-    def _trace(self, session: int, model: Model) -> None:
-        name = shown_name(Path(model.manifest.folder)).rpartition("/")[2]  # it becomes part of a file's name
-        record = self._tracing.begin(session, model.sessions[session].pid, name)
-        if record is not None:
-            self._to_control(session, record)
-
     async def _stop_trace(self, identity: bytes) -> None:
-        for record in self._tracing.stop():
-            self._to_control(record.session, record)
-        deadline = time.monotonic() + TRACE_END_S
-        while self._tracing.waiting and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        report = self._tracing.report()
-        log.info("recording of routing ended", files=len(report.ended), unfinished=len(report.unfinished))
-        self._send(identity, report)
+        self._send(identity, await self._steering.stop_trace())
 
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:
         if hello.protocol != PROTOCOL:
@@ -570,7 +471,13 @@ class Server:
             raise LimitReached(f"{SESSION_LIMIT} sessions are open, which is the limit; close some, or try again later")
         loaded = self._core.models.keys()
         if key not in loaded and len(loaded | self._indexing.keys()) >= MODEL_LIMIT:
-            raise LimitReached(f"{MODEL_LIMIT} models are loaded, which is the limit; close some, or try again later")
+            idle = self._core.longest_idle
+            if idle is None:
+                raise LimitReached(
+                    f"{MODEL_LIMIT} models are in use, which is the limit; end a program that uses one "
+                    "('expertd status' names them), or try again later"
+                )
+            self._feed(events.Unwanted(idle))
 
     async def _index(self, manifest: Manifest) -> BlockIndex:
         """The index of a model's blocks; sessions that come at the same moment share one."""
@@ -655,25 +562,13 @@ class Server:
             case instructions.Publish(segment, row, expert, slot):
                 self._pools[segment].table[row, expert] = slot
             case instructions.StartRead():
-                rows = self._pools[what.segment].rows(what.slot)
-                files = self._files[what.model]
-                place = Place(what.segment, what.layer, what.expert)
-                self._waits.read_began(place, time.monotonic())
-                done = self._when_filled(what.segment, what.slot)
-                asked_at = self._frame_at if what.priority is Priority.DEMAND else None
-                job = self._reader.read(files, what.layer, what.expert, rows, done, what.priority, asked_at)
-                self._reads[what.segment, what.slot] = place, job
-            case instructions.Promote(segment, slot) if (segment, slot) in self._reads:
-                self._reader.promote(self._reads[segment, slot][1])
-            case instructions.Cancel(segment, slot) if (segment, slot) in self._reads:
-                place, job = self._reads[segment, slot]
-                if self._reader.cancel(job):
-                    del self._reads[segment, slot]
-                    self._waits.read_ended(place, time.monotonic())
-                    self._feed(events.ReadCancelled(segment, slot))
-            case instructions.StartCopy(source, source_slot, segment, slot):
-                sources, rows = self._pools[source].rows(source_slot), self._pools[segment].rows(slot)
-                self._reader.copy(sources, rows, self._when_filled(segment, slot))
+                self._filling.read(what, self._frame_at if what.priority is Priority.DEMAND else None)
+            case instructions.Promote(segment, slot):
+                self._filling.promote(segment, slot)
+            case instructions.Cancel(segment, slot):
+                self._filling.cancel(segment, slot)
+            case instructions.StartCopy():
+                self._filling.copy(what)
             case instructions.AskAck(session, version):
                 self._to_control(session, messages.AckRequest(session=session, version=version))
             case instructions.Announce(session, segment):
@@ -696,26 +591,6 @@ class Server:
                 self._large_pages.forget(segment)
                 self._pools.pop(segment).close()
 
-    def _when_filled(self, segment: int, slot: int) -> Callable[[int, ExpertdError | None], None]:
-        """What the reader calls, on a thread of its own, when the slot is filled."""
-
-        def done(size: int, error: ExpertdError | None) -> None:
-            event: events.ReadDone | events.ReadFailed
-            event = events.ReadDone(segment, slot, size) if error is None else events.ReadFailed(segment, slot, error)
-            # The loop may be closed already when the daemon ends; then nobody waits for this read.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._filled, event, time.monotonic())
-
-        return done
-
-    def _filled(self, event: events.ReadDone | events.ReadFailed, at: float) -> None:
-        read = self._reads.pop((event.segment, event.slot), None)
-        if read is not None:  # else it was copied
-            self._waits.read_ended(read[0], at)
-        if isinstance(event, events.ReadFailed):
-            self._diary.read_failed(event.error.message)
-        self._feed(event)
-
     def _grant(self, grant: instructions.Grant) -> None:
         pools = [self._hand_over(grant.session, info) for info in grant.pools]
         peer = self._peers.get(grant.session)
@@ -734,7 +609,7 @@ class Server:
         self._to_control(grant.session, attached)
         if self._memory.pressure.level != "normal":
             self._to_control(grant.session, self._memory.pressure)
-        self._trace(grant.session, self._core.models[grant.model])
+        self._steering.opened(grant.session)
 
     def _hand_over(self, session: int, info: messages.PoolInfo) -> messages.PoolInfo | None:
         """Send a segment's descriptor over the lifeline; returns ``info`` with its nonce, None if the session is over.
@@ -845,9 +720,11 @@ class Server:
                     self._to_control(session, news)
 
     async def _watch_warmth(self) -> None:
-        """Record what is worth keeping, and tell when what was recorded is back."""
+        """Note what outlives this daemon: who holds its memory, and what is worth keeping; tell when that is back."""
         while True:
             await asyncio.sleep(1.0)
+            if self._holders.changed(held_now(self._core, self._bases.known)):
+                await asyncio.to_thread(self._holders.write)
             models = self._core.models.values()
             self._diary.recalled(models)
             due = self._remembering.due(models, time.monotonic()) if self._remembering is not None else ()
@@ -874,7 +751,3 @@ def _held(message: messages.Attach) -> list[int]:
     """The segments that a session hands back."""
     base = [] if message.held_base is None else [message.held_base.segment]
     return [*base, *(info.segment for info in message.held)]
-
-
-def _blocks(packed: bytes) -> tuple[Block, ...]:
-    return tuple((layer, expert) for layer, experts in unpack(packed) for expert in experts)

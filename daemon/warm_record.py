@@ -1,8 +1,8 @@
 """The record of what was worth keeping of a model, for the daemon that comes after this one: a small file in the home.
 
-It names the blocks that were resident, the most valuable first, and holds the policy's statistics.  A file is written
-beside the one before and takes its place in one step; what is damaged all the same is told by its checksum, and is not
-used.  When a record is written, and what becomes of one, is ``expertd.daemon.remembering``.
+It names the blocks that were resident, those used most in the long run first, and holds the policy's statistics.  A
+file is written beside the one before and takes its place in one step; what is damaged all the same is told by its
+checksum, and is not used.  When a record is written, and what becomes of one, is ``expertd.daemon.remembering``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class WarmRecord(msgspec.Struct, frozen=True, kw_only=True):
         folder: where it was, for a person.
         at: when that was so, in seconds since 1970.
         policy: name of the class that ``statistics`` are of.
-        order: ``[n, 2]``, int32: the resident blocks (layer, expert), the most valuable first.
+        order: ``[n, 2]``, int32: the resident blocks (layer, expert), in the order in which they should come back.
     """
 
     model: str
@@ -88,7 +88,7 @@ class WarmRecord(msgspec.Struct, frozen=True, kw_only=True):
     def of(
         cls, model: str, folder: str, at: float, policy: str, blocks: Sequence[Block], statistics: Statistics
     ) -> WarmRecord:
-        """Make one of ``blocks``, the most valuable first."""
+        """Make one of ``blocks``, in the order in which they should come back."""
         order = _Array.of(np.array(blocks, "<i4").reshape(-1, 2))
         arrays = {name: _Array.of(array) for name, array in statistics.items()}
         return cls(model=model, folder=folder, at=at, policy=policy, order=order, arrays=arrays)

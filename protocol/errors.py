@@ -58,7 +58,7 @@
     |   |-- ResponseNotFound          response_not_found
     |   |-- RouteNotFound             route_not_found
     |   |-- MethodNotAllowed          method_not_allowed
-    |   |-- PromptTooLong             prompt_too_long
+    |   |-- ContextLengthExceeded     context_length_exceeded
     |   `-- RequestTooLarge           request_too_large
     |-- QueueFull                     queue_full
     |-- DeadlineExceeded              deadline_exceeded
@@ -477,7 +477,7 @@ class ModelNotFound(RequestInvalid):
 
 
 class ResponseNotFound(RequestInvalid):
-    """No response of that id is kept."""
+    """No response of that id is kept, or none that has an item of that id."""
 
     code = "response_not_found"
     http_status = 404
@@ -497,10 +497,10 @@ class MethodNotAllowed(RequestInvalid):
     http_status = 405
 
 
-class PromptTooLong(RequestInvalid):
+class ContextLengthExceeded(RequestInvalid):
     """The prompt and its answer do not fit the model's context."""
 
-    code = "prompt_too_long"
+    code = "context_length_exceeded"
 
 
 class RequestTooLarge(RequestInvalid):

@@ -60,6 +60,11 @@ class Home:
         return self.run / "daemon.lock"
 
     @property
+    def daemon_holders(self) -> Path:
+        """Which processes hold how much of the daemon's memory (``daemon.holders``)."""
+        return self.run / "daemon.holders"
+
+    @property
     def start_lock(self) -> Path:
         """Locked by the one process that starts a daemon on demand, until that answers."""
         return self.run / "start.lock"

@@ -27,7 +27,7 @@ from expertd.clients.terminal.conversation import (
     printable,
     read_message,
 )
-from expertd.protocol.errors import PromptTooLong, RequestInvalid
+from expertd.protocol.errors import ContextLengthExceeded, RequestInvalid
 from expertd.protocol.paths import Home
 from expertd.worker.manifest import load_lazily
 from expertd.worker.template import encode_chat
@@ -289,7 +289,7 @@ def test_where_the_context_ends_an_answer_does_and_a_prompt_is_refused(loaded: t
     turns = Turns(*loaded)
     turns.context = 20
     assert len(list(turns.answer(list(range(3, 20)), 100))) == 3
-    with pytest.raises(PromptTooLong, match="the chat has 20 tokens"):
+    with pytest.raises(ContextLengthExceeded, match="the chat has 20 tokens"):
         next(turns.answer(list(range(3, 23)), 100))
 
 

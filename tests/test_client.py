@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -136,6 +137,24 @@ def test_load_needs_no_worker_where_the_model_is_in_use(client: Client, model: A
     (found,) = client.status().models
     assert found.resident_blocks == 56
     assert [session.pid for session in found.sessions] == [session.pid for session in before.sessions]
+
+
+def test_load_means_the_files_that_are_there_now_though_somebody_uses_those_before(
+    client: Client, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    before, _ = expertd.load(folder)
+    (folder / "model.safetensors").touch()
+    done = command("load", str(folder))
+    old, new = client.status().models
+    assert (len(old.sessions), old.resident_blocks, new.sessions) == (1, 0, [])
+    assert new.resident_blocks > 0
+    assert done.stdout.startswith(f"{folder}: {new.resident_blocks} of 192 blocks ("), done.stderr
+    assert client.pin(folder, [(0, 1)]) == 1
+    assert [model.pinned for model in client.status().models] == [0, 1]
+    expertd.unload(before)
+    wait_for(lambda: [model.id for model in client.status().models] == [new.id])
 
 
 def test_warm_runs_prompts(client: Client, tmp_path: Path) -> None:

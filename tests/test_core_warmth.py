@@ -6,8 +6,27 @@ Orders that nobody thought of are ``test_core_machine``'s business.
 from __future__ import annotations
 
 from expertd.daemon.core import warmth
-from expertd.daemon.core.events import BudgetChanged, Ended, Pin, PoolCreated, ReadDone, Released, Warm
-from expertd.daemon.core.instructions import CreatePool, Instruction, Move, Priority, StartCopy, StartRead
+from expertd.daemon.core.events import (
+    BudgetChanged,
+    Ended,
+    Pin,
+    PoolCreated,
+    ReadCancelled,
+    ReadDone,
+    Released,
+    Unwanted,
+    Warm,
+)
+from expertd.daemon.core.instructions import (
+    Cancel,
+    CreatePool,
+    Instruction,
+    Move,
+    Priority,
+    StartCopy,
+    StartRead,
+    UnlinkPool,
+)
 from expertd.daemon.core.slots import BACKGROUND_READS
 from expertd.daemon.core.state import Model
 from expertd.daemon.policy import Block
@@ -55,6 +74,22 @@ def test_what_is_wished_for_is_read_in_its_order_a_little_at_a_time() -> None:
     assert begun(daemon.finish()) == [(0, 4), (1, 6)]
     assert resident(model) == {(1, 5), (0, 3), (0, 4), (1, 6)}
     assert warmth.wished(model) == 0
+
+
+def test_what_is_read_for_a_model_that_nobody_wants_any_more_is_called_off() -> None:
+    daemon, model = wide(8)
+    daemon.feed(Warm(model.key))
+    (pool,) = model.pools
+    on_their_way = [pool.where[block] for block in sorted(pool.background)]
+    assert len(on_their_way) == BACKGROUND_READS
+    assert of(Cancel, daemon.feed(Unwanted(model.key))) == []  # somebody uses it
+    assert of(Cancel, daemon.feed(Ended(1))) == [Cancel(pool.segment, slot) for slot in on_their_way]
+    assert of(Cancel, daemon.feed(Unwanted(model.key))) == []  # it was told before
+    for slot in on_their_way:
+        assert model.key in daemon.core.models
+        out = daemon.feed(ReadCancelled(pool.segment, slot))
+    assert out == [UnlinkPool(pool.segment)]
+    assert daemon.core.models == {}
 
 
 def test_without_names_free_slots_are_filled_over_all_layers() -> None:

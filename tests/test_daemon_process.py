@@ -536,6 +536,44 @@ def test_more_sessions_than_the_limit_are_refused_by_name(shared: Home, manifest
     _eventually(lambda: not _sessions(shared), "the end of all sessions")
 
 
+def test_of_too_many_models_the_one_unused_for_longest_goes_and_none_that_is_in_use(
+    home: Home, start_daemon: StartDaemon, manifest: Manifest, tmp_path: Path
+) -> None:
+    def model(number: int) -> Manifest:
+        folder = tmp_path / f"m{number}"
+        folder.mkdir(exist_ok=True)
+        file = Path(shutil.copy2(tmp_path / "model.safetensors", folder))
+        return _of(folder, read_header(file).mark)
+
+    def held() -> list[str]:
+        return [Path(one.path).name for one in _status(home).models]
+
+    start_daemon()
+    models = [model(number) for number in range(35)]
+    lines = [_attach(home, models[0])[0]]
+    try:
+        for number in range(1, 34):
+            line, attached = _attach(home, models[number])
+            line.close()
+            _eventually(lambda over=attached.session: over not in _sessions(home), "the end of a session")
+        assert held() == ["m0", *(f"m{number}" for number in range(3, 34))]
+        lines += [_attach(home, models[number])[0] for number in range(3, 34)]
+        opened = Raw(home)
+        with lifeline.connect(home.lifeline_socket, opened.token):
+            refused = opened.attach(models[34])
+        opened.socket.close()
+        assert isinstance(refused, Error)
+        assert refused.code == "limit_reached"
+        assert refused.message.startswith("32 models are in use, which is the limit; end a program that uses one")
+        lines.pop().close()
+        _eventually(lambda: len(_sessions(home)) == 31, "the end of a session")
+        lines.append(_attach(home, models[34])[0])
+        assert held() == ["m0", *(f"m{number}" for number in range(3, 33)), "m34"]
+    finally:
+        for line in lines:
+            line.close()
+
+
 HOSTILE: dict[str, Callable[[Manifest], Manifest]] = {
     "a name with a zero byte": lambda m: _of(Path(m.folder), msgspec.structs.replace(m.files[0], name="a\0b")),
     "a folder with a zero byte": lambda m: msgspec.structs.replace(m, folder="/tmp/\0"),

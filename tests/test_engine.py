@@ -260,7 +260,7 @@ def test_a_request_that_does_not_fit_is_refused_with_the_numbers(loaded: tuple[A
     engine = Engine(*loaded, context=prompt_tokens + 10)
     refused = run(engine, generate(1, max_tokens=11))[1].end
     assert isinstance(refused, Refused)
-    assert (refused.code, refused.param) == ("prompt_too_long", "messages")
+    assert (refused.code, refused.param) == ("context_length_exceeded", "messages")
     assert all(str(number) in refused.message for number in (prompt_tokens, 11, prompt_tokens + 10))
 
 
@@ -268,7 +268,7 @@ def test_a_prompt_that_fills_the_context_is_refused(loaded: tuple[Any, Any]) -> 
     engine = Engine(*loaded, context=len(prompt_of(loaded, SHORT)))
     refused = run(engine, generate(1, max_tokens=None))[1].end
     assert isinstance(refused, Refused)
-    assert refused.code == "prompt_too_long"
+    assert refused.code == "context_length_exceeded"
 
 
 def test_without_max_tokens_as_many_are_generated_as_fit(loaded: tuple[Any, Any]) -> None:

@@ -182,8 +182,8 @@ def test_what_does_not_fit_is_refused_before_a_stream_begins(
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         say(client, served, max_tokens=max_tokens, stream=stream)
-    assert (caught.value.code, caught.value.param) == ("prompt_too_long", param)
-    assert "32768" in caught.value.message
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", param)
+    assert "this model's maximum context length is 32768 tokens" in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ class EndlessWorker:
     def watch(self, watcher: Callable[[int, Delta], None]) -> None:
         """Nobody is told."""
 
-    async def receive(self, timeout_s: float) -> tuple[int, Delta] | None:
+    async def receive(self, timeout_s: float, pass_on: object = None) -> tuple[int, Delta] | None:
         self.sent += 1
         if self.silent_after is not None and self.sent > self.silent_after:
             await asyncio.sleep(timeout_s)

@@ -168,6 +168,23 @@ def test_what_claude_code_always_sends_is_taken(claude: anthropic.Anthropic) -> 
         claude.messages.create(model=MODEL, messages=ASK, max_tokens=1, output_config={"effort": "most"})  # type: ignore[typeddict-item]
 
 
+def test_several_system_messages_pass_a_template_that_takes_one(
+    client: openai.OpenAI, claude: anthropic.Anthropic
+) -> None:
+    # As Codex does it, and agents that put a reminder in between.
+    rules: list[Any] = [{"role": "developer", "content": "Use the shell."}, *ASK]
+    two, one = (
+        client.responses.create(model=MODEL, instructions=system, input=items, max_output_tokens=1)
+        for system, items in (("You code.", rules), ("You code.\n\nUse the shell.", ASK))
+    )
+    assert two.usage.input_tokens == one.usage.input_tokens
+    late: list[Any] = [*rules, {"role": "assistant", "content": "Yes."}, {"role": "system", "content": "Be brief."}]
+    assert chat(client, messages=late, tools=[], max_tokens=1).choices
+    counted = claude.messages.count_tokens(model=MODEL, messages=late[1:], system="You code.")
+    asked: list[Any] = [*late[1:-1], {"role": "user", "content": "Be brief."}]
+    assert counted == claude.messages.count_tokens(model=MODEL, messages=asked, system="You code.")
+
+
 def test_a_choice_of_nothing_is_refused_everywhere(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
     asks: list[Any] = [
         lambda: chat(client, tools=[], tool_choice="required"),

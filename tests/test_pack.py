@@ -106,9 +106,43 @@ def test_another_folder_gets_the_store_and_the_home_a_link(model: Path, home: Ho
     assert "is packed already" in pack(model, "-o", output).stdout
     assert link.readlink() == path
     assert "is packed already" in pack(model).stdout
-    path.unlink()  # so the link leads nowhere
-    assert pack(model).exit_code == 0
+
+
+def test_a_store_that_is_elsewhere_stays_there_and_the_user_hears_how_to_move_it(
+    model: Path, home: Home, tmp_path: Path
+) -> None:
+    pack(model)
+    disk = tmp_path / "a disk"
+    disk.mkdir()
+    path = store_of(model, home.packed)
+    done = pack(model, "-o", disk)
+    assert done.stdout.startswith(f"{model} is packed already") and done.stdout.endswith(f" in {path}\n")
+    moves = f"mv {path} '{disk}'"
+    assert done.stderr == (
+        f"expertd: --output is not used, because there is a store; to have it in {disk}: {moves}, "
+        "and call this command again\n"
+    )
+    subprocess.run(moves, shell=True, check=True)
+    done = pack(model, "-o", disk)
+    assert done.stdout.startswith(f"{model} is packed already")
+    assert done.stderr == ""
+    assert path.readlink() == store_of(model, disk)
+
+
+def test_a_link_that_leads_nowhere_is_named_and_replaced(model: Path, home: Home, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    pack(model, "-o", disk)
+    link, path = store_of(model, home.packed), store_of(model, disk)
+    path.rename(tmp_path / "away")
+    cause = f"{link} leads to {path}, which is not there"
+    done = pack(model, "--verify")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"expertd: {cause}; mount its disk, or write another with: expertd pack {model}")
+    done = pack(model)
+    assert done.stderr.startswith(f"expertd: {cause}; another store is written\n")
     assert link.is_file() and not link.is_symlink()
+    assert is_complete(model, link)
 
 
 def test_a_store_that_does_not_fit_is_replaced_and_named(model: Path, home: Home) -> None:

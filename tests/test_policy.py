@@ -259,6 +259,19 @@ def test_the_ranking_is_the_order_of_all_victims_turned_around(
     play = Play(factory, model)
     play.all(steps)
     assert play.policy.ranked() == play.ask(range(model.layers), len(model.blocks))[::-1]
+    assert sorted(play.policy.lasting()) == sorted(play.policy.ranked())
+
+
+def test_what_is_used_in_the_long_run_comes_before_what_is_used_now() -> None:
+    policy = Forecast(1, 8, 1)
+    for expert in range(8):
+        policy.admitted((0, expert))
+    for _ in range(200):
+        policy.observe(1, 0, [3])
+    for _ in range(20):
+        policy.observe(1, 0, [5])
+    assert policy.ranked()[0] == (0, 5)
+    assert policy.lasting()[:2] == [(0, 3), (0, 5)]
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"ewma"}))  # which knows a layer's place in the cycle as well

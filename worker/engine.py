@@ -2,9 +2,9 @@
 
 Continuous batching is mlx-lm's ``BatchGenerator``; this adds what a server needs around it: the chat template, text
 instead of tokens, stop strings, cancelling, limits, memory for caches, and failures that end requests and not the
-engine.  No sockets, no threads, no clock: see ``expertd.worker.process`` for the loop.  How tokens are chosen is in
-``sampling`` and ``grammar``, what their text consists of in ``channels``, what earlier requests left in
-``prompt_cache``.
+engine.  No sockets, no clock: see ``expertd.worker.process`` for the loop.  How prompts are made is in ``prompts``, how
+tokens are chosen in ``sampling`` and ``grammar``, what is told of their text in ``written``, what earlier requests left
+in ``prompt_cache``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -26,21 +27,19 @@ from expertd.protocol.errors import (
     MemoryPressure,
     MessageInvalid,
     ParameterUnsupported,
-    PromptTooLong,
-    RequestInvalid,
 )
-from expertd.protocol.messages import Delta, Finished, Generate, Refused, TokenLogprob, TopToken
+from expertd.protocol.messages import Delta, Finished, Generate, Refused, TokenLogprob, TopToken, encode
 from expertd.worker.channels import Channels, Piece
-from expertd.worker.grammar import Vocabulary
+from expertd.worker.grammar import Enforced, Vocabulary
 from expertd.worker.kv_memory import CacheMemory, Growth, available_bytes
 from expertd.worker.kv_quantized import new_caches
 from expertd.worker.pressure import Buffers, Gauge
 from expertd.worker.prompt_cache import PromptCache
+from expertd.worker.prompts import Prompts
 from expertd.worker.sampling import LogitsProcessor, Sampler, processors_of, sampler_of
 from expertd.worker.sequential import SequentialGenerator
-from expertd.worker.stops import StopText
-from expertd.worker.template import encode_chat
 from expertd.worker.wired import WiredLimit
+from expertd.worker.written import Written
 
 __all__ = ["Engine", "Event", "context_length"]
 
@@ -52,6 +51,11 @@ DEFAULT_CONTEXT = 32768
 PREFILL_TOKENS = 512 if mx.metal.is_available() else 32
 """Longest piece of a prompt that one step computes, so that a cancel never waits for more than that.  A CPU takes as
 long for each token however many there are, so short pieces cost it nothing."""
+SMALL_BYTES = 16384
+"""A request of more is prepared on another thread: a template, a tokenizer or a grammar may take seconds for it, in
+which all other answers would stand still.  They compute outside the interpreter, mostly."""
+PREPARED_WAIT_S = 0.02
+"""How long a step that has nothing to compute waits for that."""
 PREFILL_REQUESTS = 4
 """Prompts that are computed side by side: they share each expert that a step fetches."""
 DECODE_REQUESTS = 32
@@ -76,10 +80,9 @@ class _Request:
     asked_tokens: int | None  # what the client gave as max_tokens
     sampler: Sampler | None
     processors: list[LogitsProcessor]
-    one_call: bool  # a call of a tool ends the answer
+    enforced: Enforced | None  # the last of them, if the answer is kept to a grammar
     top_logprobs: int | None
-    stops: StopText
-    channels: Channels
+    written: Written
     detokenizer: Any
     cached: int = 0
     told: bool = False  # whether the client knows how long its prompt is
@@ -170,6 +173,9 @@ class Engine:
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
         self._outbox: list[Event] = []
+        self._prompts = Prompts(tokenizer, self.context)
+        self._aside = ThreadPoolExecutor(1, "expertd-prompts")
+        self._prepared: dict[int, Future[_Request | Finished]] = {}
 
     @property
     def at_once(self) -> int:
@@ -179,7 +185,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._waiting or self._running or self._outbox)
+        return bool(self._waiting or self._running or self._outbox or self._prepared)
 
     def submit(self, message: Generate) -> None:
         """Queue a request.  One that cannot be served is answered by the next ``step``.
@@ -187,21 +193,14 @@ class Engine:
         Raises:
             MessageInvalid: the request's number is in use.
         """
-        if any(request.id == message.request for request in (*self._waiting, *self._running.values())):
+        known = [request.id for request in (*self._waiting, *self._running.values())]
+        if message.request in known or message.request in self._prepared:
             raise MessageInvalid(f"a request numbered {message.request} is running already")
-        try:
-            if message.count:
-                tokens = len(self._encode(message)[0])
-                self._outbox.append(
-                    Finished(request=message.request, reason="length", prompt_tokens=tokens, completion_tokens=0)
-                )
-            else:
-                self._waiting.append(self._prepare(message))
-        except Exception as error:
-            # What makes tokens of text, and grammars of schemas, is of others, and what clients send may be anything.
-            if not isinstance(error, ExpertdError):
-                log.error("request %d could not be prepared", message.request, exc_info=error)
-            self._outbox.append(_refused(message.request, error))
+        prepare = partial(self._prepare, message)
+        if len(encode(message)) > SMALL_BYTES:
+            self._prepared[message.request] = self._aside.submit(prepare)
+        else:
+            self._take(message.request, prepare)
 
     def cancel(self, request: int) -> None:
         """Forget a request: no event about it follows.  An unknown one has just ended, which is no error."""
@@ -209,6 +208,8 @@ class Engine:
         if any(waiting.id == request for waiting in self._waiting):
             log.debug("request %d was cancelled while it waited", request)
         self._waiting = deque(waiting for waiting in self._waiting if waiting.id != request)
+        if (prepared := self._prepared.pop(request, None)) is not None:
+            prepared.cancel()
         running = [uid for uid, running in self._running.items() if running.id == request]
         if running:
             log.debug("request %d was cancelled %s", request, self._running[running[0]].progress)
@@ -226,6 +227,7 @@ class Engine:
         A prompt in progress yields an empty ``Delta``, so that whoever waits sees that there is work.  An exception out
         of the model ends all requests that were in this step, since their caches are half written.
         """
+        self._take_prepared()
         events, self._outbox = self._outbox, []
         events += self._admit()
         if not self._running:
@@ -252,6 +254,8 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._outbox.clear()
+        self._prepared.clear()
+        self._aside.shutdown(wait=False, cancel_futures=True)
         self._generator.close()
         self._kept.give_back()
         if self._wired is not None:
@@ -267,99 +271,76 @@ class Engine:
         if self._wired is not None:
             self._wired.hold()
 
-    def _prepare(self, message: Generate) -> _Request:
-        prompt, param = self._encode(message)
-        room = self.context - len(prompt)
-        if message.max_tokens is not None and message.max_tokens > room > 0:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {message.max_tokens}, which is more than the "
-                f"model's context of {self.context}; shorten the prompt or lower max_tokens",
-                param="max_tokens" if message.max_tokens >= self.context else param,
-            )
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}; "
-                "shorten the prompt",
-                param=param,
-            )
+    def _prepare(self, message: Generate) -> _Request | Finished:
+        """What is to be done for a message, or its answer if nothing is; on the engine's thread or another."""
+        prompt = self._prompts.encode(message)
+        if message.count:
+            return Finished(request=message.request, reason="length", prompt_tokens=len(prompt), completion_tokens=0)
+        max_tokens = self._prompts.room(message, len(prompt))
         channels = Channels(
             self._tokenizer, prompt, message.tools, raw=message.messages is None, enforced=message.schema is not None
         )
+        processors = self._processors(message, len(prompt))
+        enforced = self._enforced(message, len(prompt), channels.thinking)
         return _Request(
             id=message.request,
             prompt=prompt,
-            max_tokens=message.max_tokens or room,
+            max_tokens=max_tokens,
             asked_tokens=message.max_tokens,
             sampler=sampler_of(message.sampling),
-            processors=self._processors(message, len(prompt), channels.thinking),
-            one_call=not message.parallel_calls,
+            processors=processors if enforced is None else [*processors, enforced],
+            enforced=enforced,
             top_logprobs=message.top_logprobs,
-            stops=StopText(message.stop),
-            channels=channels,
+            written=Written(channels, message.stop, one_call=not message.parallel_calls),
             detokenizer=self._tokenizer.detokenizer,
         )
 
-    def _processors(self, message: Generate, prompt_tokens: int, thinking: bool) -> list[LogitsProcessor]:
-        """What the logits pass through; what enforces a grammar comes last, and begins where the reasoning ends."""
-        unknown = [token for token in message.sampling.logit_bias if token >= self._vocabulary_size]
-        if unknown:
-            raise RequestInvalid(f"the model has no token {unknown[0]}", param="logit_bias")
-        processors = processors_of(message.sampling, prompt_tokens)
-        after = tuple(self._tokenizer.think_end_tokens or ()) if thinking else ()
-        if message.schema is not None:
-            processors.append(self._vocabulary.json(message.schema, prompt_tokens, after))
-        elif message.tool_choice == "required":
-            if getattr(self._tokenizer.tool_parser, "__module__", "") != JSON_CALLS:
-                raise ParameterUnsupported(
-                    "a call of a tool cannot be enforced with this model, which does not write calls as JSON; "
-                    "leave 'tool_choice' out", param="tool_choice",
-                )  # fmt: skip
-            markers = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
-            processors.append(
-                self._vocabulary.calls(message.tools, markers, message.parallel_calls, prompt_tokens, after)
-            )
-        return processors
-
-    def _encode(self, message: Generate) -> tuple[list[int], str]:
-        """The prompt's tokens, and what of the request they were made of."""
-        if message.tokens is not None:
-            unknown = [token for token in message.tokens if token >= self._vocabulary_size]
-            if unknown:
-                raise RequestInvalid(f"the model has no token {unknown[0]}", param="prompt")
-            prompt, param = list(message.tokens), "prompt"
-        elif message.text is not None:
-            self._check_length([message.text], "prompt")
-            prompt, param = list(self._tokenizer.encode(message.text)), "prompt"
+    def _take(self, request: int, prepare: Callable[[], _Request | Finished]) -> None:
+        """Queue what ``prepare`` returns, or tell why it cannot be."""
+        try:
+            made = prepare()
+        except Exception as error:
+            # What makes tokens of text, and grammars of schemas, is of others, and what clients send may be anything.
+            if not isinstance(error, ExpertdError):
+                log.error("request %d could not be prepared", request, exc_info=error)
+            self._outbox.append(_refused(request, error))
+            return
+        if isinstance(made, Finished):
+            self._outbox.append(made)
         else:
-            said = [one.get("content") for one in message.messages or [] if isinstance(one, dict)]
-            self._check_length(said, "messages")
-            prompt = encode_chat(
-                self._tokenizer, message.messages or [], message.tools, message.template, message.goes_on, message.hints
-            )
-            param = "messages"
-        if not prompt:
-            raise RequestInvalid("the prompt has no tokens", param=param)
-        return prompt, param
+            self._waiting.append(made)
 
-    def _check_length(self, texts: Iterable[object], param: str) -> None:
-        """Refuse what is far too long before tokens are made of it, because everybody waits for that."""
-        length = sum(len(text) for text in texts if isinstance(text, str))
-        least = length // self._longest_token
-        if least > self.context:
-            raise PromptTooLong(
-                f"the prompt has {length} characters, at least {least} tokens, which is more than the model's context "
-                f"of {self.context}; shorten the prompt",
+    def _take_prepared(self) -> None:
+        """Queue what has been prepared aside; with nothing else to do, wait for it a little."""
+        if self._prepared and not (self._waiting or self._running or self._outbox):
+            wait(self._prepared.values(), PREPARED_WAIT_S, FIRST_COMPLETED)
+        for request in [request for request, prepared in self._prepared.items() if prepared.done()]:
+            self._take(request, self._prepared.pop(request).result)
+
+    def _processors(self, message: Generate, prompt_tokens: int) -> list[LogitsProcessor]:
+        """What the logits pass through before a grammar."""
+        self._prompts.check_tokens(message.sampling.logit_bias, "logit_bias")
+        return processors_of(message.sampling, prompt_tokens)
+
+    def _enforced(self, message: Generate, prompt_tokens: int, thinking: bool) -> Enforced | None:
+        """The grammar that the answer is kept to, if any; it begins where the reasoning ends."""
+        after = tuple(self._tokenizer.think_end_tokens or ()) if thinking else ()
+        has_to_call = message.tool_choice == "required"
+        if message.schema is None and not has_to_call:
+            return None
+        if message.schema is not None and not message.tools:
+            return self._vocabulary.json(message.schema, prompt_tokens, after)
+        if getattr(self._tokenizer.tool_parser, "__module__", "") != JSON_CALLS:
+            what, param = ("a call of a tool", "tool_choice") if has_to_call else ("a schema beside tools", "tools")
+            raise ParameterUnsupported(
+                f"{what} cannot be enforced with this model, which does not write calls as JSON; leave '{param}' out",
                 param=param,
             )
-
-    @cached_property
-    def _longest_token(self) -> int:
-        """Characters of the longest token."""
-        return max(map(len, self._tokenizer.get_vocab()))
-
-    @property
-    def _vocabulary_size(self) -> int:
-        return len(self._tokenizer._tokenizer)
+        markers = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
+        return self._vocabulary.calls(
+            message.tools, markers, message.parallel_calls, prompt_tokens, after,
+            schema=None if has_to_call else message.schema,
+        )  # fmt: skip
 
     def _admit(self) -> list[Event]:
         """Hand waiting requests to the generator, no more than its next step computes, so that only those can fail.
@@ -383,22 +364,18 @@ class Engine:
         return refused
 
     def _fits(self, request: _Request) -> bool:
-        """Whether there is memory for its cache now; what is kept of earlier requests goes first.
+        """Whether there is memory for its cache now; what is kept of earlier requests makes room, piece by piece.
 
         Raises:
             MemoryPressure: it will not fit later either.
         """
         running = [other.growth for other in self._running.values()]
-        try:
-            fits = self._memory.fits(len(request.prompt), request.asked_tokens, running)
-            if fits or not self._kept.size:
-                return fits
-        except MemoryPressure:
+        while not self._memory.fits(len(request.prompt), request.asked_tokens, running, self._kept.size):
             if not self._kept.size:
-                raise
-        self._kept.give_back()
-        self._buffers.clear()
-        return self._memory.fits(len(request.prompt), request.asked_tokens, running)
+                return False
+            self._kept.give_back_least()
+            self._buffers.clear()
+        return True
 
     def _insert(self, request: _Request) -> None:
         cache, rest = self._kept.take(request.prompt)
@@ -421,41 +398,46 @@ class Engine:
         request.tokens += 1
         request.unreported += 1
         reason = answer.finish_reason
+        # With the last token that was asked for, what would have followed does not matter.
+        if request.enforced is not None and request.enforced.problem is not None and reason != "length":
+            log.info("request %d: %s", request.id, request.enforced.problem.message)
+            self._drop([answer.uid])
+            return [_refused(request.id, request.enforced.problem)]
         try:
             if reason != "stop":
                 request.detokenizer.add_token(answer.token)
             if reason is not None:
                 request.detokenizer.finalize()
-            text, stopped = request.stops.feed(request.detokenizer.last_segment)
-            if not stopped and reason is not None:
-                text += request.stops.flush()
-            piece = request.channels.feed(text)
+            pieces = request.written.feed(request.detokenizer.last_segment, last=reason is not None)
             logprobs = self._logprobs(request, answer)
         except Exception as error:
             log.exception("the text of request %d could not be made", request.id)
             self._drop([answer.uid])
             return [_refused(request.id, error)]
-        if stopped or (request.one_call and request.channels.called):
+        if request.written.ended:
             reason = "stop"
         if reason is None:
-            return [self._delta(request, piece, logprobs)]
-        last = request.channels.finish()
-        piece = Piece(piece.text + last.text, piece.reasoning + last.reasoning, piece.calls + last.calls)
+            return self._deltas(request, pieces, logprobs)
         events: list[Event] = [
-            self._delta(request, piece, logprobs),
+            *self._deltas(request, pieces, logprobs),
             Finished(
                 request=request.id,
-                reason="tool_calls" if reason == "stop" and request.channels.called else reason,
+                reason="tool_calls" if reason == "stop" and request.written.called else reason,
                 prompt_tokens=len(request.prompt),
                 completion_tokens=request.tokens,
                 cached_tokens=request.cached,
-                stop=request.stops.found,
+                stop=request.written.stop,
             ),
         ]
         if answer.prompt_cache is not None:
             self._kept.keep(answer.all_tokens, answer.prompt_cache)
         self._drop([answer.uid])
         return events
+
+    def _deltas(self, request: _Request, pieces: list[Piece], logprobs: list[TokenLogprob]) -> list[Event]:
+        """What one token tells: one message, empty if nothing can be told; or several, to keep their order."""
+        first, *more = pieces or [Piece()]
+        return [self._delta(request, first, logprobs), *(self._delta(request, piece, []) for piece in more)]
 
     @staticmethod
     def _delta(request: _Request, piece: Piece, logprobs: list[TokenLogprob]) -> Delta:

@@ -18,12 +18,13 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from expertd.protocol.errors import RequestInvalid
-from expertd.worker.sampling import LogitsProcessor
 
-__all__ = ["Vocabulary"]
+__all__ = ["Enforced", "Vocabulary"]
 
 SPACE = r" ?|\n {0,32}"
 """Between the parts of JSON: a space, or a new line and its indentation.  With more a model may go on for ever."""
+SPACED = {"x-guidance": {"whitespace_pattern": SPACE}}
+"""That, as a part of a schema."""
 
 
 class Vocabulary:
@@ -49,7 +50,7 @@ class Vocabulary:
         """What a token stands for."""
         return self._known.decode_bytes([token])
 
-    def json(self, schema: str, prompt_tokens: int, after: tuple[int, ...] = ()) -> LogitsProcessor:
+    def json(self, schema: str, prompt_tokens: int, after: tuple[int, ...] = ()) -> Enforced:
         """Have the answer be JSON that fits ``schema`` (itself JSON).
 
         Args:
@@ -58,37 +59,44 @@ class Vocabulary:
         Raises:
             RequestInvalid: the schema is none, or says what cannot be enforced; says what.
         """
-        make = partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_pattern": SPACE})
-        return self._enforced(make, schema, "response_format", prompt_tokens, after)
+        return self._enforced(self._json_grammar(schema), "response_format", prompt_tokens, after)
 
     def calls(
         self, tools: list[dict[str, Any]], markers: tuple[str, str], several: bool, prompt_tokens: int,
-        after: tuple[int, ...] = (),
-    ) -> LogitsProcessor:  # fmt: skip
+        after: tuple[int, ...] = (), schema: str | None = None,
+    ) -> Enforced:  # fmt: skip
         """Have the answer be a call of one of ``tools``, or with ``several`` any number of calls, between ``markers``.
 
-        For models that write a call as JSON with a name and arguments.  Arguments and errors as in ``json``.
+        For models that write a call as JSON with a name and arguments.
+
+        Args:
+            schema: the answer may also be JSON that fits it, instead of calls.
+            prompt_tokens, after: as in ``json``, as are errors.
         """
-        calls = {
-            "anyOf": [_call_of(tool["function"], place) for place, tool in enumerate(tools)],
-            "x-guidance": {"whitespace_pattern": SPACE},
-        }
+        calls = {"anyOf": [_call_of(tool["function"], place) for place, tool in enumerate(tools)], **SPACED}
         begin, end = map(self._literal, markers)
         grammar = (
-            f"start: call{'+' if several else ''}\n"
+            f"start: call{'+' if several else ''}{' | answer' if schema is not None else ''}\n"
             f'call: {begin} "\\n" call_json "\\n" {end} "\\n"?\n'
             f"call_json: %json {json.dumps(calls)}\n"
         )
-        return self._enforced(LLMatcher.grammar_from_lark, grammar, "tools", prompt_tokens, after)
+        if schema is not None:
+            self._json_grammar(schema)  # what cannot be enforced of it is not for the tools to answer for
+            grammar += f"answer: %json {json.dumps({**json.loads(schema), **SPACED})}\n"
+        grammar = self._checked(LLMatcher.grammar_from_lark, grammar, "tools")
+        return self._enforced(grammar, "tools", prompt_tokens, after)
+
+    def _json_grammar(self, schema: str) -> str:
+        make = partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_pattern": SPACE})
+        return self._checked(make, schema, "response_format")
 
     def _literal(self, marker: str) -> str:
         """A marker in a grammar: the token itself if it is a special one, else its text."""
         tokens = self._known.tokenize_str(marker)
         return marker if len(tokens) == 1 and self._known.is_special_token(tokens[0]) else json.dumps(marker)
 
-    def _enforced(
-        self, make: Callable[[str], str], text: str, param: str, prompt_tokens: int, after: tuple[int, ...]
-    ) -> LogitsProcessor:
+    def _checked(self, make: Callable[[str], str], text: str, param: str) -> str:
+        """The grammar that ``make`` makes of ``text``, if it can be enforced."""
         try:
             grammar = make(text)
             problem = LLMatcher.validate_grammar(grammar, self._known)
@@ -96,7 +104,10 @@ class Vocabulary:
             problem = str(error)
         if problem:
             raise RequestInvalid(f"the schema cannot be enforced: {problem.splitlines()[0]}", param=param)
-        return _Enforced(LLMatcher(self._known, grammar), self._known, prompt_tokens, after)
+        return grammar
+
+    def _enforced(self, grammar: str, param: str, prompt_tokens: int, after: tuple[int, ...]) -> Enforced:
+        return Enforced(LLMatcher(self._known, grammar, log_level=0), self._known, param, prompt_tokens, after)
 
 
 def _call_of(function: dict[str, Any], place: int) -> dict[str, Any]:
@@ -110,11 +121,20 @@ def _call_of(function: dict[str, Any], place: int) -> dict[str, Any]:
     }
 
 
-class _Enforced:
-    """One answer that keeps to a grammar, as a logits processor: it takes in what was chosen since the last call."""
+class Enforced:
+    """One answer that keeps to a grammar, as a logits processor: it takes in what was chosen since the last call.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, begin: int, after: tuple[int, ...]) -> None:
+    Attributes:
+        problem: why it cannot be enforced any further (what a schema costs shows only with what is written); the answer
+            is cut off then, wherever it is, and must not be taken for one that fits.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: LLTokenizer, param: str, begin: int, after: tuple[int, ...]
+    ) -> None:
+        self.problem: RequestInvalid | None = None
         self._matcher = matcher
+        self._param = param
         self._place = begin
         self._after = list(after)
         self._last: list[int] = []
@@ -128,11 +148,19 @@ class _Enforced:
             self._take(token)
         if self._after:
             return logits
+        if not self._matcher.is_stopped():
+            fill_next_token_bitmask(self._matcher, self._mask, 0)
+        # What has failed is stopped too, and its mask allows all.  An exception here would end everybody's answers.
+        if self.problem is None and self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            self.problem = RequestInvalid(
+                f"the answer cannot be kept to its schema any further ({reason}); simplify its patterns and lengths",
+                param=self._param,
+            )
         allowed = np.zeros(logits.shape[-1], bool)
         if self._matcher.is_stopped():
             allowed[self._ends] = True
         else:
-            fill_next_token_bitmask(self._matcher, self._mask, 0)
             bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: len(allowed)]
             allowed[: len(bits)] = bits
         return mx.where(mx.array(allowed), logits, -mx.inf)

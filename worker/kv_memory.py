@@ -176,19 +176,20 @@ class CacheMemory:
         """
         return cls(caches_of(model, kv_bits))
 
-    def fits(self, prompt_tokens: int, max_tokens: int | None, running: Sequence[Growth]) -> bool:
-        """Whether a request's cache fits beside what the ``running`` ones may still grow to; if not now, it may later.
+    def fits(self, prompt_tokens: int, max_tokens: int | None, running: Sequence[Growth], spare_bytes: int = 0) -> bool:
+        """Whether a request's cache fits beside what the ``running`` ones may still grow to; if not now, it may later,
+        or when the caller has given back ``spare_bytes``.
 
         Without ``max_tokens`` only the prompt counts, because nobody knows how long the answer gets.
 
         Raises:
-            MemoryPressure: it does not even fit when the others have ended.
+            MemoryPressure: it does not even fit when the others have ended and those are given back.
         """
         need = cache_bytes(self._layers, prompt_tokens + (max_tokens or 0))
         available = self._available()
         most = sum(cache_bytes(self._layers, max(other)) for other in running)
-        if need > available + most:
-            raise self._error(prompt_tokens, max_tokens, need, available)
+        if need > available + most + spare_bytes:
+            raise self._error(prompt_tokens, max_tokens, need, available + spare_bytes)
         return need + most - sum(cache_bytes(self._layers, other.now) for other in running) <= available
 
     def _error(self, prompt_tokens: int, max_tokens: int | None, need: int, available: int) -> MemoryPressure:

@@ -4,6 +4,9 @@ Agents send a conversation again and again, each time a little longer.  What is 
 when it ended; a request takes a copy, so that several may grow from one.  A cache whose end cannot be taken off (of a
 sliding window that is full, of a state) serves only prompts that begin with all of it.
 
+What goes first is worth least for its bytes and has not been asked for lately (GDSF; Cherkasova, HPL-98-69R1): many
+small questions that nobody goes on with drive out each other, and not somebody's long conversation.
+
 (mlx-lm's own prompt cache looks a prompt up in a tree of tokens, which takes seconds for one of 40,000.)
 """
 
@@ -21,18 +24,33 @@ from numpy.typing import NDArray
 
 __all__ = ["PromptCache"]
 
-MOST = 256
-"""Caches that are kept."""
+MOST = 512
+"""Caches that are kept: each counts as at least so small a part of the limit, because each is looked at."""
+MOST_USES = 4
+"""Uses that make a cache dearer; more would keep it for long after the last one."""
 NEARLY = 16
 """Tokens at its end, a quarter of all at most, in which a cache may differ from a longer one that takes its place:
 how a turn ends is often written in other tokens than the model has ended it with."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kept:
     tokens: NDArray[np.int64]
     cache: Any
-    size: int
+    size: int  # in bytes
+    counted: int  # as how many bytes it counts
+    uses: int = 1
+    rank: float = 0.0  # who has the lowest goes first
+
+    @property
+    def worth(self) -> float:
+        """Tokens that it has saved, or may save, for each byte."""
+        return min(self.uses, MOST_USES) * len(self.tokens) / self.counted
+
+    @property
+    def trims(self) -> bool:
+        """Whether its end can be taken off."""
+        return bool(can_trim_prompt_cache(self.cache))
 
     def common(self, prompt: NDArray[np.int64]) -> int:
         """With how many of its tokens ``prompt`` begins."""
@@ -40,14 +58,21 @@ class _Kept:
         differ = np.flatnonzero(self.tokens[:length] != prompt[:length])
         return int(differ[0]) if len(differ) else length
 
+    def continues(self, other: _Kept) -> bool:
+        """Whether it is ``other``, or what became of it."""
+        length = len(other.tokens)
+        return len(self.tokens) >= length and other.common(self.tokens) >= length - min(NEARLY, length // 4)
+
 
 class PromptCache:
-    """Caches and the tokens that they hold, the latest used last.  ``limit_bytes`` 0: nothing is kept."""
+    """Caches and the tokens that they hold.  ``limit_bytes`` 0: nothing is kept."""
 
     def __init__(self, limit_bytes: int, most: int = MOST) -> None:
-        self._limit_bytes, self._most = limit_bytes, most
-        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._limit_bytes, self._least = limit_bytes, limit_bytes // most
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()  # the latest used last
         self._number = 0
+        self._counted = 0
+        self._clock = 0.0  # The rank of what went last: what is used now is ahead of all that was worth no more.
         self.size = 0
         """Bytes that are kept."""
 
@@ -58,41 +83,50 @@ class PromptCache:
         for number, kept in self._kept.items():
             # The last token is always computed: nothing follows from a cache alone.
             common = min(kept.common(wanted), len(prompt) - 1)
-            if common > most and (common == len(kept.tokens) or can_trim_prompt_cache(kept.cache)):
+            if common > most and (common == len(kept.tokens) or kept.trims):
                 best, most = number, common
         if best is None:
             return None, prompt
         self._kept.move_to_end(best)
         kept = self._kept[best]
+        kept.uses += 1
+        kept.rank = self._clock + kept.worth
         cache = copy.deepcopy(kept.cache)
         trim_prompt_cache(cache, len(kept.tokens) - most)
         return cache, prompt[most:]
 
     def keep(self, tokens: list[int], cache: Any) -> None:
-        """Keep what a request has left behind; what it continues need not be kept beside it."""
+        """Keep what a request has left behind; what it continues need not be kept beside it if its end comes off."""
         size = sum(layer.nbytes for layer in cache)
         if not tokens or not 0 < size <= self._limit_bytes:
             return
         mx.eval([layer.state for layer in cache])  # until then it holds on to those of all that ran beside it
-        kept = _Kept(np.array(tokens, np.int64), cache, size)
-        trims = can_trim_prompt_cache(cache)
+        kept = _Kept(np.array(tokens, np.int64), cache, size, max(size, self._least))
         for number, other in list(self._kept.items()):
-            length = len(other.tokens)
-            common, grown = other.common(kept.tokens), len(kept.tokens) > length
-            nearly = length - min(NEARLY, length // 4) if trims and grown else length
-            if common >= nearly and (trims or not grown):
-                self._forget(number)
+            if kept.continues(other):
+                kept.uses = max(kept.uses, other.uses)
+                if kept.trims or np.array_equal(kept.tokens, other.tokens):
+                    self._forget(number)
+        while self._counted + kept.counted > self._limit_bytes:
+            self.give_back_least()
+        kept.rank = self._clock + kept.worth
         self._number += 1
         self._kept[self._number] = kept
+        self._counted += kept.counted
         self.size += size
-        while len(self._kept) > self._most:
-            self._forget(next(iter(self._kept)))
-        self.give_back(self._limit_bytes)
 
-    def give_back(self, limit_bytes: int = 0) -> None:
-        """Keep at most so much from what there is now, the latest used."""
-        while self.size > limit_bytes:
-            self._forget(next(iter(self._kept)))
+    def give_back_least(self) -> None:
+        """Give back the cache that is worth least; there has to be one."""
+        number = min(self._kept, key=lambda number: self._kept[number].rank)
+        self._clock = self._kept[number].rank
+        self._forget(number)
+
+    def give_back(self) -> None:
+        """Give back all."""
+        self._kept.clear()
+        self._counted = self.size = 0
 
     def _forget(self, number: int) -> None:
-        self.size -= self._kept.pop(number).size
+        kept = self._kept.pop(number)
+        self._counted -= kept.counted
+        self.size -= kept.size

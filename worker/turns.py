@@ -12,7 +12,7 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from expertd.protocol.errors import PromptTooLong
+from expertd.protocol.errors import ContextLengthExceeded
 from expertd.worker.engine import context_length
 from expertd.worker.kv_memory import check_kv_bits
 from expertd.worker.kv_quantized import new_caches
@@ -97,11 +97,11 @@ class Turns:
             max_tokens: longest answer; shorter where the model's context ends.
             temperature: 0 is greedy.
         Raises:
-            PromptTooLong: there is no room for an answer in the model's context.
+            ContextLengthExceeded: there is no room for an answer in the model's context.
         """
         room = self.context - len(prompt)
         if room < 1:
-            raise PromptTooLong(
+            raise ContextLengthExceeded(
                 f"the chat has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}"
             )
         kept, dropped = reuse(self.cached, prompt, not self._cache or can_trim_prompt_cache(self._cache))

@@ -13,6 +13,7 @@ from expertd.clients.cli.parameters import json_option
 from expertd.protocol.errors import SizeInvalid
 from expertd.protocol.messages import AskStatus, BudgetSet, SetBudget, Status
 from expertd.protocol.paths import Home
+from expertd.protocol.quick import quick_status
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import parse_budget, show_size
 
@@ -47,3 +48,14 @@ def budget(size: str | None, as_json: bool) -> None:
             found = {"budget_bytes": answer.budget, "before_bytes": answer.before}
             said = f"the budget is {show_size(answer.budget)} now; it was {show_size(answer.before)}"
     click.echo(json.dumps(found, indent=2) if as_json else said)
+
+
+def cache_holds(home: Home) -> int:
+    """Bytes that the home's daemon holds, or, where none runs, what sessions still hold of one that has ended.
+
+    To a daemon that starts they are no memory that others have taken.
+    """
+    from expertd.daemon.holders import Holders
+
+    told = quick_status(str(home.root))
+    return Holders(home.daemon_holders).before if told is None else int(json.loads(told)["used_bytes"])

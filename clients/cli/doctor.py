@@ -158,11 +158,12 @@ def settings(home: Home) -> list[tuple[str, str]]:
 
 def budget(home: Home) -> Budget:
     """What a daemon that starts would take; the default, where the setting cannot be used (another check tells)."""
+    from expertd.clients.cli.budget import cache_holds
     from expertd.clients.doctor.surroundings import Budget
     from expertd.daemon.machine import default_budget, this_machine
     from expertd.protocol.config import read_config
 
-    default = default_budget(this_machine())
+    default = default_budget(this_machine(), cache_holds(home))
     try:
         setting = read_config(home).budget.value
     except (HomeError, ConfigInvalid):

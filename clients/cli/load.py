@@ -16,7 +16,7 @@ import click
 from expertd.clients.cli.parameters import budget_option, complete_model
 from expertd.clients.cli.progress import Progress
 from expertd.clients.client import Block, Client
-from expertd.protocol.errors import DaemonNotRunning, ModelNotLoaded
+from expertd.protocol.errors import CheckpointError, DaemonNotRunning, ModelNotLoaded
 from expertd.protocol.messages import ModelStatus
 from expertd.protocol.model_names import find_model, shown_name, shown_path
 
@@ -34,23 +34,22 @@ def load(model: str, budget: str | None) -> None:
     """
     folder = find_model(model)
     with ExitStack() as stack:
-        if not in_use(folder):
-            stack.enter_context(kept_open(folder, budget))
+        key = in_use(folder) or stack.enter_context(kept_open(folder, budget))
         client = stack.enter_context(Client())
-        for found in filling(client, folder):
+        for found in filling(client, folder, key):
             if not found.sessions:  # whoever used it has ended, and without anybody nothing is read
                 stack.enter_context(kept_open(folder, budget))
-        click.echo(show_resident(status_of(client, folder)))
+        click.echo(show_resident(status_of(client, folder, key)))
 
 
-def status_of(client: Client, folder: Path) -> ModelStatus:
-    """What the daemon holds of the model in ``folder``.
+def status_of(client: Client, folder: Path, key: str | None = None) -> ModelStatus:
+    """What the daemon holds of the model in ``folder``: of the version with that key, else of the one that came last.
 
     Raises:
         ModelNotLoaded: nothing.
     """
-    for model in client.status().models:
-        if model.path == str(folder):
+    for model in reversed(client.status().models):
+        if model.path == str(folder) and key in (None, model.id):
             return model
     raise ModelNotLoaded(f"the daemon holds nothing of {folder}; something else took its memory")
 
@@ -61,35 +60,39 @@ def show_resident(model: ModelStatus) -> str:
     return f"{shown_path(model.path)}: {model.resident_blocks} of {model.blocks} blocks ({share} %) are resident"
 
 
-def in_use(folder: Path) -> bool:
-    """Whether some session uses the model already."""
+def in_use(folder: Path) -> str | None:
+    """The key of the model if some session uses it already, as its files are now; None if that is not known."""
+    from expertd.clients.planning.shape import read_shape
+
     try:
         with Client() as client:
-            return bool(status_of(client, folder).sessions)
-    except (DaemonNotRunning, ModelNotLoaded):
-        return False
+            found = status_of(client, folder)
+        # Where headers do not tell the key (mlx-lm computes the experts), a session of one's own does.
+        return found.id if found.sessions and read_shape(folder).manifest.key == found.id else None
+    except (DaemonNotRunning, ModelNotLoaded, CheckpointError):
+        return None
 
 
 @contextmanager
-def kept_open(folder: Path, budget: str | None) -> Iterator[None]:
-    """A session of the model; the weights that are not experts' are not read for it."""
+def kept_open(folder: Path, budget: str | None) -> Iterator[str]:
+    """A session of the model, whose key this gives; the weights that are not experts' are not read for it."""
     from expertd.worker.load import load as load_model
-    from expertd.worker.load import unload
+    from expertd.worker.load import session_of, unload
 
     loaded, _ = load_model(folder, lazy=True, budget=budget)
     try:
-        yield
+        yield session_of(loaded).manifest.key
     finally:
         unload(loaded)
 
 
-def filling(client: Client, folder: Path, blocks: Sequence[Block] = ()) -> Iterator[ModelStatus]:
-    """What the daemon holds of the model, again and again until it has brought in what there is room for.
+def filling(client: Client, folder: Path, key: str, blocks: Sequence[Block] = ()) -> Iterator[ModelStatus]:
+    """What the daemon holds of the model with that key, again and again until it has brought in what there is room for.
 
     That is ``blocks``, the first first; without any all, those first that are used most.
     """
-    before = status_of(client, folder)
-    wanted = client.warm(folder, blocks)
+    before = status_of(client, folder, key)
+    wanted = client.warm(key, blocks)
     if not wanted or before.resident_blocks >= before.slots:
         return
     size, there = before.block_bytes, before.resident_blocks
@@ -97,7 +100,7 @@ def filling(client: Client, folder: Path, blocks: Sequence[Block] = ()) -> Itera
         warming = True
         while warming:
             time.sleep(_POLL_S)
-            found = status_of(client, folder)
+            found = status_of(client, folder, key)
             progress.moved(max(0, found.resident_blocks - there) * size)
             there, warming = max(there, found.resident_blocks), found.warming > 0
             yield found

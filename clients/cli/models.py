@@ -205,9 +205,10 @@ def _given(folders: Sequence[Path]) -> Iterator[KnownModel]:
 
 def _budget(home: Home) -> int:
     """Bytes that a daemon which is started now would give to experts."""
+    from expertd.clients.cli.budget import cache_holds
     from expertd.daemon.machine import default_budget, this_machine
 
-    return read_config(home).budget.value or default_budget(this_machine()).size
+    return read_config(home).budget.value or default_budget(this_machine(), cache_holds(home)).size
 
 
 def _row(home: Home, facts: Facts, place: str, budget: int, expect: bool) -> Row:

@@ -6,6 +6,7 @@ Output: one line on stdout that names the store; how far it is goes to stderr.  
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,17 +66,25 @@ def pack(model: str, output: Path | None, verify: bool, as_json: bool) -> None:
     places = [home.packed / name, *([] if output is None else [output.resolve() / name])]
     layout = layout_of(header_of(manifest))
     found = _existing(places, manifest)
+    lost = _leads_nowhere(places[0])
     if verify:
-        _verify(found, layout, fill, as_json)
+        _verify(found, lost, layout, fill, as_json)
         return
     _prepare(home)
     written = found is None
     if found is None:
         found = places[-1]
+        if lost:
+            click.echo(f"expertd: {lost}; another store is written", err=True)
         _write(layout, found, fill)
         done = f"packed {manifest.folder}"
     else:
         done = f"{manifest.folder} is packed already"
+        if output is not None and found.parent != output.resolve():
+            click.echo(
+                f"expertd: --output is not used, because there is a store; to have it in {output}: "
+                f"{shlex.join(['mv', str(found), str(output)])}, and call this command again", err=True,
+            )  # fmt: skip
     _link(places[0], found)
     if as_json:
         click.echo(json.dumps({**_as_object(found, layout), "written": written}, indent=2))
@@ -126,6 +135,11 @@ def _existing(places: Sequence[Path], manifest: Manifest) -> Path | None:
     return None
 
 
+def _leads_nowhere(link: Path) -> str:
+    """What is wrong with the home's link to a store on another disk; empty if nothing is, or there is none."""
+    return f"{link} leads to {link.readlink()}, which is not there" if link.is_symlink() and not link.exists() else ""
+
+
 def _write(layout: StoreLayout, path: Path, fill: Fill) -> None:
     from expertd.worker.store import part_path, write_store
 
@@ -137,10 +151,12 @@ def _write(layout: StoreLayout, path: Path, fill: Fill) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _verify(path: Path | None, layout: StoreLayout, fill: Fill, as_json: bool) -> None:
+def _verify(path: Path | None, lost: str, layout: StoreLayout, fill: Fill, as_json: bool) -> None:
     from expertd.worker.store import verify_store
 
     folder = layout.header.folder
+    if path is None and lost:
+        raise StoreInvalid(f"{lost}; mount its disk, or write another with: expertd pack {folder}")
     if path is None:
         raise StoreInvalid(f"there is no packed store of {folder} that fits it; write one with: expertd pack {folder}")
     with Progress("verified", layout.record_bytes) as progress:

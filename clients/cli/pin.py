@@ -45,14 +45,14 @@ def pin(model: str, names: tuple[str, ...], share: int, ends: bool) -> None:
     with Client() as client:
         found = status_of(client, folder)
         if ends:
-            client.unpin(folder)
+            client.unpin(found.id)
             click.echo(f"{shown_name(folder)}: nothing is pinned")
             return
         profiles = list(_profiles(Home.current(), names, found, folder))
         everywhere = in_use_everywhere([profile for _, profile in profiles])
         blocks = within(everywhere, found, share)
-        client.unpin(folder)
-        pinned = client.pin(folder, blocks)
+        client.unpin(found.id)
+        pinned = client.pin(found.id, blocks)
     whence = ", ".join(name for name, _ in profiles)
     click.echo(f"{shown_name(folder)}: {pinned} experts are pinned, of {len(everywhere)} in use everywhere in {whence}")
 

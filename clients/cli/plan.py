@@ -126,6 +126,7 @@ def reckon(
     Raises:
         ExpertdError: the home, the checkpoint or the trace cannot be used; or the model cannot be measured.
     """
+    from expertd.clients.cli.budget import cache_holds
     from expertd.clients.planning.rows import Memory, budgets, make_plan
     from expertd.clients.planning.shape import read_shape
     from expertd.clients.planning.speed import FETCH_S, fetch_seconds
@@ -138,14 +139,15 @@ def reckon(
     if measure:
         _generate(home, shape)
     status = _ask(home)
-    known = next((one for one in status.models if one.path == str(folder)), None) if status is not None else None
-    machine = this_machine() if ram is None else Machine(ram, ram, None)
+    held = [] if status is None else [*reversed(status.models)]
+    known = next((one for one in held if one.path == str(folder)), None)
+    machine, own = (this_machine(), cache_holds(home)) if ram is None else (Machine(ram, ram, None), 0)
     total = machine.total if machine.limit is None else min(machine.total, machine.limit)
     system, page_cache = reserves(total)
     memory = Memory(total, system, page_cache, shape.base_bytes, 0 if shape.kv is None else shape.kv.bytes(context))
     least, most = smallest(shape.manifest), largest(shape.manifest)
     base = shape.base_segment  # which the budget is for too, unless it is too small for that
-    auto = max(least, min(most, default_budget(machine).size - base))
+    auto = max(least, min(most, default_budget(machine, own).size - base))
     curve, hits_source = _curve(home, shape, known, trace)
     disk = _disk(shape, status)
     computing = _computing(shape, read_pace(home, str(folder), shape.manifest.files))

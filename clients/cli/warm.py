@@ -76,17 +76,18 @@ def _answer(
 
     texts: list[Prompt] = [*prompt, *(read_prompts(prompts) if prompts is not None else ())]
     from expertd.worker.answers import answer_all, encode_prompt
-    from expertd.worker.load import load, unload
+    from expertd.worker.load import load, session_of, unload
 
     loaded, tokenizer = load(folder, budget=budget)
+    key = session_of(loaded).manifest.key
     encoded = [encode_prompt(tokenizer, text, raw=raw) for text in texts]
     with Client() as client:
-        before = status_of(client, folder)
+        before = status_of(client, folder, key)
         with click.progressbar(length=len(encoded), label="prompts", show_pos=True, file=sys.stderr) as bar:
             for _ in answer_all(loaded, tokenizer, encoded, max_tokens):
                 bar.update(1)
         unload(loaded)  # so that all is told of which experts were used
-        after = status_of(client, folder)
+        after = status_of(client, folder, key)
     hits, misses = after.hits - before.hits, after.misses - before.misses
     click.echo(show_resident(after))
     click.echo(f"{hits / max(1, hits + misses):.1%} of what these prompts used was there already")
@@ -99,19 +100,18 @@ def _bring_in(home: Home, folder: Path, name: str, wait: bool, budget: str | Non
 
     blocks = fitting(read_profile(home, name), name, experts_of(home, folder), folder).blocks
     with ExitStack() as stack:
-        stays = in_use(folder)
-        if not stays:
-            stack.enter_context(kept_open(folder, budget))
+        used = in_use(folder)
+        key = used or stack.enter_context(kept_open(folder, budget))
         client = stack.enter_context(Client())
-        before = status_of(client, folder)
-        if stays and not wait:
-            coming = client.warm(folder, blocks)
+        before = status_of(client, folder, key)
+        if used and not wait:
+            coming = client.warm(key, blocks)
             click.echo(f"{shown_name(folder)}: {coming} experts of the profile {name} are on their way")
             return
-        for found in filling(client, folder, blocks):
+        for found in filling(client, folder, key, blocks):
             if not found.sessions:  # whoever used it has ended, and without anybody nothing is read
                 stack.enter_context(kept_open(folder, budget))
-        after = status_of(client, folder)
+        after = status_of(client, folder, key)
     click.echo(show_resident(after))
     brought = max(0, after.resident_blocks - before.resident_blocks)
     told = f"{brought} experts came in for the profile {name}, which names {len(blocks)}"

@@ -1,9 +1,9 @@
-"""The HTTP side: routes, OpenAI-shaped errors, streaming.
+"""The HTTP side: routes and OpenAI-shaped errors.
 
 Turns requests into calls of ``expertd.clients.gateway.served``; what each API reads and writes is in a module of its
-own (``chat``, ``completions``, ``responses``, ``anthropic``).  It starts and stops nothing: see
-``expertd.clients.gateway.lifetime``.  Who may use it is ``expertd.clients.gateway.access``; what whoever runs it can
-see is ``expertd.clients.gateway.operations``.
+own (``chat``, ``completions``, ``responses``, ``anthropic``), and ``expertd.clients.gateway.streaming`` writes streams.
+It starts and stops nothing: see ``expertd.clients.gateway.lifetime``.  Who may use it is
+``expertd.clients.gateway.access``; what whoever runs it can see is ``expertd.clients.gateway.operations``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from types import MappingProxyType
@@ -20,14 +20,16 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from expertd.clients.gateway import anthropic, awake, chat, completions, plain, responses
+from expertd.clients.gateway import anthropic, chat, completions, plain, responses
 from expertd.clients.gateway.access import Access, challenges
 from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.connections import Busy
 from expertd.clients.gateway.discreet import wordless
 from expertd.clients.gateway.observe import Observer, Seen
 from expertd.clients.gateway.operations import Operations
-from expertd.clients.gateway.served import Answers, Models, Served
+from expertd.clients.gateway.served import Models, Served
 from expertd.clients.gateway.stored import Stored
+from expertd.clients.gateway.streaming import Stream
 from expertd.clients.gateway.wanted import Wanted
 from expertd.clients.gateway.watch import DaemonWatch
 from expertd.protocol import VERSION
@@ -44,7 +46,7 @@ from expertd.protocol.errors import (
     WorkerUnavailable,
 )
 from expertd.protocol.logs import Log
-from expertd.protocol.messages import Delta, Finished, Pressure
+from expertd.protocol.messages import Finished, Pressure
 
 __all__ = ["BODY_LIMIT", "STALL_S", "Gateway", "error_body"]
 
@@ -54,8 +56,6 @@ BODY_LIMIT = 64 << 20
 """Longest HTTP body, in bytes; aiohttp's own limit of 1 MiB is less than an agent's prompt."""
 KEEPALIVE_S = 10.0
 """A stream is never silent for longer, however long a prompt takes."""
-SMALL = 16 << 10
-"""Bytes that an empty buffer of a connection always takes."""
 STALL_S = 30.0
 """How long a client may leave a full buffer unread before its request is cancelled."""
 LEVELS = ("normal", "warning", "critical")
@@ -113,8 +113,7 @@ class Gateway:
         self._stall_s = stall_s
         self._created = int(time.time())
         self._stored = Stored()
-        self.busy: set[object] = set()
-        """Connections with a request under way, as their aiohttp protocols."""
+        self.busy = Busy()
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
@@ -130,7 +129,7 @@ class Gateway:
         return await self._compute(request, served, wanted, rendering)
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
-        wanted = responses.parse(await self._body(request))
+        wanted = responses.parse(await self._body(request), self._stored.item)
         served = self._served(wanted.wanted.model)
         earlier = self._stored.items(wanted.previous)
         rendering = responses.Rendering(wanted, served.name, int(time.time()))
@@ -203,7 +202,10 @@ class Gateway:
             if (seen := SEEN.get()) is not None:
                 answers.watch(seen.event)
             if wanted[0].stream:
-                response = await self._stream(request, answers, rendering, told)
+                stream = Stream(
+                    request, answers, rendering, told, FACTS.get(), keepalive_s=self._keepalive_s, stall_s=self._stall_s
+                )
+                response: web.StreamResponse = await stream.run()
             else:
                 while not answers.ended:
                     if (received := await answers.receive(self._keepalive_s)) is not None:
@@ -212,70 +214,6 @@ class Gateway:
             if answers.ended:
                 FACTS.get().update(_counts(told))
             return response
-
-    async def _stream(
-        self, request: web.Request, answers: Answers, rendering: Renderer, told: Sequence[Told]
-    ) -> web.StreamResponse:
-        # Until the worker has taken the request, or the client has waited long, an error can still be a status.
-        first = await answers.receive(self._keepalive_s)
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            }
-        )
-        try:
-            await response.prepare(request)
-            async for data in self._events(answers, first, rendering, told):
-                transport = request.transport
-                if len(data) < SMALL and transport is not None and not transport.get_write_buffer_size():
-                    await response.write(data)  # the client has read all that there was, and this fits: nothing waits
-                else:
-                    async with awake.timeout(self._stall_s):
-                        await response.write(data)
-        except ConnectionError:
-            FACTS.get()["ended"] = "the client left"
-        except TimeoutError:
-            FACTS.get()["ended"] = f"the client read nothing for {self._stall_s:.0f} s"
-            if request.transport is not None:
-                request.transport.abort()
-        return response
-
-    async def _events(
-        self,
-        answers: Answers,
-        received: tuple[int, Delta | Finished] | None,
-        rendering: Renderer,
-        told: Sequence[Told],
-    ) -> AsyncIterator[bytes]:
-        """What a stream consists of; ``received`` is the first event, which is there already; ``told`` notes ends."""
-        for data in rendering.begin():
-            yield data
-        loop = asyncio.get_running_loop()
-        written_at = loop.time()
-        try:
-            while True:
-                pieces = [] if received is None else list(rendering.event(*received))
-                if received is not None and isinstance(received[1], Finished):
-                    told[received[0]].add(received[1])
-                for data in pieces:
-                    yield data
-                if pieces:
-                    written_at = loop.time()
-                elif loop.time() >= written_at + self._keepalive_s:
-                    yield rendering.keepalive
-                    written_at = loop.time()
-                if answers.ended:
-                    break
-                received = await answers.receive(max(0.0, written_at + self._keepalive_s - loop.time()))
-        except ExpertdError as error:
-            FACTS.get()["error"] = error.code
-            for data in rendering.failed(error):
-                yield data
-            return
-        for data in rendering.end():
-            yield data
 
     async def _list(self, request: web.Request) -> web.Response:
         names = [name for served in self._models.all for name in served.names]

@@ -43,16 +43,29 @@ RETRY_LOAD_S, LONGEST_RETRY_S = 5.0, 60.0
 """When a load that failed is tried again at the earliest: after the first in a row, and after many."""
 
 
+Passing = Callable[[int, Delta | Finished], bool]
+"""Takes an event of the answer at a place, or says that it cannot now."""
+
+
 class Events:
     """What comes of a request, for one reader; less than an asyncio.Queue and a timeout, because each token is one."""
 
     def __init__(self) -> None:
-        self._items: deque[tuple[int, Event]] = deque()
+        self._items: deque[tuple[int, Event | Exception]] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._pass_on: Passing | None = None
 
     def put(self, place: int, event: Event) -> None:
-        """The next one, of the answer at ``place``."""
-        self._items.append((place, event))
+        """The next one, of the answer at ``place``: for whoever waits for it to pass it on, or else to get it."""
+        item: Event | Exception = event
+        waits = self._waiter is not None and not self._waiter.done() and not self._items
+        if waits and self._pass_on is not None and not isinstance(event, ExpertdError):
+            try:
+                if self._pass_on(place, event):
+                    return
+            except Exception as error:
+                item = error  # It is the reader's, and not of whoever brought the event.
+        self._items.append((place, item))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -60,17 +73,18 @@ class Events:
     def empty(self) -> bool:
         return not self._items
 
-    async def get(self, timeout_s: float) -> tuple[int, Event] | None:
-        """The next one, or None if there is none for so long."""
+    async def get(self, timeout_s: float, pass_on: Passing | None = None) -> tuple[int, Event | Exception] | None:
+        """The next one that ``pass_on`` has not taken meanwhile (or failed with), or None if there is none for long."""
         if not self._items:
             loop = asyncio.get_running_loop()
             waiter = self._waiter = loop.create_future()
             timer = loop.call_later(max(0.0, timeout_s), _wake, waiter)
+            self._pass_on = pass_on
             try:
                 await waiter
             finally:
                 timer.cancel()
-                self._waiter = None
+                self._waiter = self._pass_on = None
         return self._items.popleft() if self._items else None
 
 
@@ -136,8 +150,11 @@ class Answers:
         """Whether nothing more comes."""
         return all(answer.ended for answer in self._answers) and self._events.empty
 
-    async def receive(self, timeout_s: float) -> tuple[int, Delta | Finished] | None:
+    async def receive(self, timeout_s: float, pass_on: Passing | None = None) -> tuple[int, Delta | Finished] | None:
         """The next event and the place of its answer, or None after ``timeout_s``.
+
+        Events that come while nothing else waits are offered to ``pass_on`` first; those that it takes are not
+        returned.
 
         Raises:
             ExpertdError: what the worker refused the request with.
@@ -145,17 +162,26 @@ class Answers:
             QueueFull, DeadlineExceeded: it has waited, or taken, too long.
         """
         left_s = self._left_s()
-        found = await self._events.get(min(timeout_s, left_s))
+        passing = None if pass_on is None else partial(self._passed, pass_on)
+        found = await self._events.get(min(timeout_s, left_s), passing)
         if found is None:
             if left_s <= timeout_s and self._left_s() <= 0:
                 raise self._late()
             return None
         place, event = found
-        if isinstance(event, ExpertdError):
+        if isinstance(event, Exception):
             raise event
         if self._watcher is not None:
             self._watcher(place, event)
         return place, event
+
+    def _passed(self, pass_on: Passing, place: int, event: Delta | Finished) -> bool:
+        """Whether ``pass_on`` takes an event, which the watcher is told of then."""
+        if not pass_on(place, event):
+            return False
+        if self._watcher is not None:
+            self._watcher(place, event)
+        return True
 
     @property
     def _waits(self) -> bool:

@@ -81,7 +81,7 @@ class Core(Holdings):
                 self._divide_memory()
             case events.Unwanted(key):
                 if key in self.models:
-                    self.models[key].unwanted = self._memory_changed = True
+                    self._unwanted(self.models[key])
             case events.Warm(key, blocks) if key in self.models:
                 warmth.wish(self.models[key], blocks)
                 self._pump_all(self.models[key])
@@ -109,6 +109,9 @@ class Core(Holdings):
     # -- models and sessions -------------------------------------------------------------------------------------------
 
     def _attach(self, event: events.Attach) -> None:
+        for other in self.models.values():
+            if other.manifest.folder == event.manifest.folder and other.manifest.files != event.manifest.files:
+                self._unwanted(other)  # its files have been replaced
         model = self.models.get(event.manifest.key)
         if model is None:
             try:
@@ -187,6 +190,21 @@ class Core(Holdings):
         self._memory_changed = True
         self._pump_all(model)
         self._sweep(model)
+        if model.unwanted:
+            self._call_off(model)
+
+    def _unwanted(self, model: Model) -> None:
+        """``model`` is given back as soon as nobody uses it."""
+        if not model.unwanted:
+            self._call_off(model)
+        model.unwanted = self._memory_changed = True
+
+    def _call_off(self, model: Model) -> None:
+        """Nothing more is read for ``model`` if nobody uses it: that would have to be waited for."""
+        if not model.in_use:
+            for pool in model.pools:
+                for block in sorted(pool.background):
+                    self._out.append(instructions.Cancel(pool.segment, pool.where[block]))
 
     def _heard(self, session: Session) -> None:
         """A session has said something; if it was left behind, let it follow."""

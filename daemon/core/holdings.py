@@ -127,6 +127,12 @@ class Holdings:
         idle = [m for m in self.models.values() if not m.in_use and m.ready and not m.busy]
         return sorted(idle, key=lambda model: model.used_at)
 
+    @property
+    def longest_idle(self) -> str | None:
+        """The key of the model that nobody has used for longest, of those that are not given back anyway."""
+        idle = [model for model in self.models.values() if not (model.in_use or model.unwanted)]
+        return min(idle, key=lambda model: model.used_at).key if idle else None
+
     def _drop_idle(self, wanted: int, but: Model | None = None) -> None:
         """Give models back that nobody uses, until so many bytes are free."""
         for model in self._idle():

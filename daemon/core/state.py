@@ -349,8 +349,8 @@ class Model:
 
     ``pools`` are the current generations, ``old`` those before that somebody still holds or copies from; ``counts`` has
     an entry for each layer; ``pinned`` are blocks that somebody wants to stay; ``recalled``: what an earlier daemon has
-    left of it; ``unwanted``: somebody wants its memory back; ``moves`` and ``copied`` tell how often a pool went on in
-    another generation, and how many blocks were copied for that.
+    left of it; ``unwanted``: somebody wants its memory back, or its files have been replaced; ``moves`` and ``copied``
+    tell how often a pool went on in another generation, and how many blocks were copied for that.
     """
 
     key: str

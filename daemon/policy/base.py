@@ -64,6 +64,13 @@ class Policy(Protocol):
         """All resident blocks, the most worth keeping first: ``victims`` of all layers in the opposite order."""
         ...
 
+    def lasting(self) -> list[Block]:
+        """All resident blocks, the most used in the long run first.
+
+        So they should come back when all was gone: what they would be needed for next is not known any more then.
+        """
+        ...
+
     def statistics(self) -> Statistics:
         """What another object of this class would have to know to choose as this one: copies, of a few bytes a block.
 

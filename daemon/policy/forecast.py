@@ -202,6 +202,12 @@ class Forecast:
         latest_first = np.argsort(-due, axis=None, kind="stable")[: np.count_nonzero(due > -inf)]
         return [divmod(block, self._experts) for block in latest_first[::-1].tolist()]
 
+    def lasting(self) -> list[Block]:
+        used = np.array(self._rates.steady, np.float64)
+        used[np.isneginf([here.absent for here in self._layers])] = -inf
+        most_first = np.argsort(-used, axis=None, kind="stable")[: np.count_nonzero(used > -inf)]
+        return [divmod(block, self._experts) for block in most_first.tolist()]
+
     def statistics(self) -> Statistics:
         """Rates, and the forecasts as they stand.  What follows what is left out: it is large, and soon learned."""
         rates, tokens = self._rates.statistics()

@@ -55,6 +55,9 @@ class LRU:
     def ranked(self) -> list[Block]:
         return [block for block in reversed(self._order) if block in self._resident]
 
+    def lasting(self) -> list[Block]:
+        return self.ranked()
+
     def statistics(self) -> Statistics:
         return {"order": np.array(list(self._order), np.int32).reshape(-1, 2)}
 

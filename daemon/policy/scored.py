@@ -67,6 +67,9 @@ class Scored:
         resident = worst_first[: np.count_nonzero(self._resident)][::-1]
         return [divmod(block, self._resident.shape[1]) for block in resident.tolist()]
 
+    def lasting(self) -> list[Block]:
+        return self.ranked()
+
     def statistics(self) -> Statistics:
         return {name: value.copy() for name, value in self._known.items()}
 

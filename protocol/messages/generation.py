@@ -58,9 +58,9 @@ class Generate(Message):
     ``goes_on``: the answer is the rest of the last message, which the assistant has begun.
 
     ``max_tokens`` None: as many as fit into the context behind the prompt.  ``schema``: a JSON schema, itself JSON,
-    that the answer has to fit; None: no such.  ``top_logprobs``: so many of the likeliest tokens are told with each
-    token of the answer, and its own log-probability; None: neither.  ``count``: nothing is generated, and Finished
-    tells how long the prompt is.
+    that the answer has to fit, unless it is calls of tools; None: no such.  ``top_logprobs``: so many of the likeliest
+    tokens are told with each token of the answer, and its own log-probability; None: neither.  ``count``: nothing is
+    generated, and Finished tells how long the prompt is.
     """
 
     request: Count
