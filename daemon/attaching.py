@@ -36,6 +36,8 @@ log = Log("expertd.daemon")
 
 SESSION_LIMIT = 128
 MODEL_LIMIT = 32
+TURN_S, LET_COME_TURNS = 0.05, 10
+"""Whoever comes first to a new daemon waits so often so long for those who have the model's base weights already."""
 
 Handed = tuple[messages.PoolInfo, SharedPool]
 """A pool of an earlier daemon, as its session names it, and mapped."""
@@ -72,6 +74,7 @@ class Ground:
         budget: bytes that the user allows.
         room: bytes that the machine could give at once.
         recall: reads what an earlier daemon has left of a model, on another thread.
+        awaited: whether processes hold something of a model (a key) of an earlier daemon, and none has come yet.
     """
 
     home: Home
@@ -86,6 +89,7 @@ class Ground:
     budget: Callable[[], int]
     room: Callable[[], int]
     recall: Callable[[Manifest], events.Recall | None]
+    awaited: Callable[[str], bool]
 
 
 class Attaching:
@@ -130,6 +134,7 @@ class Attaching:
             base = self._adopt_base(message, came)
             handed = self._handed(message, came)
             if message.held_base is None:
+                await self._let_others_come(manifest)
                 base = await self._share_base(message, index)
             self._open(message, index, base, left, handed)
         finally:
@@ -184,6 +189,17 @@ class Attaching:
             return None
         most, needed, opened = self._room_for_base(message.manifest.key)
         return self._ground.bases.adopt(message.manifest, info, *came.pop(info.segment), most, needed, opened)
+
+    async def _let_others_come(self, manifest: Manifest) -> None:
+        """Give programs that outlive an earlier daemon a moment: what they have of ``manifest`` is not read again.
+
+        They look for a daemon ten times a second; one that is stopped is not waited for longer.
+        """
+        for _ in range(LET_COME_TURNS):
+            here = manifest.key in self._ground.core.models or self._known.find(manifest.base_key) is not None
+            if not manifest.base or here or not self._ground.awaited(manifest.key):
+                return
+            await asyncio.sleep(TURN_S)
 
     async def _share_base(self, message: messages.Attach, index: BlockIndex) -> Base | None:
         """The base weights of a model that is being opened, if they can be shared; see ``SharedBases.share``.

@@ -57,6 +57,10 @@ class Holders:
         """Bytes that processes hold of earlier daemons, and have not brought here yet."""
         return sum(held.size for held in self._before.values())
 
+    def awaited(self, model: str) -> bool:
+        """Whether processes hold something of ``model`` (a key) of an earlier daemon, and none of them has come yet."""
+        return model in self._before
+
     def changed(self, now: Mapping[str, Held]) -> bool:
         """Take what is held of this daemon's models in use; whether that is worth a ``write``."""
         self._before = {key: held for key, held in self._before.items() if key not in now}

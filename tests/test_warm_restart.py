@@ -233,12 +233,32 @@ def test_a_program_that_comes_before_those_that_outlive_the_daemon_does_not_cost
 @contextmanager
 def attached(home: Home, manifest: Manifest, held: Sequence[MappedPool] = ()) -> Iterator[Link]:
     """A session that computes nothing, with experts alone, which hands ``held`` back."""
-    link = Link(home, msgspec.structs.replace(manifest, base=()), "shm", held)
+    with closing_link(Link(home, msgspec.structs.replace(manifest, base=()), "shm", held)) as link:
+        yield link
+
+
+@contextmanager
+def closing_link(link: Link) -> Iterator[Link]:
     try:
         yield link
     finally:
         link.hang_up()
         link.data.close()
+
+
+def test_whoever_comes_first_has_no_base_weights_read_that_a_program_still_has(
+    model_path: Path, manifest: Any, home: Home, start_daemon: StartDaemon
+) -> None:
+    daemon = start_daemon("64MiB", "--no-remember")
+    with Program(model_path) as one:
+        first = one.run(TOKENS)
+        wait_for(home.daemon_holders.exists)
+        kill(daemon)
+        start_daemon("64MiB", "--no-remember")
+        with closing_link(Link(home, manifest, "shm")):
+            wait_for(lambda: len(held(home).sessions) == 2)
+            assert (held(home).base_read, held(home).base_bytes) == (0, base_layout(manifest.base)[1])
+            assert one.run(TOKENS) == first
 
 
 def test_a_daemon_that_lives_does_not_take_its_own_pools(
