@@ -13,16 +13,19 @@ Computing with a model is ``expertd.load``, which this does not need: it imports
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
-from expertd.protocol.errors import DaemonLost
+from expertd.protocol.connection import Connection
+from expertd.protocol.errors import CheckpointError, DaemonLost, ModelNotLoaded
 from expertd.protocol.messages import (
     AskStatus,
     BudgetSet,
     Happened,
+    Message,
     Pin,
     Pinned,
     SetBudget,
@@ -35,13 +38,16 @@ from expertd.protocol.messages import (
     Warming,
     expect,
 )
-from expertd.protocol.paths import Home
+from expertd.protocol.model_names import find_model
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.routing import pack
 from expertd.protocol.sizes import parse_budget
 
 RENEW_S = 10.0
 """How often a subscription is renewed; a daemon that does not answer for so long is taken for lost."""
+
+A = TypeVar("A", bound=Message)
 
 Block = tuple[int, int]
 """An expert of a MoE layer: both counted from 0 on, layers over the MoE layers of the model."""
@@ -51,7 +57,8 @@ class Client:
     """A connection to the daemon of a home.  Not thread-safe: each thread has its own.
 
     Every method raises DaemonLost if the daemon does not answer, and what else its own words say.  Models are named by
-    the path or the name of their folder, as ``status()`` shows them, or by their id on the hub.
+    the path or the name of their folder, as ``status()`` shows them, by their id on the hub, or by any other name that
+    finds them on this machine.
     """
 
     def __init__(self, home: Path | str | None = None) -> None:
@@ -62,8 +69,9 @@ class Client:
         Raises:
             DaemonNotRunning: there is none.
             ProtocolMismatch: it is of another version.
+            PathInvalid: see ``expertd.protocol.paths.expanded``.
         """
-        self._home = Home.current() if home is None else Home(Path(home).expanduser().absolute())
+        self._home = Home.current() if home is None else Home(expanded(home).absolute())
         self._connection = connect(self._home, "client")
 
     def status(self) -> Status:
@@ -93,7 +101,8 @@ class Client:
             ModelNotLoaded: the daemon holds nothing of the model; load it first.
             BlocksInvalid: the model has no such block.
         """
-        return self._connection.ask(Warm(model=_named(model), blocks=_packed(blocks)), Warming).blocks
+        packed = _packed(blocks)
+        return self._ask(model, lambda name: Warm(model=name, blocks=packed), Warming).blocks
 
     def pin(self, model: str | Path, blocks: Iterable[Block]) -> int:
         """Have blocks stay as long as the daemon holds the model, and bring in those that are absent.
@@ -107,11 +116,12 @@ class Client:
             BlocksInvalid: the model has no such block, or more than half of a pool would be pinned.
         """
         packed = _packed(blocks)
-        return self._connection.ask(Pin(model=_named(model), blocks=packed), Pinned).blocks if packed else 0
+        return self._ask(model, lambda name: Pin(model=name, blocks=packed), Pinned).blocks if packed else 0
 
     def unpin(self, model: str | Path, blocks: Iterable[Block] = ()) -> int:
         """Blocks need not stay any longer; none named: none of the model's.  Raises and returns as ``pin``."""
-        return self._connection.ask(Pin(model=_named(model), blocks=_packed(blocks), pinned=False), Pinned).blocks
+        packed = _packed(blocks)
+        return self._ask(model, lambda name: Pin(model=name, blocks=packed, pinned=False), Pinned).blocks
 
     def unload(self, model: str | Path) -> int:
         """Give back the memory of a model that nobody uses.
@@ -122,7 +132,7 @@ class Client:
             ModelNotLoaded: the daemon holds nothing of it.
             ModelInUse: sessions use it.
         """
-        return self._connection.ask(Unload(model=_named(model)), Unloaded).bytes
+        return self._ask(model, lambda name: Unload(model=name), Unloaded).bytes
 
     def events(self) -> Iterator[Happened]:
         """What happens in the daemon from now on: models and sessions that come and go, pressure, failed reads.
@@ -149,6 +159,9 @@ class Client:
                 elif message is not None:
                     answered = bool(expect(message, Subscribed))
 
+    def _ask(self, model: str | Path, question: Callable[[str], Message], kind: type[A]) -> A:
+        return ask_about(self._connection, self._home, model, question, kind)
+
     def close(self) -> None:
         """Hang up."""
         self._connection.close()
@@ -162,10 +175,31 @@ class Client:
         self.close()
 
 
-def _named(model: str | Path) -> str:
-    """A folder by its full path, anything else as it is."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else str(model)
+def ask_about(
+    connection: Connection, home: Home, model: str | Path, question: Callable[[str], Message], kind: type[A]
+) -> A:
+    """The answer about a model that is called as anywhere: by a folder, or by a name that finds one.
+
+    The daemon is asked first by what was given, because it also holds models whose folders are gone.
+
+    Raises:
+        ExpertdError: what the daemon answers; ModelNotLoaded names the model as it was given.
+    """
+    path = expanded(model)
+    given = str(path.resolve()) if path.is_dir() else str(model)
+    try:
+        return connection.ask(question(given), kind)
+    except ModelNotLoaded as error:
+        try:
+            found = str(find_model(given, home))
+        except CheckpointError:
+            raise error from None
+        if found == given:
+            raise
+        try:
+            return connection.ask(question(found), kind)
+        except ModelNotLoaded:
+            raise error from None
 
 
 def _packed(blocks: Iterable[Block]) -> bytes:

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from expertd.daemon.holders import Holders
 from expertd.daemon.machine import default_budget, this_machine
 from expertd.daemon.ownership import wait_for_home
@@ -24,6 +26,7 @@ from expertd.protocol.config import KEYS, read_config
 from expertd.protocol.errors import DaemonAlreadyRunning, ExpertdError
 from expertd.protocol.paths import Home
 from expertd.protocol.quick_deaths import counted, why_refused
+from expertd.protocol.service import read_service, write_service
 
 OPEN_FILES = 65_536
 """Open files that a daemon asks for: it needs a few for each session, segment and checkpoint file."""
@@ -86,6 +89,17 @@ def run(*, simulate_pressure: Path | None = None, simulate_ssd: str | None = Non
     asyncio.run(serve())
 
 
+def _is_back(home: Home) -> None:
+    """The service was stopped, and the next login has started it: from now on it is asked for daemons again."""
+    service = read_service(home)
+    if service is not None and service.stopped:
+        try:
+            write_service(home, msgspec.structs.replace(service, stopped=False))
+        except OSError as error:
+            _tell(f"{home.service} cannot be written ({error.strerror}); until 'expertd service start' daemons that "
+                  "are missing start on demand")  # fmt: skip
+
+
 def run_service() -> None:
     """Run the daemon that a service manager keeps: its settings are the environment's and the config file's.
 
@@ -100,10 +114,11 @@ def run_service() -> None:
     home.prepare()
     with counted(home, "daemon") as may_start:
         if not may_start:
-            _tell(why_refused(home, "daemon", home.daemon_log))
+            _tell(why_refused(home, "daemon"))
             return
         while True:
             wait_for_home(home, _tell)
+            _is_back(home)
             try:
                 run()
             except DaemonAlreadyRunning:

@@ -122,24 +122,26 @@ class SharedBases:
     ) -> Base | None:
         """Base weights of an earlier daemon that a session goes on with, as ``share``; None: they are not used here.
 
-        They were handed over when they were complete, and nobody can write to them.  Owns ``descriptor``.
+        They were handed over when they were complete, and nobody can write to them.  Whoever waits for them being read
+        gets these; where they have been read, these only count.  Owns ``descriptor``.
         """
         base = self.known.find(manifest.base_key)
-        if base is not None:
-            os.close(descriptor)
-            sealed = self._sealed.get(base.segment)
-            if sealed is None or sealed.nonce != info.nonce:
-                return None  # of two copies one is enough for those who come
-            base.opening += 1
-            return base
-        problem = _misfit(manifest, info, size, descriptor) or self.known.refusal(manifest, most, needed, opened)
+        sealed = None if base is None else self._sealed.get(base.segment)
+        problem = _misfit(manifest, info, size, descriptor)
+        if base is None:
+            problem = problem or self.known.refusal(manifest, most, needed, opened)
         if problem is not None:
             os.close(descriptor)
             self._tell(manifest, f"those that a session handed back are not used: {problem}")
             return None
-        base = self.known.add(manifest)
-        base.opening = 1
-        self._sealed[base.segment] = _Sealed(descriptor, info.nonce)
+        if base is None or sealed is None:
+            base = base or self.known.add(manifest)
+            self._sealed[base.segment] = _Sealed(descriptor, info.nonce)  # if they are being read, that stops
+        else:
+            os.close(descriptor)
+            if sealed.nonce != info.nonce:  # others are shared already
+                base = self.known.copy(manifest, info.nonce)
+        base.opening += 1
         self._changed()
         return base
 
@@ -187,13 +189,13 @@ class SharedBases:
             write_header(memoryview(segment.mapping), nonce, BASE_GENERATION)
             write_contents(memoryview(segment.mapping), base.key, (), 0)
             read = await self._fill(base, segment, manifest, index)
-            if self.known.find(base.key) is not base:  # it was given up
+            if not self._wanted(base):
                 return
             base.read = read
             self._large_pages.gather(base.segment, segment.readonly, base.size)
             self._sealed[base.segment] = _Sealed(os.dup(segment.readonly), nonce)
         except (ExpertdError, OSError) as error:
-            if self.known.find(base.key) is not base:
+            if not self._wanted(base):
                 return
             why = f"{error}; each process reads and holds its own"
             self.known.failed(base, why)
@@ -207,6 +209,10 @@ class SharedBases:
         finally:
             if segment is not None:
                 segment.close()
+
+    def _wanted(self, base: Base) -> bool:
+        """Whether a segment for ``base`` is to be read on: it was not given up, and nobody has handed another back."""
+        return self.known.find(base.key) is base and base.segment not in self._sealed
 
     async def _fill(self, base: Base, segment: Segment, manifest: Manifest, index: BlockIndex) -> int:
         """Read all tensors into ``segment``; returns how many bytes these were.
@@ -229,8 +235,8 @@ class SharedBases:
         return sum(tensor.bytes for tensor in manifest.base)
 
     async def _lane(self, base: Base, waiting: deque[Chunk], files: Sequence[PlainFile]) -> ExpertdError | None:
-        """Read what waits, as long as somebody waits for it, or until one cannot be read: then it is told why."""
-        while waiting and base.in_use:
+        """Read what waits, as long as somebody wants it, or until one cannot be read: then it is told why."""
+        while waiting and base.in_use and self._wanted(base):
             if (problem := await self._read(waiting.popleft(), files)) is not None:
                 waiting.clear()
                 return problem

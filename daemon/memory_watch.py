@@ -17,7 +17,7 @@ log = Log("expertd.daemon")
 TICK_S, IDLE_TICK_S = 0.25, 1.0
 """How often the system is asked, while there is something to give back and while there is not."""
 ASK_S = 2.0
-"""If the system gave no memory for a smaller pool, it is asked again so often."""
+"""If the system gave no memory for another pool, it is asked again so often."""
 LEVELS: dict[Level, Literal["normal", "warning", "critical"]] = {
     Level.NORMAL: "normal",
     Level.WARNING: "warning",
@@ -63,8 +63,8 @@ class MemoryWatch:
         reading = self._source.read()
         governor = self.governor
         quiet = reading.level is Level.NORMAL and governor.limit == governor.budget
-        room = 0 if quiet else _room()  # nobody asks for it while nothing can change
-        change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, room, fixed)
+        there_is = 0 if quiet else room()  # nobody asks for it while nothing can change
+        change = governor.tick(time.monotonic(), reading.level, reading.figure, used, floor, there_is, fixed)
         if change is not None:
             before, after = show_size(change.before), show_size(change.after)
             log.info("limit changed", before=before, now=after, why=change.why)
@@ -74,9 +74,9 @@ class MemoryWatch:
         log.info("memory pressure changed", level=reading.level.word, figure=reading.figure)
         return change, self.pressure
 
-    def asks_again(self, too_much: bool) -> bool:
-        """Whether it is time to ask for memory to move to again, if ``too_much`` is used: there was none, it seems."""
-        if not too_much or time.monotonic() - self._asked_at < ASK_S:
+    def asks_again(self, wanting: bool) -> bool:
+        """Whether it is time to ask for memory again, if the core is ``wanting``: there was none, it seems."""
+        if not wanting or time.monotonic() - self._asked_at < ASK_S:
             return False
         self._asked_at = time.monotonic()
         return True
@@ -86,7 +86,8 @@ class MemoryWatch:
         return self.governor.set_budget(time.monotonic(), budget, why)
 
 
-def _room() -> int:
+def room() -> int:
+    """Bytes that the machine could give at once."""
     try:
         return this_machine().available
     except OSError as error:  # no descriptor is left to read it with

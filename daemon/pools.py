@@ -28,12 +28,16 @@ from expertd.protocol.segments import Segment, create, map_readonly
 
 @dataclass(frozen=True)
 class SharedPool:
-    """One pool's segment, its table ``[layers, experts]`` and the nonce that names it to its sessions."""
+    """One pool's segment, its table ``[layers, experts]`` and the nonce that names it to its sessions.
+
+    ``handed``: it is an earlier daemon's, which a session has handed back; it can be read only.
+    """
 
     segment: Segment
     layout: PoolLayout
     nonce: bytes
     table: NDArray[np.int32]
+    handed: bool = False
 
     def rows(self, slot: int) -> list[memoryview]:
         """Writable bytes of ``slot``, one view for each part."""
@@ -54,14 +58,16 @@ class SharedPool:
 
 
 def create_pool(
-    name: str, layout: PoolLayout, generation: int, model: str = "", layers: Sequence[int] = ()
+    name: str, layout: PoolLayout, generation: int, model: str = "", layers: Sequence[int] = (), least: bool = False
 ) -> SharedPool:
     """A new pool with an empty table, for these layers of the model with that key.
 
+    Args:
+        least: nobody could go on without it, so it is created even if the room for segments is full (``create``).
     Raises:
         SegmentFailed: the system has no memory for it.
     """
-    segment = create(name, layout.size)
+    segment = create(name, layout.size, beyond=least)
     nonce = secrets.token_bytes(16)
     write_header(memoryview(segment.mapping), nonce, generation)
     write_contents(memoryview(segment.mapping), model, layers, layout.slots)
@@ -103,7 +109,7 @@ def handed_pool(manifest: Manifest, info: PoolInfo, size: int, descriptor: int) 
         header.release()
         segment.close()
         return "its table names slots that there are not, or one of them twice"
-    return SharedPool(segment, layout, info.nonce, table)
+    return SharedPool(segment, layout, info.nonce, table, handed=True)
 
 
 def _misfit(manifest: Manifest, info: PoolInfo) -> str | None:

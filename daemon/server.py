@@ -15,18 +15,16 @@ import signal
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from expertd.daemon import memory_watch
+from expertd.daemon.attaching import Attaching, Ground, Peer
 from expertd.daemon.bases import SharedBases
 from expertd.daemon.blocks import OpenFiles
 from expertd.daemon.core import Core, events, instructions
-from expertd.daemon.core.bases import Base
 from expertd.daemon.core.instructions import Priority
 from expertd.daemon.core.state import Model
 from expertd.daemon.diary import Diary
@@ -35,14 +33,13 @@ from expertd.daemon.filling import Filling
 from expertd.daemon.hearing import Hearing
 from expertd.daemon.holders import Holders, held_now
 from expertd.daemon.idleness import Idleness
-from expertd.daemon.index import BlockIndex, build_index
 from expertd.daemon.large_pages import LargePages, system_collapse
 from expertd.daemon.lifelines import Lifelines
 from expertd.daemon.liveness import TICK_S, Liveness
 from expertd.daemon.memory_watch import MemoryWatch
 from expertd.daemon.ownership import owned
 from expertd.daemon.policy import Forecast, PolicyFactory
-from expertd.daemon.pools import SharedPool, close_all, create_pool, handed_pool
+from expertd.daemon.pools import SharedPool, create_pool
 from expertd.daemon.pressure import Source, system_source
 from expertd.daemon.reader import Reader
 from expertd.daemon.remembering import Remembering, recall, record_of
@@ -55,18 +52,15 @@ from expertd.daemon.tracing import Tracing
 from expertd.daemon.waits import Waited, Waits
 from expertd.daemon.warm_record import Records
 from expertd.protocol import PROTOCOL, messages
-from expertd.protocol.connection import control_identity, data_identity, package_version
+from expertd.protocol.connection import package_version
 from expertd.protocol.errors import (
     DaemonBusy,
     ExpertdError,
-    LimitReached,
     MessageInvalid,
     ProtocolMismatch,
     SessionUnknown,
 )
 from expertd.protocol.logs import Log
-from expertd.protocol.manifest import Manifest
-from expertd.protocol.model_names import shown_name
 from expertd.protocol.paths import Home
 from expertd.protocol.segments import remove, segment_name
 from expertd.protocol.sizes import show_size
@@ -75,28 +69,8 @@ from expertd.protocol.traces import trace_exists
 log = Log("expertd.daemon")
 
 
-SESSION_LIMIT = 128
-MODEL_LIMIT = 32
 FAIR_FRAMES = 64
 """After so many frames in a row the loop sees to everything else: a flood may not keep reads and deaths waiting."""
-
-
-@dataclass(frozen=True)
-class _Peer:
-    """A session's lifeline, and where its messages come from and go to."""
-
-    token: bytes
-    pid: int
-    mode: str
-    has_base: bool
-
-    @property
-    def control(self) -> bytes:
-        return control_identity(self.token)
-
-    @property
-    def data(self) -> bytes:
-        return data_identity(self.token)
 
 
 class Server:
@@ -140,16 +114,14 @@ class Server:
         self._pools: dict[int, SharedPool] = {}
         self._large_pages = LargePages(system_collapse(), short=lambda: self._memory.pressure.level != "normal")
         self._files: dict[str, OpenFiles] = {}
-        self._indexing: dict[str, asyncio.Task[BlockIndex]] = {}
         self._liveness = Liveness()
         self._waits = Waits()
         self._waited: dict[str, Waited] = {}  # In sessions that have ended, by models' keys.
         self._tokens = TokenCounts()
         self._tracing = Tracing(taken=trace_exists)
         self._hearing = Hearing(self._waits, self._tokens, self._tracing, self._feed)
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, Peer] = {}
         self._events: deque[events.Event] = deque()
-        self._numbers = itertools.count(secrets.randbits(48))
         self._tasks: set[asyncio.Task[None]] = set()
         self._creating = asyncio.Lock()
         name = segment_name(home.root)
@@ -159,6 +131,13 @@ class Server:
         self._began = time.monotonic()
         self._diary = Diary()
         self._remembering = Remembering() if remembers else None
+        ground = Ground(
+            home, self._core, self._bases, self._lifelines, self._peers, self._pools, self._files,
+            feed=self._feed, share_out=self._share_out, budget=lambda: self._memory.governor.budget,
+            room=lambda: memory_watch.room() if self._memory.pressure.level == "normal" else 0,
+            recall=lambda manifest: recall(home, manifest, self._policy_name, remembers),
+        )  # fmt: skip
+        self._attaching = Attaching(ground)
         self._records = Records(home)
         self._holders = Holders(home.daemon_holders)
         self._steering = Steering(
@@ -166,7 +145,6 @@ class Server:
             feed=self._feed, share_out=self._share_out, tell=self._to_control, forget=self._records.forget,
         )  # fmt: skip
         self._why_ended = ""
-        self._attaching = 0  # sessions whose headers are being read
         self._frame_at: float | None = None  # when the frame came that is being handled
 
     async def run(self) -> None:
@@ -299,8 +277,7 @@ class Server:
             case messages.Hello():
                 self._hello(identity, message)
             case messages.Attach():
-                self._attaching += 1
-                self._spawn(self._attach(identity, message))
+                self._spawn(self._open(identity, self._attaching.begin(identity, message)))
             case messages.SetBudget() | messages.Unload() | messages.Warm() | messages.Pin() | messages.StartTrace():
                 self._send(identity, self._steering.answer(message))
             case messages.Subscribe():
@@ -311,7 +288,7 @@ class Server:
             case messages.StopTrace():
                 self._spawn(self._stop_trace(identity))
             case messages.Stop(if_idle=if_idle):
-                if if_idle and (self._peers or self._attaching):
+                if if_idle and (self._peers or self._attaching.under_way):
                     raise DaemonBusy(f"the daemon (process {os.getpid()}) is in use")
                 self._send(identity, messages.Stopping())
                 self._end_because("it was told to")
@@ -331,165 +308,11 @@ class Server:
         welcome = messages.Welcome(protocol=PROTOCOL, package=package_version(), pid=os.getpid())
         self._send(identity, welcome)
 
-    async def _attach(self, identity: bytes, message: messages.Attach) -> None:
-        base: Base | None = None
-        opening, key = self._bases.known.opening, message.manifest.key
-        opening[key] += 1
-        handed: list[tuple[messages.PoolInfo, SharedPool]] = []
+    async def _open(self, identity: bytes, opening: Coroutine[object, object, None]) -> None:
         try:
-            if not self._lifelines.attach(message.token):
-                raise MessageInvalid("an Attach came whose lifeline is not open")
-            if identity != control_identity(message.token):
-                raise MessageInvalid("an Attach came from a socket that is not named after its lifeline")
-            self._check_limits(key)
-            index = await self._index(message.manifest)
-            left = await self._recall(message.manifest)
-            came = await self._lifelines.handed(message.token, _held(message))
-            base = self._adopt_base(message, came)
-            handed = self._handed(message, came)
-            if message.held_base is None:
-                base = await self._share_base(message, index)
-            self._open(identity, message, index, base, left, handed)
-            handed = []
+            await opening
         except ExpertdError as error:
             self._send(identity, messages.Error.of(error))
-        finally:
-            close_all(handed)
-            self._lifelines.attached(message.token)
-            self._attaching -= 1
-            opening[key] -= 1
-            if not opening[key]:
-                del opening[key]
-            if base is not None:
-                base.opening -= 1
-                self._share_out()
-
-    async def _share_base(self, message: messages.Attach, index: BlockIndex) -> Base | None:
-        """The base weights of a model that is being opened, if they can be shared; see ``SharedBases.share``.
-
-        Raises:
-            MessageInvalid: whoever opens it has died meanwhile.
-        """
-        manifest = message.manifest
-        share = self._bases.share(manifest, index, *self._room_for_base(manifest.key))
-        sharing, end = asyncio.ensure_future(share), asyncio.ensure_future(self._lifelines.end_of(message.token))
-        try:
-            await asyncio.wait((sharing, end), return_when=asyncio.FIRST_COMPLETED)
-            if sharing.done():
-                return sharing.result()
-        finally:
-            end.cancel()
-            sharing.cancel()
-        raise MessageInvalid("the lifeline of an Attach has ended")
-
-    def _room_for_base(self, model: str) -> tuple[int, int, bool]:
-        """What decides whether base weights have a place: see ``Bases.refusal``."""
-        in_use = [each.key for each in self._core.models.values() if each.in_use]
-        needed = self._core.smallest_budget + self._bases.known.coming(in_use, model)
-        return self._memory.governor.budget, needed, model in in_use
-
-    def _open(
-        self,
-        identity: bytes,
-        message: messages.Attach,
-        index: BlockIndex,
-        base: Base | None,
-        left: events.Recall | None,
-        handed: list[tuple[messages.PoolInfo, SharedPool]],
-    ) -> None:
-        """Have the core open a session, whose model's files, base weights and past were looked at.
-
-        Raises:
-            MessageInvalid: its lifeline is another session's.
-        """
-        number = next(self._numbers)
-        if not self._lifelines.bind(message.token, number):
-            # It died meanwhile (and nobody hears this), or it has a session already.
-            raise MessageInvalid("an Attach came whose lifeline has a session already")
-        has_base = message.held_base is not None
-        self._peers[number] = _Peer(message.token, message.pid, message.mode, has_base)
-        if base is not None:
-            base.users.add(number)
-        files = self._files.setdefault(message.manifest.key, OpenFiles(index))
-        files.use(index.store)
-        known = message.manifest.key in self._core.models
-        self._feed(events.Attach(number, message.pid, message.mode, message.manifest))
-        if left is not None and not known:
-            self._feed(left)
-        if known:
-            close_all(handed)
-        elif handed:
-            self._adopt(message.manifest, handed)
-
-    def _adopt_base(self, message: messages.Attach, came: dict[int, tuple[int, int]]) -> Base | None:
-        """The base weights of an earlier daemon that a session hands back, if they are good; see ``SharedBases``."""
-        info = message.held_base
-        if info is None or info.segment not in came:
-            return None
-        most, needed, opened = self._room_for_base(message.manifest.key)
-        return self._bases.adopt(message.manifest, info, *came.pop(info.segment), most, needed, opened)
-
-    def _handed(
-        self, message: messages.Attach, came: dict[int, tuple[int, int]]
-    ) -> list[tuple[messages.PoolInfo, SharedPool]]:
-        """The pools of an earlier daemon that a session hands back of a model that is not here, if they are good."""
-        good = []
-        wanted = [] if message.manifest.key in self._core.models else message.held
-        for info in wanted:
-            if info.segment in came:
-                pool = handed_pool(message.manifest, info, *came.pop(info.segment))
-                if isinstance(pool, SharedPool):
-                    good.append((info, pool))
-                else:
-                    log.warning("a pool that a session handed back is not used: %s", pool, pid=message.pid)
-        for _, descriptor in came.values():
-            os.close(descriptor)
-        return good
-
-    def _adopt(self, manifest: Manifest, handed: list[tuple[messages.PoolInfo, SharedPool]]) -> None:
-        """Let the core copy from them."""
-        pools = []
-        for info, pool in handed:
-            number = self._core.number_segment()
-            self._pools[number] = pool
-            where = {(info.layers[row], expert): int(pool.table[row, expert]) for row, expert in pool.resident}
-            pools.append(events.Handed(number, tuple(info.layers), pool.layout, where))
-        log.info(
-            "a session handed back what an earlier daemon held",
-            model=shown_name(Path(manifest.folder)), blocks=sum(len(pool.where) for pool in pools),
-        )  # fmt: skip
-        self._feed(events.HandedBack(manifest.key, tuple(pools)))
-
-    async def _recall(self, manifest: Manifest) -> events.Recall | None:
-        """What there is to bring in of a model that comes, if it is not here already."""
-        if manifest.key in self._core.models:
-            return None
-        return await asyncio.to_thread(recall, self._home, manifest, self._policy_name, self._remembering is not None)
-
-    def _check_limits(self, key: str) -> None:
-        if len(self._peers) + self._attaching > SESSION_LIMIT:
-            raise LimitReached(f"{SESSION_LIMIT} sessions are open, which is the limit; close some, or try again later")
-        loaded = self._core.models.keys()
-        if key not in loaded and len(loaded | self._indexing.keys()) >= MODEL_LIMIT:
-            idle = self._core.longest_idle
-            if idle is None:
-                raise LimitReached(
-                    f"{MODEL_LIMIT} models are in use, which is the limit; end a program that uses one "
-                    "('expertd status' names them), or try again later"
-                )
-            self._feed(events.Unwanted(idle))
-
-    async def _index(self, manifest: Manifest) -> BlockIndex:
-        """The index of a model's blocks; sessions that come at the same moment share one."""
-        key = manifest.key
-        if key not in self._indexing:
-            self._indexing[key] = asyncio.create_task(asyncio.to_thread(build_index, manifest, self._home.packed))
-        task = self._indexing[key]
-        try:
-            return await asyncio.shield(task)
-        finally:
-            if self._indexing.get(key) is task:
-                del self._indexing[key]
 
     def _line_ended(self, session: int) -> None:
         """The lifeline of ``session`` reached its end of file: its process is gone, or let go."""
@@ -645,7 +468,9 @@ class Server:
         name = segment_name(self._home.root)
         async with self._creating:  # segments share that name while they are created
             try:
-                pool = await asyncio.to_thread(create_pool, name, what.layout, what.generation, what.model, what.layers)
+                pool = await asyncio.to_thread(
+                    create_pool, name, what.layout, what.generation, what.model, what.layers, what.least
+                )
             except ExpertdError as error:
                 log.warning("a pool could not be created: %s", error)
                 event = events.PoolFailed(what.segment, error)
@@ -713,7 +538,7 @@ class Server:
             change, news = self._memory.tick(used, floor, bases.used)
             if change is not None:
                 self._share_out(change.drop)
-            elif self._memory.asks_again(self._core.used > self._core.budget):
+            elif self._memory.asks_again(self._core.wanting):
                 self._feed(events.MemoryWanted())
             if news is not None:
                 for session in self._peers:
@@ -743,11 +568,5 @@ class Server:
             models = {model.key: model.in_use for model in self._core.models.values()}
             for key in self._idleness.unused(time.monotonic(), models):
                 self._feed(events.Unwanted(key))
-            if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching)):
+            if self._idleness.over(time.monotonic(), busy=bool(self._peers or self._attaching.under_way)):
                 self._end_because(f"nobody was attached for {self._idleness.exit_s:.0f} s")
-
-
-def _held(message: messages.Attach) -> list[int]:
-    """The segments that a session hands back."""
-    base = [] if message.held_base is None else [message.held_base.segment]
-    return [*base, *(info.segment for info in message.held)]

@@ -160,7 +160,7 @@ def model_status(
         sessions=[
             _session(
                 model, session, waited.get(session.number, Waited()), tokens.get(session.number, Tokens()),
-                known.of_session(session.number) is not None,
+                (base := known.of_session(session.number)) is not None and not base.copy,
             )
             for session in model.sessions.values()
         ],

@@ -6,12 +6,12 @@ How it is written down is in ``launchd.launchd`` and ``launchd.systemd``.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from expertd.protocol.model_names import hub_cache
 from expertd.protocol.paths import Home
 from expertd.protocol.service import Gateway
 
@@ -19,10 +19,6 @@ END_S: Final = 90
 """So long an agent has to end before it is killed: a gateway drains for 10 s and then waits for its worker's step."""
 OPEN_FILES: Final = (10_240, 65_536)
 """Soft and hard limit of open files.  10240 is what macOS takes as a soft limit at most without being asked further."""
-
-INHERITED: Final = ("HF_HOME", "HF_HUB_CACHE")
-"""Variables that an agent gets as they are when it is installed, because a service manager knows nothing of a shell's
-settings.  (EXPERTD_HOME is handled by ``Home``.)"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def daemon_agent(home: Home, python: str, environment: Mapping[str, str]) -> Age
     """The home's daemon.
 
     Args:
-        python: the interpreter that has expertd (see ``lasting``).
+        python: the interpreter that has expertd (see ``protocol.paths.lasting``).
         environment: of the process that installs.
     """
     return Agent(
@@ -85,16 +81,13 @@ def home_key(home: Home, environment: Mapping[str, str]) -> str:
     return hashlib.sha256(str(home.root).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def lasting(python: str) -> str:
-    """The path of an interpreter by which it is still found after an upgrade.
-
-    Homebrew installs each version into a folder of its own, removes the last one, and keeps a link to the newest.
-    """
-    return re.sub(r"/Cellar/([^/]+)/[^/]+/", r"/opt/\1/", python)
-
-
 def _kept(home: Home, environment: Mapping[str, str]) -> dict[str, str]:
-    kept = {name: str(Path(environment[name]).expanduser().absolute()) for name in INHERITED if environment.get(name)}
+    """What a shell says of the home and of the hub's cache, because a service manager knows nothing of shells."""
+    kept = {}
     if environment.get("EXPERTD_HOME"):
         kept["EXPERTD_HOME"] = str(home.root)
+    user = Path(environment.get("HOME") or Path.home())
+    cache, _ = hub_cache(environment, user)
+    if cache != hub_cache({}, user)[0]:
+        kept["HF_HUB_CACHE"] = str(cache)
     return kept

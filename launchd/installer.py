@@ -116,7 +116,7 @@ class Installer:
         deadline = time.monotonic() + step.limit_s
         while True:
             found = self.find(step.agent)
-            if not (found.loaded if step.gone else found.runs):
+            if not found.loaded:
                 return
             if time.monotonic() > deadline:
                 process = f" (process {found.pid})" if found.pid else ""

@@ -21,9 +21,12 @@ THROTTLE_S: Final = 10
 NO_SUCH_SERVICE: Final = 113
 """``launchctl print``: could not find the service."""
 NO_SUCH_PROCESS: Final = 3
-"""``launchctl bootout`` and ``kill``: no such process, that is, no such service, or none that runs."""
+"""``launchctl bootout``: no such process, that is, no such service."""
 IN_PROGRESS: Final = 36
 """``launchctl bootout``: the order was taken, and the process has not ended yet."""
+AT_REST: Final = ("not running", "waiting", "exited")
+"""States, as ``launchctl print`` calls them, in which nothing runs and nothing will without an order.  An agent between
+two starts is in none of them (``spawn scheduled``)."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,16 @@ class Launchd:
         return "launchctl", "print", self._target(agent)
 
     def understand(self, status: int, said: str) -> Found:
-        """What ``ask`` has told.  Its text is for people, so only three lines of it are looked for."""
+        """What ``ask`` has told.  Its text is for people, so only four lines of it are looked for."""
         if status != 0:
             return Found()
         pid = re.search(r"^\s*pid = (\d+)$", said, re.MULTILINE)
         end = re.search(r"^\s*last exit code = (\d+)\b", said, re.MULTILINE)
         signal = re.search(r"^\s*last terminating signal = .*?(\d+)\s*$", said, re.MULTILINE)
         last = -int(signal[1]) if signal else int(end[1]) if end else None
-        return Found(loaded=True, pid=int(pid[1]) if pid else None, last_status=last)
+        state = re.search(r"^\s*state = (.+?)\s*$", said, re.MULTILINE)  # the first one; below are those of sockets
+        active = state is not None and state[1] not in AT_REST
+        return Found(loaded=True, active=active, pid=int(pid[1]) if pid else None, last_status=last)
 
     # -- ordering ------------------------------------------------------------------------------------------------------
 
@@ -100,7 +105,7 @@ class Launchd:
         """End the agent and forget it."""
         return [
             Run(("launchctl", "bootout", self._target(agent)), (NO_SUCH_PROCESS, NO_SUCH_SERVICE, IN_PROGRESS)),
-            AwaitEnd(agent, END_S + 10, gone=True),
+            AwaitEnd(agent, END_S + 10),
         ]
 
     def files_changed(self) -> list[Step]:
@@ -118,14 +123,8 @@ class Launchd:
         return self.unload(agent)
 
     def restart(self, agent: Agent, found: Found) -> list[Step]:
-        """End it in order, then start it; ``-k`` is for one that did not end."""
-        if not found.loaded:
-            return self.load(agent)
-        steps: list[Step] = []
-        if found.pid is not None:
-            end = ("launchctl", "kill", "SIGTERM", self._target(agent))
-            steps += [Run(end, (NO_SUCH_PROCESS,)), AwaitEnd(agent, END_S)]
-        return [*steps, Run(("launchctl", "kickstart", "-k", self._target(agent)))]
+        """End it in order, and make it known anew: only ``bootout`` gives it its time, and then kills what hangs."""
+        return [*(self.unload(agent) if found.loaded else ()), *self.load(agent)]
 
     @property
     def _domain(self) -> str:

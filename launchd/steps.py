@@ -52,11 +52,10 @@ class Run:
 
 @dataclass(frozen=True)
 class AwaitEnd:
-    """Wait until the agent's process has ended; with ``gone``, until the manager has forgotten the agent."""
+    """Wait until the agent's process has ended, and the manager has forgotten the agent."""
 
     agent: Agent
     limit_s: int
-    gone: bool = False
 
     def __str__(self) -> str:
         return f"wait    until the {self.agent.name} has ended (at most {self.limit_s} s)"

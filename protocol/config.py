@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from expertd.protocol.errors import ConfigInvalid, SizeInvalid
-from expertd.protocol.paths import Home
+from expertd.protocol.errors import ConfigInvalid, PathInvalid, SizeInvalid
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.sizes import AUTO, parse_budget, parse_rate, parse_size, show_size
 
 POLICY_NAMES = ("forecast", "lru", "lfu", "lcp", "ewma")
@@ -38,6 +39,8 @@ MODEL_FOLDERS = ("~/models",)
 
 UNLIMITED = ("inf", "unlimited")
 """A rate that is none, as text."""
+
+MOST_TOKENS = 1_000_000_000
 
 SMALLEST_LOG = 64 << 10
 MOST_LOGS = 100
@@ -135,7 +138,7 @@ def _host(value: object) -> str:
 
 def _file(value: object) -> Path:
     if isinstance(value, str | Path) and str(value).strip():
-        path = Path(value).expanduser()
+        path = expanded(value)
         if path.is_absolute():
             return path
         raise ConfigInvalid(f"'{path}' is relative, but to what?  Write the file's whole path, or ~/...")
@@ -170,13 +173,13 @@ def _texts(value: object, what: str) -> list[str]:
 
 
 def _tokens(value: object) -> int:
-    if isinstance(value, int) and _is_whole(value) and value >= 1:
+    if isinstance(value, int) and _is_whole(value) and 1 <= value <= MOST_TOKENS:
         return value
-    raise ConfigInvalid(f"{value!r} is not a number of tokens; write a whole number of 1 or more")
+    raise ConfigInvalid(f"{value!r} is not a number of tokens; write a whole number from 1 to {MOST_TOKENS}")
 
 
 def _temperature(value: object) -> float:
-    if isinstance(value, int | float) and _is_number(value) and 0 <= value < float("inf"):
+    if isinstance(value, int | float) and _is_number(value) and 0 <= value <= sys.float_info.max:
         return float(value)
     raise ConfigInvalid(f"{value!r} is not a temperature; write 0 or more (0 is greedy)")
 
@@ -204,7 +207,7 @@ def _log_count(value: object) -> int:
 
 def _folders(value: object) -> tuple[Path, ...]:
     if isinstance(value, list | tuple) and all(isinstance(item, str | Path) and str(item) for item in value):
-        found = tuple(Path(item).expanduser() for item in value)
+        found = tuple(map(expanded, value))
         for path in found:
             if not path.is_absolute():
                 raise ConfigInvalid(f"'{path}' is relative, but to what?  Write the folder's whole path, or ~/...")
@@ -263,7 +266,7 @@ def _shown_kv_bits(value: Any) -> str:
 
 
 def _shown_folders(value: Any) -> str:
-    home = Path.home()
+    home = os.path.expanduser("~")  # noqa: PTH111
     shown = [f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path) for path in value]
     return ", ".join(shown) or "none"
 
@@ -473,7 +476,13 @@ def config_without_file() -> Config:
         return merge({}, {}, {}, Path())
 
 
-def read_config(home: Home, *, default_idle_exit_s: float | None = None, **flags: object) -> Config:
+def read_config(
+    home: Home,
+    *,
+    default_idle_exit_s: float | None = None,
+    environment: Mapping[str, str] = os.environ,
+    **flags: object,
+) -> Config:
     """The settings in ``home`` (see ``merge``).
 
     Raises:
@@ -481,7 +490,7 @@ def read_config(home: Home, *, default_idle_exit_s: float | None = None, **flags
         ConfigInvalid, SizeInvalid: see ``merge``; or the file cannot be read, or is not TOML.
     """
     home.check()
-    return merge(flags, os.environ, _read(home.config), home.config, default_idle_exit_s=default_idle_exit_s)
+    return merge(flags, environment, _read(home.config), home.config, default_idle_exit_s=default_idle_exit_s)
 
 
 def merge(
@@ -572,7 +581,7 @@ def _read(path: Path) -> Mapping[str, object]:
 def _checked(check: Callable[[object], T], value: object, source: Source, where: str) -> T:
     try:
         return check(value)
-    except (SizeInvalid, ConfigInvalid) as error:
+    except (SizeInvalid, ConfigInvalid, PathInvalid) as error:
         if source is Source.FLAG and isinstance(error, SizeInvalid):
             raise  # as wherever else a size is given
         raise ConfigInvalid(f"{where}: {error.message}") from error

@@ -25,6 +25,7 @@
     |-- SegmentFailed                 segment_failed
     |-- HomeError                     home_invalid
     |   `-- HomeTooLong               home_too_long
+    |-- PathInvalid                   path_invalid
     |-- DaemonNotRunning              daemon_not_running
     |   `-- DaemonLost                daemon_lost
     |-- DaemonAlreadyRunning          daemon_already_running
@@ -266,6 +267,14 @@ class HomeTooLong(HomeError):
     code = "home_too_long"
 
 
+class PathInvalid(ExpertdError):
+    """A path begins with ``~``, and there is no folder that this stands for."""
+
+    code = "path_invalid"
+    exit_status = 2
+    http_status = 400
+
+
 class DaemonNotRunning(ExpertdError):
     """No daemon answers in this home."""
 
@@ -477,7 +486,7 @@ class ModelNotFound(RequestInvalid):
 
 
 class ResponseNotFound(RequestInvalid):
-    """No response of that id is kept."""
+    """No response of that id is kept, or none that has an item of that id."""
 
     code = "response_not_found"
     http_status = 404

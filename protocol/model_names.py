@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 from expertd.protocol.checkpoint import missing_files
 from expertd.protocol.errors import ModelAmbiguous, ModelIncomplete, ModelNotHere, NotACheckpoint
-from expertd.protocol.paths import Home
-from expertd.protocol.shown import LM_STUDIO_FOLDERS, id_of, shown_name, shown_path, snapshot_of
+from expertd.protocol.paths import Home, expanded
+from expertd.protocol.shown import id_of, lm_studio_folders, shown_name, shown_path, snapshot_of
 
 __all__ = [
-    "KnownModel", "check_complete", "find_model", "hub_id", "known_models", "models_in", "shown_name", "shown_path",
+    "KnownModel", "check_complete", "find_model", "hub_cache", "hub_id", "known_models", "models_in", "shown_name",
+    "shown_path",
 ]  # fmt: skip
 
 HUB_CACHE = "hub cache"
@@ -53,13 +55,14 @@ def find_model(name: str | Path, home: Home | None = None) -> Path:
 
     Raises:
         NotACheckpoint: it is written as a path, and there is nothing.
+        PathInvalid: see ``expanded``.
         ModelNotHere: it is no folder, and no model on this machine is called so; says how to get it.
         ModelIncomplete: files of it are missing, as after a download that was broken off.
         ModelAmbiguous: several are called so.
         ConfigInvalid, HomeError: the settings, which say where to look, cannot be used.
     """
     text = str(name)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if text and path.exists():
         folder = path.resolve()
     elif isinstance(name, Path) or _is_path(text):
@@ -106,8 +109,8 @@ def known_models(home: Home) -> Iterator[KnownModel]:
     from expertd.protocol.config import read_config  # late, because whoever only shows a name needs none of it
 
     yield from _in_hub_cache()
-    for place in LM_STUDIO_FOLDERS:
-        yield from models_in(Path(place).expanduser(), LM_STUDIO, publishers=True)
+    for place in lm_studio_folders():
+        yield from models_in(Path(place), LM_STUDIO, publishers=True)
     for folder in read_config(home).model_folders.value:
         yield from models_in(folder)
 
@@ -220,6 +223,21 @@ def _hub_cache() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+def hub_cache(environment: Mapping[str, str], user: Path) -> tuple[Path, str]:
+    """The hub's cache as its library finds it in another ``environment`` than this process's, in full.
+
+    Returns:
+        The folder, and the variable that names it; empty if none does.
+    """
+    below = {"HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": "", "HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}
+    for variable, rest in below.items():
+        if said := environment.get(variable):
+            text = Template(said).safe_substitute(environment)
+            inside = text == "~" or text.startswith("~/")
+            return (user / text[2:] if inside else Path(text).absolute()) / rest, variable
+    return user / ".cache" / "huggingface" / "hub", ""
 
 
 def _snapshot(id: str, revision: str | None) -> Path | None:

@@ -6,17 +6,41 @@ Two homes never meet: sockets, lock, logs and state of one are invisible to the 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertd.protocol.errors import HomeError, HomeTooLong
+from expertd.protocol.errors import HomeError, HomeTooLong, PathInvalid
 
 SOCKET_PATH_BYTES = 103
 """Longest path of a Unix socket that works everywhere (macOS: 104 with the final zero; Linux: 108)."""
 
 _LONGEST_SOCKET = "run/gateway-4194304-99.sock"
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """``path`` with ``~`` or ``~user`` at its beginning replaced by that user's folder.
+
+    Raises:
+        PathInvalid: there is no such folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0].removeprefix("~")
+        why = f"there is no user {user!r} here" if user else "this user has no home folder, and HOME is not set"
+        raise PathInvalid(f"{os.fspath(path)!r}: {why}; write the whole path, or ./ before a name with ~") from None
+
+
+def lasting(python: str) -> str:
+    """The path of an interpreter by which it is still found after an upgrade.
+
+    Homebrew installs each version into a folder of its own, removes the last one, and keeps a link to the newest.
+    """
+    link = re.sub(r"/Cellar/([^/]+)/[^/]+/", r"/opt/\1/", python)
+    return link if Path(link).exists() else python
 
 
 @dataclass(frozen=True)
@@ -27,9 +51,12 @@ class Home:
 
     @classmethod
     def current(cls) -> Home:
-        """The home that EXPERTD_HOME names, else ``~/.expertd``."""
-        named = os.environ.get("EXPERTD_HOME")
-        return cls(Path(named).expanduser().absolute() if named else Path.home() / ".expertd")
+        """The home that EXPERTD_HOME names, else ``~/.expertd``.
+
+        Raises:
+            PathInvalid: see ``expanded``.
+        """
+        return cls(expanded(os.environ.get("EXPERTD_HOME") or "~/.expertd").absolute())
 
     @property
     def run(self) -> Path:

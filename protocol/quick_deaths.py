@@ -62,14 +62,15 @@ def read_starts(home: Home, name: str) -> Starts:
         return Starts()
 
 
-def why_refused(home: Home, name: str, log_file: Path) -> str:
+def why_refused(home: Home, name: str) -> str:
     """The sentence for a user whose daemon or gateway is not started any more; empty while it is."""
     starts = read_starts(home, name)
     if not starts.refused(time.time()):
         return ""
+    logs = "expertd service logs" + (" --gateway" if name == "gateway" else "")
     return (
         f"the service's {name} has died {len(starts.times)} times in a row, each time within {QUICK_S:.0f} s, and is "
-        f"not started any more; {log_file} says why; start it again with: expertd service start"
+        f"not started any more; '{logs}' says why; start it again with: expertd service start"
     )
 
 

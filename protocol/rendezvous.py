@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expertd.protocol import PROTOCOL
@@ -25,7 +26,7 @@ from expertd.protocol.errors import (
     ProtocolMismatch,
 )
 from expertd.protocol.messages import Stop, Stopping
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, lasting
 
 if TYPE_CHECKING:
     import subprocess
@@ -138,7 +139,7 @@ def _start(
                         if why_not := ask_to_start(service):
                             _say(announce, f"{asked} did not start the service's daemon ({why_not})")
                             service = asked = None
-                    elif why := why_refused(home, "daemon", home.daemon_log):
+                    elif why := why_refused(home, "daemon"):
                         raise DaemonStartFailed(why) from None
             else:
                 started = process is not None and connection.daemon.pid == process.pid
@@ -158,11 +159,11 @@ def _start(
     if process is not None:
         if process.poll() is None:
             process.terminate()
-        last = _last_words(home, said_before)
+        last = last_words(home, said_before)
         raise DaemonStartFailed(f"the daemon did not come up ({last}); its log is {home.daemon_log}")
     holder = lock_holder(home)
     if holder is None and asked is not None:
-        last = _last_words(home, said_before)
+        last = last_words(home, said_before)
         raise DaemonStartFailed(
             f"the service's daemon did not come up ({last}); its log is {home.daemon_log}, and its state is told by: "
             "expertd service status"
@@ -187,7 +188,7 @@ def _service(home: Home) -> Service | None:
     service = read_service(home)
     if service is None or service.stopped:
         return None
-    if why := why_refused(home, "daemon", home.daemon_log):
+    if why := why_refused(home, "daemon"):
         raise DaemonStartFailed(why)
     return service
 
@@ -229,7 +230,9 @@ def _after(idle_exit_s: float | None) -> str:
 def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subprocess.Popen[bytes]:
     import subprocess
 
-    command = [sys.executable, "-m", "expertd.daemon"]  # it reads the other settings itself
+    # Its own interpreter first, which is of its own version.
+    python = sys.executable if Path(sys.executable).exists() else lasting(sys.executable)
+    command = [python, "-m", "expertd.daemon"]  # it reads the other settings itself
     if idle_exit_s is not None:
         command += ["--idle-exit", str(idle_exit_s)]
     if budget is not None:
@@ -237,20 +240,22 @@ def _spawn(home: Home, budget: str | None, idle_exit_s: float | None) -> subproc
     environment = {**os.environ, "EXPERTD_HOME": str(home.root)}
     _started[:] = [child for child in _started if child.poll() is None]
     with home.daemon_log.open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=environment,
-            cwd="/",
-        )
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment,
+                cwd="/",
+            )  # fmt: skip
+        except OSError as error:
+            raise DaemonStartFailed(
+                f"no daemon can be started with {python or 'this program'} ({error.strerror}); if expertd was upgraded "
+                "or removed while this program ran, start it again"
+            ) from error
     _started.append(process)
     return process
 
 
-def _last_words(home: Home, since: int) -> str:
+def last_words(home: Home, since: int = 0) -> str:
+    """The last line of the daemon's log behind the byte ``since``; a sentence's part that says so if there is none."""
     try:
         with home.daemon_log.open("rb") as log:
             log.seek(since if since <= home.daemon_log.stat().st_size else 0)  # a new file may have begun meanwhile

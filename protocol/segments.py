@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import _posixshmem  # the C half of multiprocessing.shared_memory, without its resource tracker
 import contextlib
+import ctypes
+import errno
 import hashlib
 import mmap
 import os
@@ -18,6 +20,9 @@ from pathlib import Path
 
 from expertd.protocol.errors import SegmentFailed
 from expertd.protocol.sizes import show_size
+
+_MAP_FIXED = 0x10
+"""Linux's; Python does not have it, because its own mappings are never put in the place of others."""
 
 
 @dataclass(frozen=True)
@@ -49,37 +54,55 @@ def segment_name(home: Path) -> str:
     return f"/expertd-{hashlib.sha256(os.fsencode(home)).hexdigest()[:12]}"
 
 
-def create(name: str, size: int) -> Segment:
+def create(name: str, size: int, beyond: bool = False) -> Segment:
     """A zeroed segment of ``size`` bytes, already unlinked, its pages reserved where the system can do that.
 
+    Args:
+        beyond: where the room that the system sets aside for such segments is full (Linux's /dev/shm), take memory that
+            does not count there.
     Raises:
         SegmentFailed: the system has no room for it (a full /dev/shm is this error and not a later SIGBUS).
     """
     try:
         try:
-            descriptor = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
-        except FileExistsError:
-            _posixshmem.shm_unlink(name)
-            descriptor = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
-        try:
-            readonly = _posixshmem.shm_open(name, os.O_RDONLY, mode=0o600)
-        finally:
-            _posixshmem.shm_unlink(name)
-        try:
-            os.ftruncate(descriptor, size)
-            if sys.platform == "linux":
-                os.posix_fallocate(descriptor, 0, size)
-            mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        except OSError:
-            os.close(readonly)
-            raise
-        finally:
-            os.close(descriptor)
+            return _reserved(*_named(name), size)
+        except OSError as error:
+            if not beyond or error.errno != errno.ENOSPC or sys.platform != "linux":
+                raise
+            descriptor = os.memfd_create(name)
+            return _reserved(descriptor, os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY), size)
     except OSError as error:
         raise SegmentFailed(
             f"the system gave no {show_size(size)} of shared memory ({error.strerror}); lower the budget, or give "
             "/dev/shm more room"
         ) from error
+
+
+def _named(name: str) -> tuple[int, int]:
+    """A segment that had that name for a moment: one descriptor that can write, and one that cannot."""
+    try:
+        descriptor = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
+    except FileExistsError:
+        _posixshmem.shm_unlink(name)
+        descriptor = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
+    try:
+        return descriptor, _posixshmem.shm_open(name, os.O_RDONLY, mode=0o600)
+    finally:
+        _posixshmem.shm_unlink(name)
+
+
+def _reserved(descriptor: int, readonly: int, size: int) -> Segment:
+    """``size`` bytes in the segment behind both descriptors; closes the one that can write."""
+    try:
+        os.ftruncate(descriptor, size)
+        if sys.platform == "linux":
+            os.posix_fallocate(descriptor, 0, size)
+        mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError:
+        os.close(readonly)
+        raise
+    finally:
+        os.close(descriptor)
     return Segment(mapping, readonly, size)
 
 
@@ -103,3 +126,17 @@ def map_readonly(descriptor: int, size: int) -> mmap.mmap:
         raise SegmentFailed(f"a segment of {show_size(size)} could not be mapped ({error.strerror})") from error
     finally:
         os.close(descriptor)
+
+
+def make_private(address: int, size: int, descriptor: int) -> bool:
+    """Let this process write to what it has mapped at ``address`` read-only, with nobody else seeing it.
+
+    Bytes and addresses stay what they are; a page is copied when it is written to.  Linux only; False: it did not work.
+    """
+    if sys.platform != "linux":
+        return False
+    system = ctypes.CDLL(None).mmap
+    system.restype = ctypes.c_void_p
+    system.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t]
+    rights, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
+    return bool(system(address, size, rights, kind, descriptor, 0) == address)

@@ -6,6 +6,7 @@ knows launchd or systemd.  Whether a daemon that dies again and again is started
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +37,7 @@ class Service(msgspec.Struct, frozen=True):
         manager: its name, for people.
         version: of the expertd that has completed an installation last; empty before the first.
         start: the command that has it start the daemon; one that runs already is left alone.
-        stopped: the user has stopped it: until he starts it, daemons start on demand as if there were no service.
+        stopped: the user has stopped it: until its daemon runs again, daemons start on demand as if there were none.
         gateway: the gateway that it keeps too, if any.
     """
 
@@ -60,6 +61,20 @@ def read_service(home: Home) -> Service | None:
 def encode_service(service: Service) -> bytes:
     """The record as it is written to ``Home.service``."""
     return msgspec.json.format(msgspec.json.encode(service)) + b"\n"
+
+
+def write_service(home: Home, service: Service) -> None:
+    """Write the home's record, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    new = home.service.with_name(f".{home.service.name}.{os.getpid()}")
+    try:
+        new.write_bytes(encode_service(service))
+        new.replace(home.service)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def ask_to_start(service: Service) -> str:

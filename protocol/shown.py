@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 
-LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
-
 
 def show_size(size_bytes: float) -> str:
     """``size_bytes`` in the decimal unit that leaves one to three digits: ``1.3 GB``."""
@@ -21,17 +19,29 @@ def show_size(size_bytes: float) -> str:
     return f"{value:.1f} TB"
 
 
+def lm_studio_folders(user: str = "~") -> tuple[str, ...]:
+    """Where LM Studio has its models, for who has the folder ``user``: where its pointer leads, then by default."""
+    user = os.path.expanduser(user)  # noqa: PTH111
+    found = (f"{user}/.lmstudio/models", f"{user}/.cache/lm-studio/models")
+    try:
+        with open(f"{user}/.lmstudio-home-pointer", encoding="utf-8") as pointer:  # noqa: PTH123
+            moved = pointer.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return found  # most have none
+    return tuple(dict.fromkeys((f"{moved.rstrip('/')}/models", *found))) if moved.startswith("/") else found
+
+
 def shown_name(folder: str | os.PathLike[str]) -> str:
     """What to call the model in ``folder`` (an absolute path): its hub id where the path tells it, else the last part.
 
-    Touches nothing, so it does for a folder that is gone, too.
+    Does not look at the folder, so it may be gone.
     """
     id, _ = snapshot_of(folder)
     if id:
         return id
     parent, _, name = os.fspath(folder).rpartition("/")
     models, _, publisher = parent.rpartition("/")
-    studio = models in map(os.path.expanduser, LM_STUDIO_FOLDERS)
+    studio = models in lm_studio_folders()
     return f"{publisher}/{name}" if studio else name
 
 

@@ -19,7 +19,7 @@ from hypothesis import note
 from expertd.daemon.core import Core, events, instructions
 from expertd.daemon.core.ahead import HELD
 from expertd.daemon.core.ahead import READS as AHEAD_READS
-from expertd.daemon.core.plan import smallest
+from expertd.daemon.core.plan import resized, smallest
 from expertd.daemon.core.slots import BACKGROUND_READS, in_the_way
 from expertd.daemon.core.state import HANDED, SlotState
 from expertd.protocol.errors import (
@@ -67,6 +67,8 @@ class World:
         self.broken = False
         self.steps = 0
         self.moves = 0
+        self.handed = 1 << 40  # numbers of segments of daemons that have died
+        self.left: dict[int, events.Handed] = {}  # by these
 
     # -- what workers do -----------------------------------------------------------------------------------------------
 
@@ -203,9 +205,9 @@ class World:
 
     # -- what an earlier daemon left -----------------------------------------------------------------------------------
 
-    def hand_back(self, manifest: Manifest, left: Iterable[Block], spare: int) -> None:
-        """A session that opens a model that is new hands the pools of a daemon that has died back, with ``left``."""
-        blocks = list(dict.fromkeys(left))
+    def left_behind(self, manifest: Manifest, left: Iterable[Block], spare: int) -> list[events.Handed]:
+        """Pools of a daemon that has died, which hold ``left``; nobody knows them yet."""
+        blocks = [block for block in dict.fromkeys(left) if block[1] < manifest.layers[block[0]].experts]
         handed = []
         for (folder, _), layers in POOLS.items():
             here = [block for block in blocks if block[0] in layers]
@@ -213,13 +215,29 @@ class World:
                 first = manifest.layers[layers[0]]
                 layout = pool_layout(len(layers), first.experts, first.parts, len(here) + spare)
                 where = {block: slot for slot, block in enumerate(here, spare)}
-                handed.append(events.Handed(self.core.number_segment(), layers, layout, where))
-        for what in handed:
+                self.handed += 1
+                handed.append(events.Handed(self.handed, layers, layout, where))
+        self.left |= {what.segment: what for what in handed}
+        return handed
+
+    def still_held(self, manifest: Manifest) -> list[events.Handed]:
+        """Pools of daemons that have died that somebody has handed back already, and that are still there."""
+        return [self.left[n] for n, segment in self.segments.items() if n in self.left and segment.manifest is manifest]
+
+    def hand_back(self, worker: Worker, handed: Iterable[events.Handed]) -> None:
+        """A session hands pools back that it still has, which others may have handed back before."""
+        manifest = worker.manifest
+        pools = [what for what in handed if what.segment not in worker.held]
+        for what in pools:
+            worker.held.add(what.segment)
+            worker.spare.append(what.segment)
+            if what.segment in self.segments:
+                continue
             segment = Segment(manifest, HANDED, what.layout, what.layers, created=True, superseded=True)
             segment.table = {(what.layers.index(layer), expert): slot for (layer, expert), slot in what.where.items()}
             segment.content = {slot: block for block, slot in what.where.items()}
             self.segments[what.segment] = segment
-        self.feed(events.HandedBack(manifest.key, tuple(handed)))
+        self.feed(events.HandedBack(worker.number, manifest.key, tuple(pools)))
 
     # -- what the server does ------------------------------------------------------------------------------------------
 
@@ -238,12 +256,13 @@ class World:
 
     def segment_failed(self, number: int) -> None:
         segment = self.segments.pop(number)
-        self.abandoned.discard(number)
-        if segment.generation == 1:
+        smallest = resized(segment.manifest, segment.layers, 0).slots == segment.layout.slots
+        if segment.generation == 1 and number not in self.abandoned and smallest:
             others = {n for n in self.creating() if self.segments[n].manifest is segment.manifest}
             self.abandoned |= others
-        else:
+        elif number not in self.abandoned:
             self.no_memory = True
+        self.abandoned.discard(number)
         self.feed(events.PoolFailed(number, SegmentFailed("no memory")))
 
     def read_done(self, place: Place) -> None:

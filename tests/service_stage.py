@@ -106,6 +106,18 @@ class Stage:
         """Let calls that begin with ``begin`` fail, until ``repair``."""
         (self._state / "fail").write_text(json.dumps([begin, status, said]))
 
+    def kills_at_once(self) -> None:
+        """From now on an agent that is to end has no time for it (a plist's ExitTimeOut, which is long)."""
+        (self._state / "impatient").touch()
+
+    def log_in(self) -> None:
+        """Start what is installed, as the manager does at a login."""
+        for file in sorted(self.definitions.iterdir()):
+            words = ["launchctl", "bootstrap", f"gui/{UID}", str(file)]
+            if self.tool == "systemctl":
+                words = ["systemctl", "--user", "start", file.name]
+            subprocess.run(words, check=True, env=self.environment)
+
     def repair(self) -> None:
         (self._state / "fail").unlink()
 

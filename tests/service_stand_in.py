@@ -56,6 +56,10 @@ def _launchctl(state: Path, words: list[str]) -> int:
     one = agents[label]
     running = runs(one["pid"])
     if verb == "print":
+        if one.get("ending") and running and (state / "impatient").exists():
+            send(one["pid"], signal.SIGKILL)
+            await_end(one["pid"], 5.0)
+            running = False
         if one.get("ending") and not running:
             del agents[label]
             _write(state, agents)
@@ -70,13 +74,7 @@ def _launchctl(state: Path, words: list[str]) -> int:
             print("Boot-out failed: 36: Operation now in progress", file=sys.stderr)
             return 36
         del agents[label]
-    elif verb == "kill":
-        send(one["pid"], signal.Signals[rest[0]])
     elif verb == "kickstart":
-        if running and rest[0] == "-k":
-            send(one["pid"], signal.SIGKILL)
-            await_end(one["pid"], 5.0)
-            running = False
         if not running:
             _start_plist(one)
     else:

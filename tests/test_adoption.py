@@ -13,13 +13,33 @@ import msgspec
 import numpy as np
 import pytest
 
-from expertd.daemon.core import Core, events
-from expertd.daemon.core.events import Ended, Handed, HandedBack, PoolCreated, ReadDone, Recall
-from expertd.daemon.core.instructions import CreatePool, Grant, StartCopy, StartRead, UnlinkPool
+from expertd.daemon.core import events
+from expertd.daemon.core.events import (
+    Attach,
+    Ended,
+    Handed,
+    HandedBack,
+    PoolCreated,
+    PoolFailed,
+    ReadDone,
+    Recall,
+    Released,
+)
+from expertd.daemon.core.holdings import ASK_AGAIN
+from expertd.daemon.core.instructions import (
+    CreatePool,
+    Grant,
+    Instruction,
+    Refuse,
+    StartCopy,
+    StartRead,
+    UnlinkPool,
+)
 from expertd.daemon.core.slots import BACKGROUND_READS
 from expertd.daemon.core.state import Model
 from expertd.daemon.policy import Block
 from expertd.daemon.pools import SharedPool, create_pool, handed_pool
+from expertd.protocol import errors
 from expertd.protocol.layout import PAGE, pool_layout
 from expertd.protocol.messages import PoolInfo
 from expertd.protocol.paths import Home
@@ -30,6 +50,8 @@ from tests.test_core_warmth import resident
 WIDE = manifest(experts=16)
 MIXED = manifest(experts=16, shapes=(ONE_PAGE, TWO_PAGES))
 SLOTS = 8
+OLD = 1 << 40
+"""The number that an earlier daemon gave to its pool."""
 THERE: dict[Block, int] = {(0, 3): 5, (1, 0): 0, (1, 9): 7, (0, 15): 2}
 
 
@@ -131,8 +153,8 @@ def come(
     if recall is not None:
         daemon.feed(recall)
     layout = pool_layout(len(layers), 16, WIDE.layers[0].parts, max(where.values()) + 1)
-    handed = Handed(daemon.core.number_segment(), layers, layout, where)
-    daemon.feed(HandedBack(WIDE.key, (handed,)))
+    handed = Handed(OLD, layers, layout, where)
+    daemon.feed(HandedBack(1, WIDE.key, (handed,)))
     out = [each for create in created for each in daemon.feed(PoolCreated(create.segment))]
     assert len(of(Grant, out)) == 1
     (model,) = daemon.core.models.values()
@@ -161,14 +183,24 @@ def test_every_block_is_copied_and_none_is_read() -> None:
     assert of(StartRead, daemon.said) == []
 
 
-def test_the_old_segment_is_given_back_when_all_is_copied() -> None:
+def test_the_old_segment_counts_until_all_is_copied_and_its_session_has_released_it() -> None:
     daemon, model, copies = come(SLOTS)
     (old,) = model.old
     assert daemon.core.used == model.size + old.layout.size
     copy_all(daemon, copies)
-    assert of(UnlinkPool, daemon.said) == [UnlinkPool(old.segment)]
+    assert daemon.core.used == model.size + old.layout.size, "its session has it still"
+    assert daemon.core.holding == [1]
+    assert daemon.feed(Released(1, OLD)) == [UnlinkPool(OLD)]
     assert model.old == []
     assert daemon.core.used == model.size
+
+
+def test_a_session_that_releases_the_old_segment_early_does_not_end_the_copying() -> None:
+    daemon, model, copies = come(SLOTS)
+    assert daemon.feed(Released(1, OLD)) == []
+    copy_all(daemon, copies)
+    assert resident(model) == THERE.keys()
+    assert of(UnlinkPool, daemon.said) == [UnlinkPool(OLD)]
 
 
 def test_a_fetch_meanwhile_is_served_from_it_without_a_read() -> None:
@@ -209,7 +241,6 @@ def test_what_is_recorded_and_was_not_handed_back_is_read_behind_it() -> None:
     daemon.finish()
     assert resident(model) == {*THERE, (0, 1), (0, 2)}
     assert [(read.layer, read.expert) for read in of(StartRead, daemon.said)] == [(0, 1), (0, 2)]
-    assert model.old == []
 
 
 def test_a_pool_that_holds_all_takes_every_block_to_its_natural_place() -> None:
@@ -224,12 +255,208 @@ def test_a_pool_that_holds_all_takes_every_block_to_its_natural_place() -> None:
     assert [(read.layer, read.expert) for read in of(StartRead, daemon.said)] == [(1, 4)]
 
 
-def test_a_model_that_is_here_already_needs_nothing() -> None:
+HANDED_POOL = Handed(OLD, (0, 1), pool_layout(2, 16, WIDE.layers[0].parts, SLOTS), THERE)
+
+
+def test_what_nobody_of_the_model_hands_back_is_given_back() -> None:
     daemon = Daemon(SLOTS)
     daemon.attach(1, WIDE)
-    handed = Handed(77, (0, 1), pool_layout(2, 16, WIDE.layers[0].parts, SLOTS), THERE)
-    assert daemon.feed(HandedBack(WIDE.key, (handed,))) == [UnlinkPool(77)]
-    assert daemon.feed(HandedBack("unknown", (handed,))) == [UnlinkPool(77)]
+    assert daemon.feed(HandedBack(2, WIDE.key, (HANDED_POOL,))) == [UnlinkPool(OLD)]
+    assert daemon.feed(HandedBack(1, "unknown", (HANDED_POOL,))) == [UnlinkPool(OLD)]
+
+
+def survivor(daemon: Daemon, session: int = 2) -> list[StartCopy]:
+    """A session that has an earlier daemon's pool comes to a model that is here; what is copied first."""
+    daemon.attach(session, WIDE)
+    return of(StartCopy, daemon.feed(HandedBack(session, WIDE.key, (HANDED_POOL,))))
+
+
+def test_a_session_that_comes_late_still_brings_what_is_absent() -> None:
+    """Somebody else was faster, has read two of its blocks and is reading a third."""
+    daemon = Daemon(SLOTS)
+    daemon.attach(1, WIDE)
+    daemon.get(1, 1, 0, 3)
+    daemon.get(1, 2, 1, 0)
+    daemon.fetch(1, 3, 1, 9)
+    copies = survivor(daemon)
+    assert [copy.source_slot for copy in copies] == [THERE[0, 15]]
+    copy_all(daemon, copies)
+    daemon.finish()
+    (model,) = daemon.core.models.values()
+    assert resident(model) == THERE.keys()
+    assert daemon.reads_begun() == [(0, 3), (1, 0), (1, 9)]
+    assert model.recalled is not None and model.recalled.adopted == 1
+
+
+def test_what_a_record_names_is_copied_if_it_is_handed_back_before_it_is_read() -> None:
+    daemon = Daemon(SLOTS)
+    created = of(CreatePool, daemon.ask(1, WIDE))
+    daemon.feed(Recall(WIDE.key, tuple(sorted(THERE)), {}, 5.0))
+    for create in created:
+        daemon.feed(PoolCreated(create.segment))
+    assert survivor(daemon) == [], "two at a time"
+    copy_all(daemon, of(StartCopy, daemon.finish()))
+    (model,) = daemon.core.models.values()
+    assert resident(model) == THERE.keys()
+    assert len(daemon.reads_begun()) == BACKGROUND_READS, "those that were under way"
+    assert model.recalled is not None
+    assert (model.recalled.recorded_at, model.recalled.back) == (5.0, set(THERE))
+
+
+def test_where_nothing_is_free_what_is_missed_is_copied_as_long_as_it_is_there() -> None:
+    daemon = Daemon(2)
+    daemon.attach(1, WIDE)
+    daemon.get(1, 1, 0, 0, 1)
+    daemon.ack(1, 0, 1)
+    assert survivor(daemon) == []
+    (copy,) = of(StartCopy, daemon.fetch(2, 1, 0, 3) + daemon.ack(1, 1, 1))
+    assert (copy.source, copy.source_slot) == (OLD, THERE[0, 3])
+    daemon.feed(ReadDone(copy.segment, copy.slot, 0))
+    assert of(UnlinkPool, daemon.feed(Released(2, OLD))) == [UnlinkPool(OLD)]
+    daemon.fetch(2, 2, 0, 15)
+    daemon.ack(1, daemon.core.models[WIDE.key].version, 1)
+    assert daemon.reads_begun() == [(0, 0), (0, 1), (0, 15)]
+
+
+def test_a_pool_that_two_sessions_hand_back_counts_once_and_stays_for_both() -> None:
+    daemon, model, copies = come(SLOTS)
+    copy_all(daemon, copies)
+    assert survivor(daemon) == []
+    assert daemon.core.used == model.size + HANDED_POOL.layout.size
+    assert of(UnlinkPool, daemon.feed(Released(1, OLD))) == []
+    assert of(UnlinkPool, daemon.feed(Ended(2))) == [UnlinkPool(OLD)]
+
+
+def test_a_session_that_ends_before_it_is_open_leaves_nothing_behind() -> None:
+    daemon = Daemon(SLOTS)
+    (create,) = of(CreatePool, daemon.ask(1, WIDE))
+    daemon.feed(HandedBack(1, WIDE.key, (HANDED_POOL,)))
+    assert daemon.core.holding == []
+    daemon.feed(Ended(1))
+    copy_all(daemon, of(StartCopy, daemon.feed(PoolCreated(create.segment))))
+    daemon.feed(events.Unwanted(WIDE.key))
+    assert daemon.core.used == 0
+    assert {unlink.segment for unlink in of(UnlinkPool, daemon.said)} == {OLD, create.segment}
+
+
+# -- with how much memory a model begins whose pools are handed back ---------------------------------------------------
+
+
+def begin(room: int, budget: int = 1 + SLOTS) -> tuple[Daemon, CreatePool]:
+    """A model whose pool of so many pages is handed back comes to a daemon with that budget; all in pages."""
+    daemon = Daemon(budget=budget * PAGE)
+    (create,) = of(CreatePool, daemon.feed(Attach(1, 101, "shm", WIDE, HANDED_POOL.layout.size, room * PAGE)))
+    daemon.feed(HandedBack(1, WIDE.key, (HANDED_POOL,)))
+    return daemon, create
+
+
+@pytest.mark.parametrize(
+    ("room", "budget", "slots"),
+    [
+        (100, 1 + SLOTS, SLOTS),  # as in any move, both are there for a while
+        (6, 1 + SLOTS, 5),  # what the machine has
+        (0, 1 + SLOTS, 2),  # one event
+        (0, 2 + SLOTS + 4, 4),  # what the budget leaves
+        (0, 2 + 2 * SLOTS, SLOTS),
+    ],
+)
+def test_it_begins_with_what_the_budget_leaves_or_the_machine_has(room: int, budget: int, slots: int) -> None:
+    _, create = begin(room, budget)
+    assert create.layout.slots == slots
+
+
+def grow(daemon: Daemon, out: list[Instruction]) -> list[StartCopy]:
+    """The pool moves on when its session has released the old one; what is copied then."""
+    (create,) = of(CreatePool, out)
+    assert create.layout.slots == SLOTS
+    copies = of(StartCopy, daemon.feed(PoolCreated(create.segment)))
+    return copy_all(daemon, copies)
+
+
+def test_it_grows_when_the_old_pool_has_gone_and_the_rest_is_read() -> None:
+    daemon, create = begin(0)
+    done = copy_all(daemon, of(StartCopy, daemon.feed(PoolCreated(create.segment))))
+    assert len(done) == 2
+    assert of(CreatePool, daemon.said) == [create]
+    copies = grow(daemon, daemon.feed(Released(1, OLD)))
+    assert len(copies) == 2
+    daemon.finish()
+    (model,) = daemon.core.models.values()
+    assert resident(model) == THERE.keys()
+    assert len(daemon.reads_begun()) == 2
+
+
+def failing(daemon: Daemon, create: CreatePool) -> list[int]:
+    """The system gives no memory for any of this pool's sizes; the slots of those that were tried."""
+    tried = []
+    while True:
+        tried.append(create.layout.slots)
+        assert create.least is (create.layout.slots == WIDE.layers[0].top_k)
+        creates = of(CreatePool, daemon.feed(PoolFailed(create.segment, NO_MEMORY)))
+        if not creates:
+            return tried
+        (create,) = creates
+
+
+NO_MEMORY = errors.SegmentFailed("no memory")
+
+
+def test_where_the_system_gives_no_memory_for_both_half_is_tried_and_what_is_worth_most_is_copied() -> None:
+    daemon, create = begin(100)
+    (smaller,) = of(CreatePool, daemon.feed(PoolFailed(create.segment, NO_MEMORY)))
+    assert smaller.layout.slots == 3
+    out = daemon.feed(PoolCreated(smaller.segment))
+    assert len(of(Grant, out)) == 1
+    assert len(copy_all(daemon, of(StartCopy, out))) == 3
+    (model,) = daemon.core.models.values()
+    assert len(resident(model)) == 3
+    assert len(grow(daemon, daemon.feed(Released(1, OLD)))) == 3
+    daemon.finish()
+    assert resident(model) == THERE.keys()
+
+
+def test_where_it_gives_none_for_one_event_the_session_is_refused_and_nothing_is_left() -> None:
+    daemon, create = begin(100)
+    assert failing(daemon, create) == [SLOTS, 3, 2]
+    assert [refusal.error for refusal in of(Refuse, daemon.said)] == [NO_MEMORY]
+    assert of(UnlinkPool, daemon.said) == [UnlinkPool(OLD)]
+    assert daemon.core.models == {} and daemon.core.used == 0
+
+
+def test_memory_that_is_not_there_yet_when_the_pool_should_grow_is_asked_for_again() -> None:
+    """Its session has said that it has released the old one, and the system is a little behind."""
+    daemon, create = begin(0)
+    copy_all(daemon, of(StartCopy, daemon.feed(PoolCreated(create.segment))))
+    (create,) = of(CreatePool, daemon.feed(Released(1, OLD)))
+    assert failing(daemon, create) == [SLOTS, 5, 3]
+    assert daemon.core.wanting
+    (model,) = daemon.core.models.values()
+    begun = model.pools[0].segment
+    assert len(grow(daemon, daemon.feed(events.MemoryWanted()))) == 2
+    daemon.feed(Released(1, begun))
+    assert not daemon.core.wanting
+    daemon.finish()
+    assert resident(model) == THERE.keys()
+
+
+def test_memory_that_there_never_is_is_not_asked_for_for_ever() -> None:
+    daemon, create = begin(0)
+    copy_all(daemon, of(StartCopy, daemon.feed(PoolCreated(create.segment))))
+    event: events.Event = Released(1, OLD)
+    for _ in range(1 + ASK_AGAIN):
+        (create,) = of(CreatePool, daemon.feed(event))
+        assert failing(daemon, create) == [SLOTS, 5, 3]
+        wanting, event = daemon.core.wanting, events.MemoryWanted()
+    assert not wanting
+
+
+def test_a_model_of_several_pools_begins_with_the_one_that_there_is_memory_for() -> None:
+    daemon, created = come_mixed(100, ({(0, 1): 3, (0, 2): 0}, {(1, 5): 0}))
+    daemon.feed(PoolCreated(created[1].segment))
+    (smaller,) = of(CreatePool, daemon.feed(PoolFailed(created[0].segment, NO_MEMORY)))
+    assert smaller.layers == created[0].layers and smaller.layout.size <= created[0].layout.size // 2
+    out = daemon.feed(PoolCreated(smaller.segment))
+    assert {copy.segment for copy in of(StartCopy, out)} == {smaller.segment, created[1].segment}
 
 
 def test_a_session_that_ends_at_once_leaves_nothing_behind() -> None:
@@ -264,8 +491,8 @@ def come_mixed(slots: int, where: tuple[dict[Block, int], dict[Block, int]]) -> 
     handed = []
     for layer, there in enumerate(where):
         layout = pool_layout(1, 16, MIXED.layers[layer].parts, 16)
-        handed.append(Handed(daemon.core.number_segment(), (layer,), layout, there))
-    assert daemon.feed(HandedBack(MIXED.key, tuple(handed))) == []
+        handed.append(Handed(OLD + layer, (layer,), layout, there))
+    assert daemon.feed(HandedBack(1, MIXED.key, tuple(handed))) == []
     return daemon, created
 
 
@@ -290,8 +517,7 @@ def test_what_is_recorded_and_has_no_room_keeps_nothing_of_the_old_daemon(early:
     """Its session goes while blocks are copied: all that has a place is, and the segment goes, whoever comes after."""
     where = {(layer, expert): 16 * layer + expert for layer in (0, 1) for expert in range(16)}
     daemon, model, copies = come(SLOTS, where, Recall(WIDE.key, tuple(where), {}, 5.0))
-    if early:
-        daemon.feed(Ended(1))
+    daemon.feed(Ended(1) if early else Released(1, OLD))
     assert len(copy_all(daemon, copies)) == SLOTS
     assert model.old == []
     assert len(resident(model)) == SLOTS
@@ -309,9 +535,12 @@ def test_what_was_not_copied_before_a_move_is_copied_after_it_with_nobody_there(
     assert of(StartRead, daemon.said) == []
 
 
-def test_numbers_of_segments_are_never_given_twice() -> None:
-    core = Core(PAGE * 100)
-    assert len({core.number_segment() for _ in range(50)}) == 50
+def test_no_segment_is_numbered_as_one_that_was_handed_back() -> None:
+    daemon = Daemon(SLOTS)
+    daemon.attach(1, WIDE)
+    daemon.feed(HandedBack(1, WIDE.key, (Handed(2, (0, 1), HANDED_POOL.layout, {}),)))
+    (create,) = of(CreatePool, daemon.feed(events.BudgetChanged(4 * PAGE)))
+    assert create.segment == 3
 
 
 def test_a_pool_writes_down_what_it_is_for(home: Home) -> None:

@@ -249,11 +249,11 @@ def test_without_a_daemon_status_and_stop_say_how_to_start_one(home: Home) -> No
 
 
 def test_shared_memory_that_is_full_is_an_error_and_not_a_crash(good: Path, home: Home) -> None:
-    """A process may not have files above its limit, shared memory included: what a full /dev/shm looks like."""
+    """A process may not have files above its limit, shared memory included: not even one event has room."""
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n"
         "from expertd.daemon.__main__ import run\n"
         "run(budget='64MB')\n"
     )

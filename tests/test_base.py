@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from expertd.protocol.checkpoint import read_header
 from expertd.protocol.errors import HeaderInvalid
 from expertd.protocol.layout import PAGE, base_layout
 from expertd.protocol.manifest import BaseTensor, FileMark, Layer, Manifest, Part
-from expertd.protocol.messages import ModelStatus
+from expertd.protocol.messages import BaseInfo, ModelStatus
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
 from expertd.protocol.segments import Segment, create, map_readonly, segment_name
@@ -494,6 +495,89 @@ def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(
         await daemon.close()
 
     asyncio.run(body())
+
+
+@contextmanager
+def left_by_an_earlier_daemon(home: Home, manifest: Manifest) -> Iterator[tuple[BaseInfo, int]]:
+    """Base weights that a session still has, and their descriptor."""
+    descriptor, found = -1, BaseInfo(segment=0, size=1, nonce=bytes(16))
+
+    async def body() -> None:
+        nonlocal descriptor, found
+        before = Daemon(home)
+        base = await before.share(manifest)
+        assert base is not None
+        descriptor, found = os.dup(before.bases.descriptor(base)), before.bases.info(base)
+        await before.close()
+
+    asyncio.run(body())
+    try:
+        yield found, descriptor
+    finally:
+        os.close(descriptor)
+
+
+def adopt(daemon: Daemon, manifest: Manifest, info: BaseInfo, descriptor: int) -> Base | None:
+    return daemon.bases.adopt(manifest, info, info.size, os.dup(descriptor), 1 << 30, 0, False)
+
+
+def test_what_is_handed_back_while_it_is_read_takes_its_place(
+    model_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was first and waits gets what the session has that came later, and the rest is not read."""
+    monkeypatch.setattr(bases, "CHUNK", 16 << 10)
+    through = threading.Event()
+    sizes: list[int] = []
+
+    def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        assert through.wait(10)
+        sizes.append(os.preadv(descriptor, buffers, offset))
+        return sizes[-1]
+
+    async def body(info: BaseInfo, descriptor: int) -> None:
+        daemon = Daemon(home, read)
+        first = asyncio.ensure_future(daemon.share(manifest))
+        await asyncio.sleep(0.05)
+        wrong = BaseInfo(segment=info.segment, size=info.size, nonce=bytes(16))
+        assert adopt(daemon, manifest, wrong, descriptor) is None
+        base = adopt(daemon, manifest, info, descriptor)
+        through.set()
+        assert base is not None and await first is base
+        assert (base.opening, base.read) == (2, 0)
+        assert daemon.bases.info(base).nonce == info.nonce
+        assert os.path.sameopenfile(daemon.bases.descriptor(base), descriptor)
+        assert sum(sizes) <= (AT_ONCE + 1) * bases.CHUNK
+        assert daemon.bases.known.used == base.size
+        await daemon.close()
+
+    manifest = load_lazily(model_path).manifest
+    with left_by_an_earlier_daemon(home, manifest) as (info, descriptor):
+        asyncio.run(body(info, descriptor))
+
+
+def test_what_is_handed_back_beside_what_has_been_read_counts_as_long_as_it_is_used(
+    model_path: Path, home: Home
+) -> None:
+    async def body(info: BaseInfo, descriptor: int) -> None:
+        daemon = Daemon(home)
+        shared = await daemon.share(manifest)
+        assert shared is not None
+        copies = [adopt(daemon, manifest, info, descriptor) for _ in range(2)]
+        copy = copies[0]
+        assert copy is not None and copies[1] is copy is not shared
+        assert daemon.bases.known.used == 2 * shared.size
+        assert await daemon.share(manifest) is shared, "nobody else gets it"
+        copy.opening = 0
+        copy.users = {7}
+        assert daemon.bases.sweep([manifest.key]) is False
+        daemon.bases.known.ended(7)
+        assert daemon.bases.sweep([manifest.key]) is True
+        assert list(daemon.bases.known) == [shared]
+        await daemon.close()
+
+    manifest = load_lazily(model_path).manifest
+    with left_by_an_earlier_daemon(home, manifest) as (info, descriptor):
+        asyncio.run(body(info, descriptor))
 
 
 def test_a_block_that_somebody_waits_for_comes_between(own_path: Path, home: Home) -> None:

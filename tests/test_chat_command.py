@@ -373,7 +373,8 @@ def test_in_a_pipe_a_message_may_have_several_lines(partial: Home, expected: Exp
         ["Write the\\", "function clamp."],
         ['"""Write the', "function clamp."],
     )
-    said = ["/save /nowhere/chat", *"|/reset|".join("|".join(form) for form in forms).split("|")]
+    saves = ["/save /nowhere/chat", "/save ~nobody-here/chat"]
+    said = [*saves, *"|/reset|".join("|".join(form) for form in forms).split("|")]
     done = piped(str(DEMO), "--max-tokens", "9", said="\n".join(said))
     answer = expected(["Write the\nfunction clamp."], tokens=9)
     assert done.stdout == "The chat begins anew.\n".join([f"{answer}\n"] * 3)

@@ -230,6 +230,16 @@ def test_generate_prints_the_text_of_plain_mlx_lm(model_path: Path, start_daemon
         assert done.stdout == expected + "\n"
 
 
+def test_bytes_that_are_not_utf_8_are_refused_as_that(model_path: Path, start_daemon: StartDaemon) -> None:
+    start_daemon()
+    sentence = b"expertd: the text has bytes that are not UTF-8, so it cannot be read; convert it (iconv -t UTF-8 does)"
+    program = [sys.executable, "-m", "expertd.clients.cli"]
+    for words in (["generate", str(model_path), b"caf\xe9"], ["generate", str(model_path), "-", "--raw"],
+                  ["chat", str(model_path)]):  # fmt: skip
+        done = subprocess.run([*program, *words], input=b"caf\xe9\n", capture_output=True, timeout=120)
+        assert (done.returncode, done.stdout, done.stderr) == (1, b"", sentence + b" [request_invalid]\n")
+
+
 def test_generate_starts_a_daemon_and_says_so(model_path: Path, home: Home) -> None:
     done = expertd("generate", str(model_path), "hello", "--max-tokens", "2", "--budget", "3MB")
     pid = ask_status(home).daemon.pid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,14 +12,18 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from expertd.clients.cli import main
 from expertd.protocol.config import KEYS, Source, merge, read_config, variable
 from expertd.protocol.errors import ConfigInvalid, SizeInvalid
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import connect_or_start
 from tests.conftest import wait_for
 from tests.test_homes import expertd
+from tools.factory import write_checkpoint
 from tools.stage import ask_status
 from tools.terminal import Terminal
 
@@ -199,6 +204,10 @@ IN_FILE = f" in {PATH}: "
         ({"log": {"count": 1}}, "1 is not a number of log files; write a whole number from 2 to 100"),
         ({"model_folders": "/a"}, f"model_folders{IN_FILE}'/a' is not a list of folders; write for example"),
         ({"model_folders": ["a"]}, f"model_folders{IN_FILE}'a' is relative, but to what?"),
+        ({"model_folders": ["~nobody-here/m"]}, f"model_folders{IN_FILE}'~nobody-here/m': there is no user 'nobody-he"),
+        ({"serve": {"api_key_file": "~nobody-here"}}, f"api_key_file in [serve] of {PATH}: '~nobody-here': there is "),
+        ({"generate": {"temperature": 10**400}}, "is not a temperature; write 0 or more"),
+        ({"generate": {"max_tokens": 10**400}}, "is not a number of tokens; write a whole number from 1 to 1000000000"),
         ({"policy": 3}, f"policy{IN_FILE}3 is not a policy; there are: forecast, "),
     ],
 )
@@ -406,6 +415,30 @@ def test_each_setting_has_a_section_a_flag_and_a_variable_of_its_own() -> None:
         "log.size": ("--log-size", "EXPERTD_LOG_SIZE"),
         "log.count": ("--log-count", "EXPERTD_LOG_COUNT"),
     }
+
+
+def test_each_setting_has_its_flag_on_some_command() -> None:
+    def flags(command: click.Command) -> set[str]:
+        found = {flag for parameter in command.params for flag in parameter.opts}
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            inner = filter(None, (command.get_command(context, name) for name in command.list_commands(context)))
+            found |= {flag for one in inner for flag in flags(one)}
+        return found
+
+    assert {key.flag for key in KEYS.values()} <= flags(main)
+
+
+def test_models_are_looked_for_in_the_folders_that_a_flag_names(home: Home, tmp_path: Path) -> None:
+    home.config.write_text("model_folders = []\n")
+    write_checkpoint(tmp_path / "one" / "Tiny-MoE", "qwen3_moe")
+    here = ["models", "--model-folder", str(tmp_path / "one"), "--json"]
+    found = json.loads(CliRunner().invoke(main, here).stdout)["models"]
+    assert [model["name"] for model in found if str(tmp_path) in model["path"]] == ["Tiny-MoE"]
+    assert "EXPERTD_MODEL_FOLDERS" not in os.environ, "it was for that command alone"
+    refused = CliRunner().invoke(main, ["plan", "Tiny-MoE", "--model-folder", str(tmp_path / "two")])
+    assert refused.exit_code == 2
+    assert "two is no folder" in refused.output
 
 
 @pytest.mark.parametrize("name", KEYS)

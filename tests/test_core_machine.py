@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from expertd.daemon.core import Core, events, foresight, instructions, quotas, topics, turns, warmth
-from expertd.daemon.core.core import GROWTH
-from expertd.daemon.core.plan import largest, resized
+from expertd.daemon.core.plan import GROWTH, largest, resized
 from expertd.protocol.errors import ReadFailed
 from expertd.protocol.layout import PAGE
 from expertd.protocol.messages import AliasMode
@@ -56,7 +55,7 @@ _looking_up = _who(lambda worker: worker.looks_up)
 _reading = _who(lambda worker: worker.reading and not worker.stopped)
 _with_requests = _who(lambda worker: worker.requests and not worker.stopped)
 _with_offers = _who(lambda worker: worker.free and worker.offers)
-_with_spare = _who(lambda worker: worker.spare and not worker.stopped)
+_with_spare = _who(lambda worker: worker.granted and worker.spare and not worker.stopped)
 _in_an_event = _who(lambda worker: worker.granted and worker.rest and not worker.stopped and worker.fetching is None)
 _to_fetch_again = _who(lambda worker: worker.free and worker.again)
 _sending = {channel: _who(lambda worker, c=channel: worker.outbox[c]) for channel in CHANNELS}
@@ -108,7 +107,7 @@ class CacheMachine(World, RuleBasedStateMachine):
         for name, value in (("LIKELY", 0.0), ("SHARE", 1), ("HORIZON", 1)):  # and all that is absent is likely
             self.patched.setattr(turns, name, value)
         for hears_at_once in prompt:
-            self.attach(model, copy=False, prompt=hears_at_once, slow=False, recorded=[], left=[], spare=0)
+            self.attach(model, False, hears_at_once, slow=False, recorded=[], left=[], spare=0, again=False, room=0)
 
     def is_time_for(self, what: str, steps: int) -> bool:
         """Whether ``what`` was so many events ago: it would take up too much of a run."""
@@ -119,24 +118,42 @@ class CacheMachine(World, RuleBasedStateMachine):
     @precondition(lambda self: not self.workers or (len(self.workers) < 4 and self.is_time_for("attach", 5)))
     @rule(
         model=st.sampled_from(sorted(MODELS)), copy=_seldom, prompt=st.booleans(), slow=st.booleans(),
-        recorded=_blocks, left=_blocks, spare=st.integers(0, 2),
+        recorded=_blocks, left=_blocks, spare=st.integers(0, 2), again=st.booleans(), room=_pages,
     )  # fmt: skip
     def attach(
-        self, model: str, copy: bool, prompt: bool, slow: bool, recorded: list[Block], left: list[Block], spare: int
-    ) -> None:
-        """A session opens a model; of one that is new a daemon before may have left blocks, as a record or in pools."""
+        self, model: str, copy: bool, prompt: bool, slow: bool, recorded: list[Block], left: list[Block], spare: int,
+        again: bool, room: int,
+    ) -> None:  # fmt: skip
+        """A session opens a model.
+
+        It may have pools of a daemon that has died, which others have too (``again``) or which are new here; and of a
+        model that is new such a daemon may have left a record.
+        """
         self.last["attach"] = self.steps
         key = MODELS[model].key
         known = key in self.core.models
         self.attached += 1
         mode: AliasMode = "copy" if copy else "shm"
-        self.workers[self.attached] = Worker(self.attached, MODELS[model], mode, prompt)
-        self.feed(events.Attach(self.attached, 100 + self.attached, mode, MODELS[model]))
+        worker = self.workers[self.attached] = Worker(self.attached, MODELS[model], mode, prompt)
+        handed = self.left_behind(MODELS[model], left, spare)
+        holding = sum(what.layout.size for what in handed)
+        if again:
+            handed += self.still_held(MODELS[model])
+        self.feed(events.Attach(self.attached, 100 + self.attached, mode, MODELS[model], holding, room * PAGE))
         if not known and key in self.core.models:
             self.feed(events.Recall(key, tuple(recorded), {}, 1.0))
-            self.hand_back(MODELS[model], self.known(key, left), spare)
+        if handed:
+            self.hand_back(worker, handed)
         if not slow:
             self.create_pools()
+
+    @precondition(lambda self: self.workers and self.is_time_for("hand back", 20))
+    @rule(session=_some(_everybody), left=_blocks, spare=st.integers(0, 2), again=st.booleans())
+    def hand_back_late(self, session: int, left: list[Block], spare: int, again: bool) -> None:
+        self.last["hand back"] = self.steps
+        worker = self.workers[session]
+        handed = self.left_behind(worker.manifest, left, spare)
+        self.hand_back(worker, [*handed, *(self.still_held(worker.manifest) if again else ())])
 
     @precondition(lambda self: self.workers and self.is_time_for("end", 10))
     @rule(session=_some(_everybody))

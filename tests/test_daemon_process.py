@@ -26,7 +26,7 @@ import msgspec
 import pytest
 import zmq
 
-from expertd.daemon.server import SESSION_LIMIT
+from expertd.daemon.attaching import SESSION_LIMIT
 from expertd.protocol import PROTOCOL, lifeline
 from expertd.protocol.checkpoint import FileMark, read_header
 from expertd.protocol.connection import Connection, control_identity

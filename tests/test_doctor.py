@@ -6,26 +6,27 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from expertd.clients.cli.doctor import requirement, settings, surroundings, table
+from expertd.clients.cli.doctor import agents, requirement, settings, surroundings, table
 from expertd.clients.doctor import CHECKS, Finding, Surroundings, Verdict, examine
 from expertd.clients.doctor.findings import note, ok, problem
 from expertd.clients.doctor.home import (
     check_daemon,
     check_home,
     check_leftovers,
-    check_service,
     check_settings,
     leftovers,
 )
-from expertd.clients.doctor.models import check_hub, check_lm_studio, hub_cache, lm_studio_folder, weights
-from expertd.clients.doctor.service import check_denied, check_environment, denied
+from expertd.clients.doctor.models import check_hub, check_lm_studio, lm_studio_folder, weights
+from expertd.clients.doctor.service import check_denied, check_environment, check_service, denied
 from expertd.clients.doctor.surroundings import Budget, DiskSpeed, Space
 from expertd.clients.doctor.system import (
     check_alias,
@@ -38,10 +39,17 @@ from expertd.clients.doctor.system import (
     check_shm,
     satisfies,
 )
+from expertd.launchd.agent import daemon_agent, gateway_agent
+from expertd.launchd.launchd import Launchd
+from expertd.launchd.manager import Manager
+from expertd.launchd.systemd import Systemd
 from expertd.protocol.connection import package_version
 from expertd.protocol.errors import ProtocolMismatch
 from expertd.protocol.messages import DaemonStatus, ModelStatus, Status
+from expertd.protocol.model_names import hub_cache
 from expertd.protocol.paths import Home
+from expertd.protocol.quick_deaths import MOST, Starts
+from expertd.protocol.service import FORMAT, Gateway, Service, encode_service
 from tests.conftest import StartDaemon
 
 GB = 1_000_000_000
@@ -70,7 +78,7 @@ def mac(tmp_path: Path) -> Surroundings:
         requirement=lambda package: (">=0.32.4,<0.33", "0.32.5"), alias=lambda: "",
         settings=list, budget=lambda: Budget(8 * GB, 8 * GB, ("total: 16 GB",)), pressure=lambda: ("normal", "level 1"),
         space=lambda path: Space(10 * GB, 9 * GB), speed=lambda paths: None, alive=lambda pid: False,
-        status=lambda: None, owner=lambda: None, service_variable=lambda name: "",
+        status=lambda: None, owner=lambda: None, agents=lambda: (), service_variable=lambda name: "",
     )  # fmt: skip
 
 
@@ -102,10 +110,10 @@ def test_everything_that_is_asked_of_the_system_may_fail(mac: Surroundings) -> N
         raise RuntimeError("no")
 
     names = ("requirement", "alias", "settings", "budget", "pressure", "space", "speed", "alive", "status", "owner",
-             "service_variable")  # fmt: skip
+             "agents", "service_variable")  # fmt: skip
     nowhere = Home(Path("/tmp/expertd-nowhere"))
     changes: dict[str, Any] = dict.fromkeys(names, fails)
-    at = replace(mac, home=nowhere, shm=Path("/dev/shm"), environ={"HF_HOME": "/x"}, **changes)
+    at = replace(mac, home=nowhere, shm=Path("/dev/shm"), environ={"EXPERTD_BUDGET": "1GB"}, **changes)
     assert all(finding.verdict is Verdict.OK or "could not be checked" in finding.text for _, finding in examine(at))
 
 
@@ -233,8 +241,9 @@ def test_leftovers_are_named_and_what_lives_is_not(mac: Surroundings) -> None:
     home = mac.home
     for folder in (home.run, home.log, home.pace):
         folder.mkdir(parents=True)
-    dead = [home.daemon_socket, home.lifeline_socket, home.gateway_socket(10), home.worker_log(10)]
-    for path in [*dead, home.gateway_socket(11), home.worker_log(11), home.daemon_log, home.start_lock]:
+    dead = [home.daemon_socket, home.lifeline_socket, home.gateway_socket(10, 3), home.gateway_socket(10)]
+    alive = [home.gateway_socket(11), home.gateway_socket(11, 2), home.daemon_log, home.start_lock]
+    for path in [*dead, *alive, home.worker_log(10), home.gateway_log(10)]:
         path.write_text("x")
     at = replace(mac, alive=lambda pid: pid == 11)
     assert leftovers(at) == dead
@@ -259,23 +268,63 @@ def test_daemon(mac: Surroundings) -> None:
     assert check_daemon(replace(mac, status=mismatch)).verdict is Verdict.PROBLEM
 
 
-def _install(at: Surroundings) -> Path:
-    folder = at.user / ("Library/LaunchAgents" if at.mac else ".config/systemd/user")
-    path = folder / ("io.expertd.daemon.plist" if at.mac else "expertd-daemon.service")
-    folder.mkdir(parents=True)
-    path.write_text("")
-    return path
+def _manager(at: Surroundings) -> Manager:
+    return Launchd(501, at.user / "Library" / "LaunchAgents") if at.mac else Systemd(at.user / "units")
 
 
-def test_service_is_seen_by_its_files(mac: Surroundings) -> None:
+def _asked(at: Surroundings) -> Surroundings:
+    """The same, with its agents found as the command finds them."""
+    return replace(at, agents=lambda: agents(at.home, {"HOME": str(at.user), **at.environ}, _manager(at)))
+
+
+def _install(at: Surroundings, gateway: Gateway | None = None, **more: Any) -> Service:
+    """Leave what an installation leaves; its commands are of no matter here."""
+    at.home.run.mkdir(parents=True, exist_ok=True)
+    manager = _manager(at)
+    record = Service(FORMAT, manager.name, package_version(), ("x",), gateway=gateway, **more)
+    at.home.service.write_bytes(encode_service(record))
+    environment = {"HOME": str(at.user), **at.environ}
+    agents = [daemon_agent(at.home, "/python", environment)]
+    agents += [] if gateway is None else [gateway_agent(at.home, "/python", environment, gateway)]
+    for agent in agents:
+        manager.file(agent).parent.mkdir(parents=True, exist_ok=True)
+        manager.file(agent).write_bytes(manager.render(agent))
+    return record
+
+
+def test_a_service_that_is_as_it_should_be(mac: Surroundings, linux: Surroundings) -> None:
+    mac, linux = _asked(mac), _asked(linux)
     assert check_service(mac).text.startswith("not installed")
-    path = _install(mac)
-    assert check_service(mac) == ok(f"installed: {path}")
+    _install(mac)
+    assert check_service(mac) == ok("launchd keeps the daemon")
+    mac.home.service.unlink()
+    _install(linux, Gateway(("/m/a", "org/b"), "127.0.0.1", 8080))
+    assert check_service(linux) == ok("systemd keeps the daemon, and a gateway for /m/a, org/b")
 
 
-def test_service_on_linux(linux: Surroundings) -> None:
-    path = _install(linux)
-    assert check_service(linux) == ok(f"installed: {path}")
+def test_what_is_wrong_with_a_service_is_told_with_the_way_out(mac: Surroundings) -> None:
+    mac = _asked(mac)
+    record = _install(mac, Gateway(("/m/a",), "127.0.0.1", 8080))
+    files = {agent.name: agent.path for agent in mac.agents()}
+
+    def told(**changes: Any) -> Finding:
+        mac.home.service.write_bytes(encode_service(msgspec.structs.replace(record, **changes)))
+        return check_service(mac)
+
+    assert told(stopped=True) == note("installed and stopped; daemons start on demand", "expertd service start")
+    assert told(version="0.0.1").text == f"installed by expertd 0.0.1, and this is {package_version()}"
+    assert told(version="").todo == "expertd service install"
+    starts = Starts((time.time() - 3,) * MOST, time.time())
+    mac.home.service_starts("gateway").write_bytes(msgspec.json.encode(starts))
+    refused = told()
+    assert refused.verdict is Verdict.PROBLEM
+    assert refused.text.startswith(f"the service's gateway has died {MOST} times in a row")
+    assert refused.todo == "expertd service start"
+    files["gateway"].unlink()
+    missing = f"it is not installed completely: {files['gateway']} is not there"
+    assert told() == problem(missing, "expertd service install")
+    mac.home.service.unlink()
+    assert check_service(mac).text == f"{files['daemon']}: there, but the home knows of no service"
 
 
 @pytest.mark.parametrize(
@@ -288,12 +337,18 @@ def test_what_macos_guards(path: str, guarded: bool) -> None:
     assert denied(Path(path.replace("~", str(user))), user) is guarded
 
 
-def test_a_model_that_an_agent_cannot_read_is_told(mac: Surroundings, linux: Surroundings) -> None:
+def test_a_model_that_an_agent_cannot_read_is_told(mac: Surroundings, linux: Surroundings, home: Home) -> None:
     assert check_denied(mac).verdict is Verdict.OK
     at = replace(mac, status=lambda: _status(models=[mac.user / "Documents" / "m"]))
     found = check_denied(at)
     assert found.verdict is Verdict.NOTE and found.text.endswith("m, should you install the service")
-    _install(mac)
+    folder = mac.user / "Desktop" / "many"
+    folder.mkdir(parents=True)
+    home.config.write_text(f"model_folders = [{str(folder)!r}]\n")
+    found = check_denied(replace(mac, home=home))
+    assert found.verdict is Verdict.NOTE and str(folder) in found.text
+    _install(mac, Gateway((str(mac.user / "Documents" / "served"), "org/name"), "127.0.0.1", 8080))
+    assert str(mac.user / "Documents" / "served") in check_denied(mac).text
     assert check_denied(at).verdict is Verdict.PROBLEM and "Full Disk Access" in check_denied(at).todo
     assert check_denied(replace(linux, status=at.status)).verdict is Verdict.OK
 
@@ -307,15 +362,23 @@ def test_a_packed_store_on_another_volume_is_told(mac: Surroundings) -> None:
 
 def test_variables_that_a_service_misses(mac: Surroundings, linux: Surroundings) -> None:
     assert check_environment(mac).verdict is Verdict.OK
-    at = replace(mac, environ={"HF_HOME": "/big/hf", "EXPERTD_BUDGET": "", "PATH": "/bin"})
+    at = replace(mac, environ={"HF_HOME": "/big/hf", "EXPERTD_BUDGET": "1GB", "EXPERTD_LOG": "", "PATH": "/bin"})
     found = check_environment(at)
-    assert found.verdict is Verdict.NOTE and found.text.startswith("HF_HOME is set in this shell")
-    assert "launchctl setenv HF_HOME '/big/hf'" in found.todo
-    assert check_environment(replace(at, service_variable=lambda name: "/big/hf")).verdict is Verdict.OK
+    assert found.verdict is Verdict.NOTE and found.text.startswith("EXPERTD_BUDGET is set in this shell")
+    assert found.todo == f"if you use the service: write it into {mac.home.config}"
+    assert check_environment(replace(at, service_variable=lambda name: "1GB")).verdict is Verdict.OK
     assert "nobody knows" in check_environment(replace(at, service_variable=lambda name: None)).text
-    other = replace(linux, environ={"EXPERTD_HOME": "/h h", "HF_HOME": "/x"})
-    assert check_environment(other).text.startswith("EXPERTD_HOME, HF_HOME are set")
-    assert "systemctl --user set-environment 'EXPERTD_HOME=/h h'" in check_environment(other).todo
+    other = replace(linux, environ={"EXPERTD_HOME": "/h h", "EXPERTD_BUDGET": "1GB", "EXPERTD_POLICY": "lru"})
+    assert check_environment(other).text.startswith("EXPERTD_BUDGET, EXPERTD_POLICY are set")
+
+
+def test_a_shell_that_looks_elsewhere_than_the_service_is_told(mac: Surroundings, linux: Surroundings) -> None:
+    for at in (mac, linux):
+        at = _asked(replace(at, environ={"HF_HOME": "/big & wide/hf"}))
+        _install(at)
+        assert check_environment(at).verdict is Verdict.OK
+        moved = check_environment(_asked(replace(at, environ={"HF_HOME": "/elsewhere"})))
+        assert moved.verdict is Verdict.NOTE and moved.todo.startswith("expertd service install")
 
 
 # -- folders of models -------------------------------------------------------------------------------------------------
@@ -331,11 +394,12 @@ def test_variables_that_a_service_misses(mac: Surroundings, linux: Surroundings)
     ],
 )
 def test_where_the_hub_s_cache_is(mac: Surroundings, environ: dict[str, str], folder: str) -> None:
-    assert hub_cache(replace(mac, environ=environ))[0] == Path(folder.replace("~", str(mac.user)))
+    where = f"the hub's cache is not there: {folder.replace('~', str(mac.user))}"
+    assert check_hub(replace(mac, environ=environ)).text.startswith(where)
 
 
 def test_the_hub_s_cache_is_counted(mac: Surroundings) -> None:
-    folder = hub_cache(mac)[0]
+    folder = hub_cache({}, mac.user)[0]
     assert check_hub(mac).text == f"the hub's cache is not there: {folder}"
     for name in ("models--a--b", "models--c--d", "datasets--x"):
         (folder / name).mkdir(parents=True)
@@ -343,7 +407,7 @@ def test_the_hub_s_cache_is_counted(mac: Surroundings) -> None:
 
 
 def test_a_hub_s_cache_that_is_a_file_is_told(mac: Surroundings) -> None:
-    folder = hub_cache(mac)[0]
+    folder = hub_cache({}, mac.user)[0]
     folder.parent.mkdir(parents=True)
     folder.write_text("")
     assert check_hub(mac).verdict is Verdict.NOTE
@@ -353,12 +417,14 @@ def test_lm_studio_s_folder(mac: Surroundings) -> None:
     assert lm_studio_folder(mac) == mac.user / ".lmstudio" / "models"
     (mac.user / ".cache" / "lm-studio" / "models" / "a" / "b").mkdir(parents=True)
     assert check_lm_studio(mac) == ok(f"1 model in {mac.user}/.cache/lm-studio/models")
-    (mac.user / ".lmstudio-home-pointer").write_text("/elsewhere\n")
-    assert lm_studio_folder(mac) == Path("/elsewhere/models")
+    moved = mac.user / "elsewhere" / "models"
+    (mac.user / ".lmstudio-home-pointer").write_text(f"{moved.parent}\n")
+    moved.mkdir(parents=True)
+    assert lm_studio_folder(mac) == moved
 
 
 def test_large_files_of_models_are_found_to_be_measured(mac: Surroundings) -> None:
-    snapshot = hub_cache(mac)[0] / "models--a--b" / "snapshots" / "r"
+    snapshot = hub_cache({}, mac.user)[0] / "models--a--b" / "snapshots" / "r"
     snapshot.mkdir(parents=True)
     with (snapshot / "model.safetensors").open("wb") as file:
         file.truncate(40 << 20)

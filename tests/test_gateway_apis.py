@@ -6,10 +6,11 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import openai
+import pydantic
 import pytest
 
 from tests.gateway_stage import Served, serving_alone
@@ -378,6 +379,65 @@ def test_an_answer_that_was_begun_goes_on(claude: anthropic.Anthropic, said: str
     messages: list[Any] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": begun}]
     answer = claude.messages.create(model="demo", max_tokens=100, messages=messages, extra_body=GREEDY)
     assert answer.content[0].to_dict()["text"].strip() == rest.strip()
+
+
+# -- what clients' libraries send back, and what they are told ---------------------------------------------------------
+
+
+class Named(pydantic.BaseModel):
+    name: Literal["socket", "module"]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # openai's own, when it sends its message back
+def test_what_was_parsed_goes_back_as_it_came(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    for _ in range(2):
+        answer = client.chat.completions.parse(model="demo", messages=messages, response_format=Named, max_tokens=200)
+        assert isinstance(answer.choices[0].message.parsed, Named)
+        messages += [answer.choices[0].message, {"role": "user", "content": "Again."}]
+    told: list[Any] = [{"role": "user", "content": QUESTION}]
+    response = client.responses.parse(model="demo", input=told, text_format=Named, max_output_tokens=200)
+    assert isinstance(response.output_parsed, Named)
+    assert client.responses.create(model="demo", input=[*told, *response.output], max_output_tokens=1).output
+
+
+def test_items_are_referred_to_as_the_ai_sdk_does(client: openai.OpenAI) -> None:
+    first = client.responses.create(model="demo", input=QUESTION, max_output_tokens=4)
+    more: list[Any] = [{"role": "user", "content": "Again."}]
+    (asked,) = client.responses.input_items.list(first.id).data
+    references: list[Any] = [{"type": "item_reference", "id": id} for id in (asked.id, first.output[0].id)]
+    again, other = (
+        client.responses.create(model="demo", max_output_tokens=1, **given)
+        for given in ({"input": [*references, *more]}, {"input": more, "previous_response_id": first.id})
+    )
+    assert again.usage.input_tokens == other.usage.input_tokens
+    assert len(client.responses.input_items.list(again.id).data) == 3
+    for response in (first, again):
+        client.responses.delete(response.id)
+    with pytest.raises(openai.NotFoundError, match=first.output[0].id):
+        client.responses.create(model="demo", input=[references[1], *more], store=False)
+
+
+def test_errors_of_the_worker_name_what_was_sent(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"knows no 'reasoning\.effort'") as caught:
+        client.responses.create(model="demo", input=QUESTION, reasoning={"effort": "low"})
+    assert caught.value.param == "reasoning.effort"
+    with pytest.raises(openai.BadRequestError, match="cannot be enforced") as caught:
+        client.responses.create(
+            model="demo", input=QUESTION, text={"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}}
+        )
+    assert caught.value.param == "text.format"
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    with pytest.raises(anthropic.BadRequestError, match="knows no 'thinking'"):
+        claude.messages.create(
+            model="demo", max_tokens=1, messages=messages, thinking={"type": "enabled", "budget_tokens": 1024}
+        )
+    for name in ("message", "add_generation_prompt"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(
+                model="demo", messages=messages, extra_body={"chat_template_kwargs": {name: False}}
+            )
+        assert caught.value.param == f"chat_template_kwargs.{name}"
 
 
 # -- what nobody should send -------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ from expertd.clients.gateway import connections
 connections.WANTED_FILES = {FILES}
 resource.setrlimit(resource.RLIMIT_NOFILE, ({FILES}, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 """
-IDLE_CLIENTS = 200
+IDLE_CLIENTS = 120
 FRAMES = 100_000
 FLAT_BYTES = 64 << 20
 STRANGERS = 4

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.gateway_stage import Served, serving_alone
-from tools.tool_model import write_tool_model
+from tools.tool_model import DEMO, write_tool_model
 
 ASK: list[Any] = [{"role": "user", "content": "Is it warm in Oslo?"}]
 WEATHER = {
@@ -97,10 +97,21 @@ def test_a_streamed_call_adds_up_to_the_whole_one(client: openai.OpenAI) -> None
     chunks = list(chat(client, tool_choice="required", parallel_tool_calls=False, stream=True))
     deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert [call.index for call in deltas] == [0] * len(deltas)
+    assert len(deltas) > 5, "the arguments come while they are written"
+    first, *more = deltas
+    assert (first.id is not None, {(call.id, call.function.name) for call in more}) == (True, {(None, None)})
     assert "".join(call.function.name or "" for call in deltas) == whole.function.name
     assert "".join(call.function.arguments or "" for call in deltas) == whole.function.arguments
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+
+def test_numbers_of_any_size_and_calls_that_were_cut_off_go_back_to_the_model(client: openai.OpenAI) -> None:
+    for arguments in ('{"days": 123456789012345678901234}', '{"city": "Os'):
+        call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        said = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        answer = chat(client, messages=[*said, {"role": "tool", "tool_call_id": "c1", "content": "?"}], max_tokens=1)
+        assert answer.usage.prompt_tokens > len(arguments) // 4
 
 
 def test_a_result_goes_back_to_the_model(client: openai.OpenAI) -> None:
@@ -123,9 +134,10 @@ def test_responses_call_functions_too(client: openai.OpenAI) -> None:
         assert choice == "required" or item.name == "clock"
     events = list(client.responses.create(**ask, tool_choice="required", stream=True))
     (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
-    deltas = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
-    assert deltas == done.arguments
-    assert fits(done.name, json.loads(deltas))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert len(deltas) > 5
+    assert "".join(deltas) == done.arguments
+    assert fits(done.name, json.loads(done.arguments))
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}], ids=str)
@@ -138,11 +150,12 @@ def test_messages_use_tools(claude: anthropic.Anthropic, choice: Any) -> None:
     assert (block.type, answer.stop_reason) == ("tool_use", "tool_use")
     assert fits(block.name, block.input)
     with claude.messages.stream(**ask) as stream:
-        partial = "".join(event.partial_json for event in stream if event.type == "input_json")
+        partial = [event.partial_json for event in stream if event.type == "input_json"]
         final = stream.get_final_message()
     (block,) = final.content
     assert block.type == "tool_use"
-    assert json.loads(partial) == block.input
+    assert len(partial) > 5
+    assert json.loads("".join(partial)) == block.input
     assert fits(block.name, block.input)
 
 
@@ -168,6 +181,50 @@ def test_what_claude_code_always_sends_is_taken(claude: anthropic.Anthropic) -> 
         claude.messages.create(model=MODEL, messages=ASK, max_tokens=1, output_config={"effort": "most"})  # type: ignore[typeddict-item]
 
 
+def test_a_format_beside_tools_leaves_an_answer_or_calls(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"],
+              "additionalProperties": False}  # fmt: skip
+    named = {"type": "json_schema", "name": "n", "schema": schema}
+    form = {"type": "json_schema", "json_schema": named}
+    ask: dict[str, Any] = {"response_format": form, "parallel_tool_calls": False, "max_tokens": 200}
+    (call,) = chat(client, **ask).choices[0].message.tool_calls
+    assert fits(call.function.name, json.loads(call.function.arguments))
+    # The model calls something wherever it may; so here it may not begin to.
+    vocabulary = json.loads((DEMO / "tokenizer.json").read_text())["model"]["vocab"]
+    never = {str(number): -100 for token, number in vocabulary.items() if token.startswith("<")}
+    message = chat(client, **ask, logit_bias=never).choices[0].message
+    assert message.tool_calls is None
+    assert json.loads(message.content).keys() == {"warm"}
+    flat: dict[str, Any] = {"tools": FLAT, "parallel_tool_calls": False, "text": {"format": named}, "temperature": 0}
+    (item,) = client.responses.create(model=MODEL, input=ASK, max_output_tokens=200, **flat).output
+    assert fits(item.name, json.loads(item.arguments))
+    used = claude.messages.create(
+        model=MODEL, messages=ASK, max_tokens=96, tools=CLAUDES, extra_body={"temperature": 0},
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+    )  # fmt: skip
+    (block,) = used.content
+    assert block.type == "tool_use"
+    assert fits(block.name, block.input)
+
+
+def test_several_system_messages_pass_a_template_that_takes_one(
+    client: openai.OpenAI, claude: anthropic.Anthropic
+) -> None:
+    # As Codex does it, and agents that put a reminder in between.
+    rules: list[Any] = [{"role": "developer", "content": "Use the shell."}, *ASK]
+    two, one = (
+        client.responses.create(model=MODEL, instructions=system, input=items, max_output_tokens=1)
+        for system, items in (("You code.", rules), ("You code.\n\nUse the shell.", ASK))
+    )
+    assert two.usage.input_tokens == one.usage.input_tokens
+    late: list[Any] = [*rules, {"role": "assistant", "content": "Yes."}, {"role": "system", "content": "Be brief."}]
+    assert chat(client, messages=late, tools=[], max_tokens=1).choices
+    counted = claude.messages.count_tokens(model=MODEL, messages=late[1:], system="You code.")
+    asked: list[Any] = [*late[1:-1], {"role": "user", "content": "Be brief."}]
+    assert counted == claude.messages.count_tokens(model=MODEL, messages=asked, system="You code.")
+
+
 def test_a_choice_of_nothing_is_refused_everywhere(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
     asks: list[Any] = [
         lambda: chat(client, tools=[], tool_choice="required"),
@@ -177,3 +234,19 @@ def test_a_choice_of_nothing_is_refused_everywhere(client: openai.OpenAI, claude
     for ask in asks:
         with pytest.raises((openai.BadRequestError, anthropic.BadRequestError), match="there are no tools"):
             ask()
+
+
+def test_beside_a_format_an_answer_is_calls_or_fits_it(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    answer = chat(client, response_format=form, parallel_tool_calls=False, n=4, temperature=1, seed=1, max_tokens=300)
+    for choice in answer.choices:
+        if calls := choice.message.tool_calls:
+            assert choice.message.content is None
+            assert [fits(call.function.name, json.loads(call.function.arguments)) for call in calls] == [True]
+        else:
+            assert choice.finish_reason == "stop"
+            assert json.loads(choice.message.content)["warm"] in (True, False)
+    required = chat(client, response_format=form, parallel_tool_calls=False, tool_choice="required", max_tokens=300)
+    assert required.choices[0].finish_reason == "tool_calls"

@@ -121,6 +121,14 @@ def test_the_last_part_of_an_id_does_if_only_one_model_has_it(home: Home, user: 
         find_model("Tiny-MoE-4bit", home)
 
 
+def test_lm_studio_is_followed_where_its_pointer_leads(home: Home, user: Path) -> None:
+    folder = model(user / "disk" / "lm" / "models" / "org" / "Moved-MoE")
+    (user / ".lmstudio-home-pointer").write_text(f"{user}/disk/lm\n")
+    old = model(user / ".lmstudio" / "models" / "org" / "Old-MoE")
+    assert [known.folder for known in known_models(home)] == [folder, old]
+    assert shown_name(folder) == "org/Moved-MoE"
+
+
 @pytest.mark.parametrize(("variable", "below"), [("HF_HOME", "hub/"), ("HF_HUB_CACHE", "")])
 def test_the_variables_of_the_hub_are_respected(variable: str, below: str, home: Home, user: Path) -> None:
     snapshot = cached(ID)

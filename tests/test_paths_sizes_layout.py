@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _posixshmem
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.protocol.checkpoint import ITEM_BYTES
-from expertd.protocol.errors import HomeError, HomeTooLong, SegmentFailed, SizeInvalid
+from expertd.protocol.errors import HomeError, HomeTooLong, PathInvalid, SegmentFailed, SizeInvalid
 from expertd.protocol.layout import (
     PAGE,
     SLAB_ELEMENTS,
@@ -25,7 +26,8 @@ from expertd.protocol.layout import (
     write_header,
 )
 from expertd.protocol.manifest import Part
-from expertd.protocol.paths import SOCKET_PATH_BYTES, Home
+from expertd.protocol.model_names import find_model
+from expertd.protocol.paths import SOCKET_PATH_BYTES, Home, expanded
 from expertd.protocol.segments import Segment, create, map_readonly, segment_name
 from expertd.protocol.sizes import parse_budget, parse_size, show_size
 
@@ -352,6 +354,30 @@ def test_too_little_shared_memory_is_an_error_and_leaves_nothing() -> None:
     assert len(list(Path("/dev/fd").iterdir())) == open_before
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="only Linux sets room aside for segments")
+def test_what_nobody_could_go_on_without_is_created_beside_a_full_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        if str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith("/dev/shm"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(descriptor, offset, size)
+
+    monkeypatch.setattr("expertd.protocol.segments.os.posix_fallocate", full)
+    open_before = len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(SegmentFailed, match="No space left on device"):
+        create(_name(), 2 * PAGE)
+    made = create(_name(), 2 * PAGE, beyond=True)
+    made.mapping[PAGE] = 7
+    with map_readonly(os.dup(made.readonly), 2 * PAGE) as seen:
+        assert (seen[PAGE], seen[PAGE + 1]) == (7, 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(made.readonly, b"x")
+    made.close()
+    assert _left_behind() == []
+    assert len(list(Path("/dev/fd").iterdir())) == open_before
+
+
 def test_mapping_more_than_a_segment_has_is_refused_and_closes_the_descriptor(segment: Segment) -> None:
     descriptor = os.dup(segment.readonly)
     with pytest.raises(SegmentFailed, match=f"has {2 * PAGE} bytes where {3 * PAGE} were announced"):
@@ -374,3 +400,15 @@ def test_the_name_of_any_home_is_short_and_its_own(path: str) -> None:
     assert name.startswith("/expertd-")
     assert len(name) <= 31
     assert name != segment_name(Path(path) / "other")
+
+
+def test_a_tilde_that_stands_for_nothing_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert expanded("~/models") == Path.home() / "models"
+    assert expanded("/m") == expanded(Path("/m")) == Path("/m")
+    with pytest.raises(PathInvalid, match=r"^'~nobody-here/x': there is no user 'nobody-here' here; write"):
+        expanded("~nobody-here/x")
+    monkeypatch.setenv("EXPERTD_HOME", "~nobody-here")
+    with pytest.raises(PathInvalid, match="'nobody-here'"):
+        Home.current()
+    with pytest.raises(PathInvalid):
+        find_model("~nobody-here/model")

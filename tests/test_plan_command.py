@@ -178,8 +178,11 @@ def test_no_room_is_exit_status_4(home: Home) -> None:
     done = expertd("plan", str(DEMO), "--ram", "1GB")
     assert done.returncode == 4
     assert done.stdout.splitlines()[-1].startswith("nothing fits: ")
-    found = json.loads(expertd("plan", str(DEMO), "--ram", "1GB", "--json").stdout)
-    assert not any(row["fits"] or row["best"] for row in found["rows"])
+    # A budget that is smaller than the base weights, which would have to be beside it then, is no way out.
+    small = expertd("plan", str(DEMO), "--ram", "1GB", "--budget", "1MB", "--json")
+    assert small.returncode == 4
+    for found in (json.loads(expertd("plan", str(DEMO), "--ram", "1GB", "--json").stdout), json.loads(small.stdout)):
+        assert not any(row["fits"] or row["best"] for row in found["rows"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 from expertd.clients.cli import main
 from expertd.clients.cli.pin import in_use_everywhere, within
+from expertd.clients.cli.signals import ENDS, Stop
 from expertd.clients.profiles.counting import profile_of
 from expertd.clients.profiles.flash_moe import read_flash_moe
 from expertd.daemon.policy import Forecast
@@ -347,31 +349,50 @@ def test_a_profile_from_its_recording_to_its_end(tmp_path: Path, home: Home, sta
     assert "give a PROMPT, --prompts FILE or --profile NAME" in refused("warm", model)
 
 
-def test_live_traffic_is_watched_until_an_interrupt(home: Home, start_daemon: StartDaemon) -> None:
-    import signal
-
+def test_live_traffic_is_watched_until_a_signal_and_no_longer(home: Home, start_daemon: StartDaemon) -> None:
     from tests.programs import Program
 
     start_daemon()
     with Program(DEMO) as program:
         program.run(4)
-        command = [sys.executable, "-m", "expertd.clients.cli", "profile", "record", "live"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as recorder:
-            wait_for(lambda: ask_status(home).tracing != "")
-            time.sleep(0.5)
-            assert len(program.run(20)) == 20
-            recorder.send_signal(signal.SIGINT)
-            said, complained = recorder.communicate(timeout=60)
-        assert recorder.returncode == 0, complained
-        assert "Ctrl-C ends it" in complained
-        assert "profile live of demo" in said
-    assert ask_status(home).tracing == ""
-    assert read_profile(home, "live").tokens >= 20
+        for number in (signal.SIGINT, signal.SIGTERM):
+            command = [sys.executable, "-m", "expertd.clients.cli", "profile", "record", number.name]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as recorder:
+                wait_for(lambda: ask_status(home).tracing != "")
+                time.sleep(0.5)
+                assert len(program.run(20)) == 20
+                recorder.send_signal(number)
+                said, complained = recorder.communicate(timeout=60)
+            assert recorder.returncode == 0, complained
+            assert "Ctrl-C ends it" in complained
+            assert f"profile {number.name} of demo" in said
+            assert ask_status(home).tracing == ""
+            assert read_profile(home, number.name).tokens >= 20
+
+
+def test_what_ends_a_command_is_a_wish_first_and_an_interrupt_then() -> None:
+    for number in ENDS:
+        stop, before = Stop(), signal.getsignal(number)
+        with stop.on(*ENDS):
+            signal.raise_signal(number)
+            assert stop()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) == before
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = Stop()
+        with stop.on(*ENDS):
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop(), "nohup is obeyed"
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
 
 
 def test_what_does_not_go_together_is_refused(home: Home, tmp_path: Path) -> None:
     write_profile(home, "small", profile())
     assert "is none for demo: it is for 2 MoE layers of 4 experts" in refused("profile", "use", str(DEMO), "small")
+    assert "small is a profile; the model comes first" in refused("profile", "use", "small", str(DEMO))
     assert "give the NAME of a profile, or --none" in refused("profile", "use", str(DEMO))
     assert "there is no profile 'x'; there are: small" in refused("profile", "show", "x")
     assert "give prompts, or a profile, but not both" in refused("warm", str(DEMO), "Hi", "--profile", "small")

@@ -26,7 +26,7 @@ from expertd.protocol.connection import Connection
 from expertd.protocol.errors import BudgetTooSmall, DaemonLost, DaemonNotRunning, FileChanged
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
-from expertd.worker import attach, load
+from expertd.worker import attach, load, succession
 from expertd.worker.link import Link
 from expertd.worker.load import session_of
 from expertd.worker.manifest import load_lazily
@@ -144,8 +144,8 @@ def test_without_any_daemon_a_miss_fails_with_a_retryable_error_and_the_next_try
 ) -> None:  # fmt: skip
     start_daemon(str(budget_for(manifest, 8)))
     with loaded(model_path, budget_for(manifest, 8)) as model:
-        session_of(model)._start = None  # as under a service manager that gave up
-        monkeypatch.setattr(attach, "RECOVERY_S", 1.0)
+        session_of(model)._succession.start = None  # as under a service manager that gave up
+        monkeypatch.setattr(succession, "RECOVERY_S", 1.0)
         end_daemon(home)
         with pytest.raises(DaemonLost, match="no daemon has come back") as lost:
             generate(model, 40)

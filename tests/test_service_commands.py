@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import plistlib
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from expertd.launchd.agent import home_key
@@ -141,7 +144,7 @@ def test_what_is_described_otherwise_is_replaced_in_its_place(launchctl: Stage) 
     assert launchctl.pid() != pid
     assert not runs(pid)
     assert plistlib.loads(Path(file).read_bytes())["EnvironmentVariables"] == {
-        "EXPERTD_HOME": str(launchctl.home.root), "HF_HOME": "/models/hub",
+        "EXPERTD_HOME": str(launchctl.home.root), "HF_HUB_CACHE": "/models/hub/hub",
     }  # fmt: skip
 
 
@@ -155,7 +158,7 @@ def test_an_upgraded_package_restarts_what_runs(service: Stage) -> None:
     service.calls()
     service.done("service", "install")
     verbs = [call.split()[0] for call in service.calls()]
-    assert verbs == (["kill", "kickstart"] if service.tool == "launchctl" else ["restart"])
+    assert verbs == (["bootout", "bootstrap"] if service.tool == "launchctl" else ["restart"])
     assert service.pid() != pid
     assert status(service)["version"] == package_version()
 
@@ -260,8 +263,8 @@ def test_an_order_that_fails_while_installing(
     [
         ("launchctl", "install", "bootout", True),
         ("launchctl", "uninstall", "bootout", True),
-        ("launchctl", "restart", "kill", True),
-        ("launchctl", "restart", "kickstart", False),
+        ("launchctl", "restart", "bootout", True),
+        ("launchctl", "restart", "bootstrap", False),
         ("launchctl", "stop", "bootout", True),
         ("systemctl", "install", "disable", True),
         ("systemctl", "uninstall", "disable", True),
@@ -277,7 +280,8 @@ def test_an_order_that_fails_later(home: Home, tool: str, verb: str, step: str, 
         service.fail(step, 9, "out of luck")
         done = service.expertd("service", verb, HF_HOME="/another")
         assert done.returncode == 1
-        assert "failed (status 9: out of luck); try again with the same command, or " in done.stderr
+        assert "failed (status 9: out of luck); " in done.stderr
+        assert "try again with the same command, or " in done.stderr
         assert runs(pid) == undone
         service.repair()
         service.done("service", "install", HF_HOME="/another")
@@ -315,6 +319,19 @@ def test_a_mistake_in_the_settings_is_told_before_anything_is_done(service: Stag
     assert service.calls() == []
 
 
+def test_a_variable_that_does_not_go_along_is_not_in_the_agent_either(
+    launchctl: Stage, checkpoints: dict[str, Path]
+) -> None:
+    named = ("service", "install", "--gateway", str(checkpoints["stacked"]))
+    launchctl.fail("bootstrap", 5, "not now")
+    failed = launchctl.expertd(*named, EXPERTD_SERVE_PORT="9999", EXPERTD_SERVE_HOST="0.0.0.0")
+    assert failed.stderr.startswith("expertd: EXPERTD_SERVE_HOST, EXPERTD_SERVE_PORT: set in this shell, not for the")
+    record = read_service(launchctl.home)
+    assert record is not None
+    assert record.gateway is not None
+    assert (record.gateway.host, record.gateway.port) == ("127.0.0.1", 8080)
+
+
 def test_variables_that_do_not_go_along_are_named(service: Stage) -> None:
     done = service.expertd("service", "install", "--dry-run", EXPERTD_BUDGET="1GiB", EXPERTD_POLICY="lru")
     assert done.stderr == (
@@ -350,13 +367,30 @@ def test_stop_start_and_restart(service: Stage) -> None:
     assert status(service)["agents"][0]["pid"] == service.pid()
 
 
-def test_restart_ends_in_order_before_launchctl_would_kill(launchctl: Stage) -> None:
-    daemon, *_ = names(launchctl)
+def test_restart_gives_a_daemon_its_time_and_gets_past_one_that_hangs(launchctl: Stage) -> None:
+    daemon, file, *_ = names(launchctl)
     launchctl.done("service", "install")
     launchctl.calls()
     launchctl.done("service", "restart")
-    assert launchctl.calls() == [f"kill SIGTERM gui/501/{daemon}", f"kickstart -k gui/501/{daemon}"]
+    assert launchctl.calls() == [f"bootout gui/501/{daemon}", f"bootstrap gui/501 {file}"]
     assert "has ended" in launchctl.home.daemon_log.read_text()
+    hung = launchctl.pid()
+    os.kill(hung, signal.SIGSTOP)
+    launchctl.kills_at_once()
+    launchctl.done("service", "restart")
+    assert not runs(hung)
+    assert lock_holder(launchctl.home) == launchctl.pid()
+
+
+def test_after_a_stop_the_next_login_has_clients_ask_the_manager_again(service: Stage) -> None:
+    service.done("service", "install")
+    service.done("service", "stop")
+    record = read_service(service.home)
+    assert record is not None
+    assert record.stopped
+    service.log_in()
+    wait_for(lambda: read_service(service.home) == msgspec.structs.replace(record, stopped=False))
+    wait_for(lambda: lock_holder(service.home) == service.pid())
 
 
 def test_status_for_a_person(service: Stage) -> None:
@@ -397,6 +431,11 @@ def test_logs_shows_the_end_and_what_comes(launchctl: Stage) -> None:
     missing = launchctl.expertd("service", "logs", "--gateway")
     assert missing.returncode == 3
     assert "there is no log of a gateway yet" in missing.stderr
+    launchctl.home.service_gateway_log.write_text("expertd: MODEL is gone [not_a_checkpoint]\n")
+    launchctl.home.gateway_log(77).write_text("2026-11-29 14:03:01.000 INFO gateway[77] the gateway has ended\n")
+    assert launchctl.done("service", "logs", "--gateway", "-n", "1") == ["expertd: MODEL is gone [not_a_checkpoint]"]
+    both = [json.loads(text)["event"] for text in launchctl.done("service", "logs", "--gateway", "--json")]
+    assert both == ["the gateway has ended", "expertd: MODEL is gone [not_a_checkpoint]"]
     log = launchctl.home.daemon_log
     log.write_text("".join(f"line {number}\n" for number in range(100)))
     assert launchctl.done("service", "logs", "-n", "2") == ["line 98", "line 99"]
@@ -410,6 +449,7 @@ def test_logs_shows_the_end_and_what_comes(launchctl: Stage) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=launchctl.environment) as following:
         try:
             assert following.stdout is not None
+            assert following.stdout.readline() == log.read_text().splitlines(keepends=True)[0]
             assert following.stdout.readline() == "line 99\n"
             with log.open("a") as file:
                 file.write("line 100\n")
@@ -512,7 +552,7 @@ def test_a_daemon_that_dies_at_once_is_given_up_and_told_and_start_resets_it(ser
     assert [one.returncode for one in tries] == [2] * MOST + [0]
     sentence = (
         f"the service's daemon has died {MOST} times in a row, each time within 60 s, and is not started any more; "
-        f"{service.home.daemon_log} says why; start it again with: expertd service start"
+        "'expertd service logs' says why; start it again with: expertd service start"
     )
     assert tries[-1].stderr == f"expertd: {sentence}\n"
     told = service.expertd("service", "status")

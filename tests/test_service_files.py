@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import plistlib
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from expertd.launchd.agent import Agent, daemon_agent, gateway_agent, home_key, lasting
+from expertd.launchd.agent import Agent, daemon_agent, gateway_agent, home_key
 from expertd.launchd.launchd import Launchd
 from expertd.launchd.manager import Found
 from expertd.launchd.systemd import Systemd
-from expertd.protocol.paths import Home
+from expertd.protocol.errors import DaemonStartFailed
+from expertd.protocol.model_names import hub_cache
+from expertd.protocol.paths import Home, lasting
 from expertd.protocol.quick_deaths import MOST, QUICK_S, REST_S, Starts
+from expertd.protocol.rendezvous import connect_or_start
 from expertd.protocol.service import Gateway
 
 PYTHON = "/opt/expertd/bin/python"
@@ -94,12 +100,17 @@ def test_what_the_shell_says_of_the_home_and_the_hub_goes_along() -> None:
     home = Home(Path("/Volumes/fast/expertd"))
     shell = USER | {"EXPERTD_HOME": "/Volumes/fast/expertd", "HF_HOME": "~/hub", "HF_HUB_CACHE": ""}
     agent = daemon_agent(home, PYTHON, shell)
-    expected = {"EXPERTD_HOME": "/Volumes/fast/expertd", "HF_HOME": str(Path("~/hub").expanduser())}
+    expected = {"EXPERTD_HOME": "/Volumes/fast/expertd", "HF_HUB_CACHE": f"{USER['HOME']}/hub/hub"}
     assert plistlib.loads(LAUNCHD.render(agent))["EnvironmentVariables"] == expected
     lines = SYSTEMD.render(agent).decode().splitlines()
     assert [line for line in lines if line.startswith("Environment=")] == [
         f'Environment="{name}={value}"' for name, value in expected.items()
     ]
+
+
+def test_where_the_hub_s_cache_is_in_its_place_nothing_is_written_of_it() -> None:
+    shell = USER | {"XDG_CACHE_HOME": f"{USER['HOME']}/.cache"}
+    assert daemon_agent(PLAIN, PYTHON, shell).environment == {}
 
 
 def test_two_homes_have_agents_of_their_own() -> None:
@@ -127,11 +138,32 @@ def test_any_path_survives_both_forms(text: str) -> None:
     assert lines["StandardError"].replace("%%", "%") == f"append:{home.service_gateway_log}"
 
 
-def test_an_interpreter_of_homebrew_is_named_by_the_link_that_stays() -> None:
-    assert lasting("/opt/homebrew/Cellar/expertd/0.1.0/libexec/bin/python") == (
-        "/opt/homebrew/opt/expertd/libexec/bin/python"
-    )
+@pytest.mark.parametrize(
+    "shell",
+    [{}, {"HF_HOME": "/big"}, {"HF_HUB_CACHE": "~/hub", "HF_HOME": "/big"}, {"XDG_CACHE_HOME": "/c"},
+     {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HOME": "/big"}, {"HF_HOME": "$DISK/hf", "DISK": "/d"}],
+)  # fmt: skip
+def test_the_hub_s_cache_is_where_its_library_finds_it(shell: dict[str, str], tmp_path: Path) -> None:
+    program = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], **shell}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert str(hub_cache(shell, tmp_path)[0]) == done.stdout.strip()
+
+
+def test_an_interpreter_of_homebrew_is_named_by_the_link_that_stays(tmp_path: Path) -> None:
+    one = tmp_path / "Cellar/expertd/0.1.0/libexec/bin/python"
+    assert lasting(str(one)) == str(one), "there is no such link"
+    link = tmp_path / "opt/expertd/libexec/bin/python"
+    link.parent.mkdir(parents=True)
+    link.touch()
+    assert lasting(str(one)) == str(link)
     assert lasting("/Users/me/venv/bin/python") == "/Users/me/venv/bin/python"
+
+
+def test_a_program_whose_interpreter_is_gone_is_told_so(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/homebrew/Cellar/expertd/0.1.0/libexec/bin/python")
+    with pytest.raises(DaemonStartFailed, match=r"/libexec/bin/python \(No such file or directory\); if expertd"):
+        connect_or_start(home, "test")
 
 
 # -- what the managers tell --------------------------------------------------------------------------------------------
@@ -152,18 +184,27 @@ gui/501/expertd.daemon = {
 	runs = 2
 	pid = 4711
 	last exit code = 2
+	endpoints = {
+		"org.example" = {
+			state = active
+		}
+	}
 }
 """
+
+AT_REST = PRINTED.replace("\tpid = 4711\n", "").replace("= running", "= not running")
 
 
 @pytest.mark.parametrize(
     ("status", "said", "found"),
     [
-        (0, PRINTED, Found(loaded=True, pid=4711, last_status=2)),
-        (0, PRINTED.replace("\tpid = 4711\n", ""), Found(loaded=True, last_status=2)),
-        (0, PRINTED.replace("code = 2", "code = 78: EX_CONFIG"), Found(loaded=True, pid=4711, last_status=78)),
-        (0, PRINTED.replace("code = 2", "code = (never exited)"), Found(loaded=True, pid=4711)),
-        (0, PRINTED.replace("exit code = 2", "terminating signal = Killed: 9"), Found(True, False, 4711, -9)),
+        (0, PRINTED, Found(True, True, 4711, 2)),
+        (0, AT_REST, Found(True, False, None, 2)),
+        (0, AT_REST.replace("= not running", "= waiting"), Found(True, False, None, 2)),
+        (0, AT_REST.replace("= not running", "= spawn scheduled"), Found(True, True, None, 2)),
+        (0, PRINTED.replace("code = 2", "code = 78: EX_CONFIG"), Found(True, True, 4711, 78)),
+        (0, PRINTED.replace("code = 2", "code = (never exited)"), Found(True, True, 4711)),
+        (0, PRINTED.replace("exit code = 2", "terminating signal = Killed: 9"), Found(True, True, 4711, -9)),
         (113, "Could not find service", Found()),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -69,11 +69,10 @@ class World:
                 self.files.pop(path, None)
             case GiveWay():
                 self.stranger = None
-            case AwaitEnd(agent, _, gone):
-                label = self.manager.label(agent)
-                assert label not in (self.loaded if gone else self.runs), "it would wait in vain"
+            case AwaitEnd(agent):
+                assert self.manager.label(agent) not in self.loaded, "it would wait in vain"
             case Run(command):
-                self._run([word for word in command if word not in ("--user", "--now", "-k", "SIGTERM", "gui/501")])
+                self._run([word for word in command if word not in ("--user", "--now", "gui/501")])
 
     def _run(self, words: Sequence[str]) -> None:
         verb, label = words[1], words[-1].removeprefix("gui/501/").removeprefix("/agents/").removesuffix(".plist")
@@ -81,7 +80,7 @@ class World:
             assert verb == "enable" or label not in self.loaded, "bootstrap of what is loaded fails"
             file = next(self.manager.file(agent) for agent in BOTH if self.manager.label(agent) == label)
             self.loaded[label] = self.files[file]
-        if verb in ("bootout", "disable", "stop", "kill", "restart"):
+        if verb in ("bootout", "disable", "stop", "restart"):
             self.runs.pop(label, None)
         if verb in ("bootout", "disable"):
             del self.loaded[label]
@@ -207,6 +206,16 @@ def test_stop_and_start(manager: Manager, again: Plan) -> None:
     world.carry_out(again(manager, HOME, BOTH, stopped))
     world.check_installed(*BOTH)
     assert plans.start(manager, HOME, BOTH, world.look()) == []
+
+
+@by_manager
+def test_what_is_between_two_starts_is_stopped_too(manager: Manager) -> None:
+    world = World(manager)
+    world.carry_out(install(world, DAEMON))
+    throttled = world.look()
+    failing = replace(throttled.found["daemon"], active=True, pid=None, last_status=1)
+    steps = plans.stop(manager, HOME, BOTH, replace(throttled, found={**throttled.found, "daemon": failing}))
+    assert steps[-len(manager.stop(DAEMON)) :] == manager.stop(DAEMON)
 
 
 @by_manager

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from expertd.launchd.agent import daemon_agent, home_key, lasting
+from expertd.launchd.agent import daemon_agent, home_key
 from expertd.launchd.launchd import Launchd
 from expertd.launchd.systemd import Systemd
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import DaemonNotRunning
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, lasting
 from expertd.protocol.quick_deaths import MOST, read_starts
 from expertd.protocol.rendezvous import lock_holder
 from tests.conftest import DEADLINE_S, StartDaemon, wait_for
@@ -122,7 +122,7 @@ def test_a_gateway_that_cannot_start_is_given_up_too(home: Home) -> None:
     assert [one.returncode for one in tries] == [2] * MOST + [0]
     assert tries[-1].stderr == (
         f"expertd: the service's gateway has died {MOST} times in a row, each time within 60 s, and is not started any "
-        f"more; {home.service_gateway_log} says why; start it again with: expertd service start\n"
+        "more; 'expertd service logs --gateway' says why; start it again with: expertd service start\n"
     )
 
 

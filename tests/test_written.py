@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from mlx_lm.tool_parsers import json_tools, pythonic
+from mlx_lm.tool_parsers import json_tools, mistral, pythonic
 
 from expertd.worker.channels import Channels
 from expertd.worker.written import Written
@@ -44,6 +44,13 @@ class Pythonic(Plain):
     tool_call_start, tool_call_end = "<|tool_call_start|>", "<|tool_call_end|>"
 
 
+class Mistral(Plain):
+    """One whose calls follow each other, and have no mark where they end."""
+
+    tool_parser = staticmethod(mistral.parse_tool_call)
+    tool_call_start, tool_call_end = mistral.tool_call_start, mistral.tool_call_end
+
+
 class Told:
     """What was told of an answer, and how many characters of it were taken until it was over."""
 
@@ -58,9 +65,12 @@ class Told:
             for piece in written.feed(said[place : place + cut], last=place + cut >= len(said)):
                 self.text += piece.text
                 self.reasoning += piece.reasoning
-                self.calls += [call.arguments for call in piece.calls]
                 self.order += [piece.text] if piece.text else []
-                self.order += ["CALL"] * len(piece.calls)
+                for call in piece.calls:
+                    if call.id:
+                        self.calls.append("")
+                        self.order.append("CALL")
+                    self.calls[-1] += call.arguments
             if written.ended:
                 break
         self.taken, self.stop, self.called = place + cut, written.stop, written.called
@@ -119,3 +129,18 @@ def test_the_only_call_ends_the_answer() -> None:
     told = Told(Plain(), f"{CALL}\n{CALL}and more", 1, one_call=True)
     assert told.taken == len(CALL)
     assert (told.calls, told.text) == (['{"x": "\\n\\n"}'], "")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 1000])
+def test_the_only_call_ends_where_its_arguments_do_if_it_has_no_mark(cut: int) -> None:
+    said = '[TOOL_CALLS]a[ARGS]{"x": 1}a[ARGS]{"x": 2}'
+    told = Told(Mistral(), said, cut, one_call=True)
+    assert told.calls == ['{"x": 1}']
+    assert told.taken <= said.index("}") + cut
+    assert Told(Mistral(), said, cut).calls == ['{"x": 1}', '{"x": 2}']
+
+
+@pytest.mark.parametrize("cut", [1, 1000])
+def test_no_call_comes_after_a_stop_string(cut: int) -> None:
+    told = Told(Plain(), f"one END{CALL}", cut, ("END",))
+    assert ("".join(told.order), told.called, told.stop) == ("one ", False, "END")

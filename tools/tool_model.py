@@ -17,14 +17,16 @@ CONTEXT = 65536
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nTools: "
     "{% for tool in tools %}{{ tool.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for message in messages %}{% if message.role == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning.') }}{% endif %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{% for tool_call in message.tool_calls or [] %}"
     "{% if tool_call.function %}{% set tool_call = tool_call.function %}{% endif %}"
     '<tool_call>\n{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""As Qwen's and Hermes' models have it, with the tools' names alone."""
+"""As Qwen's and Hermes' models have it, with the tools' names alone, and as strict as Qwen's about system messages."""
 
 
 def write_tool_model(folder: Path, name: str = "demo-tools") -> Path:

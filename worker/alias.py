@@ -9,10 +9,12 @@ read when is no business of this module (``expertd.worker.attach``).
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,8 +24,10 @@ from numpy.typing import NDArray
 from expertd.protocol.errors import AliasFailed, SegmentFailed
 from expertd.protocol.layout import PAGE, PoolLayout, base_layout
 from expertd.protocol.manifest import BaseTensor
-from expertd.protocol.segments import create, map_readonly
+from expertd.protocol.segments import create, make_private, map_readonly
 from expertd.worker.dtypes import MLX_TYPE, NUMPY_TYPE
+
+log = logging.getLogger("expertd.worker")
 
 
 class Bases:
@@ -79,7 +83,7 @@ def alias(
         adopted = mx.asarray(values, copy=False)
         return adopted.view(MLX_TYPE[dtype]) if dtype == "BF16" else adopted
     base, base_address = bases.get(dtype)
-    address = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0] + offset
+    address = _start(mapping) + offset
     distance, rest = divmod(address - base_address, base.dtype.size)
     if rest:
         raise AliasFailed(f"shared pages at {address:#x} are not aligned to {dtype}")
@@ -88,6 +92,11 @@ def alias(
     if evaluate:
         mx.eval(array)
     return array
+
+
+def _start(mapping: mmap.mmap) -> int:
+    """Where mapped pages begin."""
+    return int(np.frombuffer(mapping, np.uint8).__array_interface__["data"][0])
 
 
 def self_test() -> str | None:
@@ -99,8 +108,7 @@ def self_test() -> str | None:
             writer[:] = 1
             seen = map_readonly(os.dup(segment.readonly), PAGE)
             array = alias(seen, 64, (8, 16), "U32", Bases())
-            address = np.frombuffer(seen, np.uint8).__array_interface__["data"][0] + 64
-            if _address(array) != address:
+            if _address(array) != _start(seen) + 64:
                 return "MLX copied the pages"
             before = mx.sum(array + 0).item()
             writer[:] = 3
@@ -113,50 +121,87 @@ def self_test() -> str | None:
     return None if (before, after) == (128, 384) else f"a write was not seen ({before} then {after})"
 
 
+class _Hold:
+    """Keeps pages mapped while an array over them, a view of one, or a graph that reads one may be used."""
+
+    def __init__(self, mapping: mmap.mmap, descriptor: int | None = None) -> None:
+        """``descriptor`` is that of the pages, for arrays that a program may get hold of."""
+        self._mapping: mmap.mmap | None = mapping
+        self._descriptor = descriptor
+        self.bases = Bases()
+        self._arrays: list[weakref.ref[Any]] = []
+        self._stuck = False
+        _held.add(self)
+
+    def watch(self, arrays: Iterable[Any]) -> None:
+        """These are the arrays over the pages."""
+        self._arrays += map(weakref.ref, arrays)
+
+    def let_go(self) -> bool:
+        """Let the pages go if nothing can read them any more; False: something can, so try again.
+
+        As long as somebody has one of the arrays themselves, nothing is given up, and as much protects them as before.
+        Of views and graphs only giving the bases up can tell, and if there are some, that was the only try: the pages
+        stay mapped until the process ends.  Nothing keeps MLX from writing to them then, so they become the process's
+        own.
+        """
+        if self._mapping is None:
+            return True
+        if self._stuck or any(array() is not None for array in self._arrays):
+            return False
+        try:
+            unused = self.bases.let_go()
+        except RuntimeError as error:  # MLX may tell here of what failed before
+            log.warning("it could not be found out whether pages are still used (%s); they stay mapped", error)
+            unused = False
+        if not unused:
+            self._stuck = True
+            if self._descriptor is not None:
+                make_private(_start(self._mapping), len(self._mapping), self._descriptor)
+            return False
+        self._mapping = None  # on Metal MLX itself holds what it adopted
+        _held.discard(self)
+        return True
+
+
+_held: set[_Hold] = set()
+"""Whatever becomes of their session, these have not been let go, so they may not be unmapped."""
+
+
 class SharedSlabs:
     """The slabs of one pool, aliased: arrays by part name, shape ``[slots, ...]``; always as current as the pages."""
 
     def __init__(self, mapping: mmap.mmap, layout: PoolLayout) -> None:
-        self._mapping: mmap.mmap | None = mapping
-        self._bases = Bases()
-        self.arrays = {s.name: alias(mapping, s.offset, s.shape, s.dtype, self._bases) for s in layout.slabs}
+        self._hold = _Hold(mapping)
+        self.arrays = {s.name: alias(mapping, s.offset, s.shape, s.dtype, self._hold.bases) for s in layout.slabs}
+        self._hold.watch(self.arrays.values())
 
     def bring(self, layer: int, experts: NDArray[np.integer], slots: NDArray[np.integer]) -> None:
         """Nothing to do: the shared pages are what is computed from."""
 
-    def let_go(self) -> None:
-        """Drop the arrays, and the pages with them unless a graph that was never evaluated still reads them.
-
-        In that (odd) case the pages stay mapped until the process ends.  On Metal MLX itself holds what it adopted.
-        """
+    def let_go(self) -> bool:
+        """Drop the arrays, and the pages with them if nothing can read them any more; False: try again."""
         self.arrays.clear()
-        if not self._bases.let_go():
-            _kept.append(self._mapping)
-        self._mapping = None
-
-
-_kept: list[mmap.mmap | None] = []
+        return self._hold.let_go()
 
 
 class SharedBase:
     """Base weights, aliased: ``arrays`` in the order of the manifest's ``base``.  Nobody writes to their pages."""
 
-    def __init__(self, mapping: mmap.mmap, tensors: Sequence[BaseTensor]) -> None:
-        self._mapping: mmap.mmap | None = mapping
-        self._bases = Bases()
+    def __init__(self, mapping: mmap.mmap, descriptor: int, tensors: Sequence[BaseTensor]) -> None:
+        self._hold = _Hold(mapping, descriptor)
         offsets, _ = base_layout(tensors)
         self.arrays = [
-            alias(mapping, offset, tensor.shape, tensor.dtype, self._bases, evaluate=False)
+            alias(mapping, offset, tensor.shape, tensor.dtype, self._hold.bases, evaluate=False)
             for tensor, offset in zip(tensors, offsets, strict=True)
         ]
         mx.eval(self.arrays)
+        self._hold.watch(self.arrays)
 
-    def let_go(self) -> None:
-        """Drop the arrays, and the pages too unless somebody else still has one of them: as ``SharedSlabs.let_go``."""
+    def let_go(self) -> bool:
+        """As that of ``SharedSlabs``; a program may have kept a weight, or a module with some."""
         self.arrays.clear()
-        if not self._bases.let_go():
-            _kept.append(self._mapping)
-        self._mapping = None
+        return self._hold.let_go()
 
 
 class CopiedSlabs:
@@ -178,10 +223,11 @@ class CopiedSlabs:
             self._rows.append((np.array(stored, copy=False), shared))
         self._content = np.full((layout.slots, 2), -1, np.int64)
 
-    def let_go(self) -> None:
-        """Drop the arrays; MLX owns their memory."""
+    def let_go(self) -> bool:
+        """Drop the arrays; MLX owns their memory, so nothing is in the way of it."""
         self.arrays.clear()
         self._rows.clear()
+        return True
 
     def bring(self, layer: int, experts: NDArray[np.integer], slots: NDArray[np.integer]) -> None:
         """Copy those of the blocks (``layer``, ``experts``) in ``slots`` that are not here yet."""
@@ -194,3 +240,18 @@ class CopiedSlabs:
 
 
 Slabs = SharedSlabs | CopiedSlabs
+
+
+class Holdings:
+    """All arrays over one session's pages, so that the pages can be let go when nobody uses them any more."""
+
+    def __init__(self) -> None:
+        self.slabs: list[Slabs] = []
+        self.base: SharedBase | None = None
+
+    def let_go(self) -> bool:
+        """Drop the arrays, and those pages that nothing can read any more; whether those are all."""
+        self.slabs[:] = [slabs for slabs in self.slabs if not slabs.let_go()]
+        if self.base is not None and self.base.let_go():
+            self.base = None
+        return not self.slabs and self.base is None

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
+from expertd.protocol.errors import RequestInvalid
 from expertd.worker.engine import new_generator
 from expertd.worker.kv_quantized import new_caches
+from expertd.worker.template import encode_chat
+
+
+def check_text(said: object) -> None:
+    """Refuse what no tokenizer takes: halves of characters, as which bytes are read that are not UTF-8.
+
+    Raises:
+        RequestInvalid: there are some in ``said``, however deep.
+    """
+    try:
+        json.dumps(said, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise RequestInvalid(
+            "the text has bytes that are not UTF-8, so it cannot be read; convert it (iconv -t UTF-8 does)"
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]], *, raw: bool = False) -> list[int]:
-    """The tokens of a text, as a user's message unless ``raw``, or of chat messages; a text if there is no template."""
+    """The tokens of a text, as a user's message unless ``raw``, or of chat messages; a text if there is no template.
+
+    Raises:
+        RequestInvalid: the text is not Unicode, or the template refuses it.
+    """
+    check_text(prompt)
     if isinstance(prompt, str):
         if raw or not tokenizer.has_chat_template:
             return list(tokenizer.encode(prompt))
         prompt = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+    return encode_chat(tokenizer, prompt)
 
 
 def answer_all(

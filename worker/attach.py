@@ -1,75 +1,49 @@
 """A session: one process's hold on one model's pools, and the conversation with the daemon about it.
 
-It outlives its daemon: when that dies, pages that are mapped stay as they are, and a control thread attaches to the
-next one as soon as it is there.  Nothing that was looked up becomes wrong by that; a miss waits.
+Here is the computing side: the forward lock, acks and fetches.  The control thread that every session has is
+``expertd.worker.control``; which daemon it is, and what goes over to the next one, ``expertd.worker.succession``.
 
 The rules it keeps (PROTOCOL.md, "Acks", "Generations"): an ack names a version that the daemon *told* in a message, and
-is sent only when nothing that was looked up before is still to be read.  A new generation of a pool, or a new daemon's
-pools, are *offered* by the control thread, and adopted under the forward lock by ``expertd.worker.experts``.
+is sent only when nothing that was looked up before is still to be read.  What is offered is adopted under the forward
+lock, by ``expertd.worker.experts``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
-import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
 
-import msgspec
 import numpy as np
-import zmq
 from numpy.typing import NDArray
 
 from expertd.protocol import messages
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import (
-    DaemonLost,
-    DaemonNotRunning,
     ExpertdError,
     PoolMoved,
     SessionClosed,
-    SessionUnknown,
     from_code,
 )
-from expertd.protocol.logs import Log, Sparsely
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.paths import Home
-from expertd.protocol.routing import pack
+from expertd.worker import sessions
+from expertd.worker.control import Control
 from expertd.worker.doorbell import Doorbell
 from expertd.worker.link import Link, MappedPool, Mode
 from expertd.worker.pressure import Gauge
+from expertd.worker.succession import Succession
+from expertd.worker.talk import Talk
 
-log = Log("expertd.worker")
-
-RESEND_S = 5.0
-"""An unanswered Fetch is sent again after so long: it is idempotent, and a ROUTER may drop an answer."""
-SILENCE_S = 60.0
-"""A daemon that does not even answer pings for so long while a Fetch waits is given up for that forward."""
-RECOVERY_S = 30.0
-"""How long a forward that misses waits for a daemon's return."""
-MOVE_S = 5.0
-"""A session that was told that its pool moved and hears nothing of the new one for so long attaches anew."""
 FLUSH_FORWARDS = 100
 """The routing log is sent after so many forwards, or with the next Fetch or ack, or when idle."""
-LAST_REPORT_S = 0.3
-"""How long a session that is closed waits until its last report is taken."""
-IDLE_S = 1.0
-"""Without a forward for so long it is idle."""
-_POLL_S = 0.25
-_RETRY_S = (0.05, 2.0)
-"""Pauses between two attempts to attach again: while a forward waits for it, and while nobody does."""
 
 _FORKED = (
     "a model that was loaded before a fork cannot be used in the child, and MLX neither; start a new process "
     "(multiprocessing's 'spawn') and load it there"
 )
-
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
 
 class Session:
     """Open from construction to ``close``.
@@ -78,22 +52,21 @@ class Session:
     that it found.  ``end``, ``ack`` and ``fetch`` promise that whatever was looked up before them is evaluated.
 
     Attributes:
+        home, manifest, mode: whose daemon it is attached to, which blocks the model has, and how it uses their pages.
+        forwards: how many have ended.
         owner: identity of the thread that is between ``begin`` and ``end``, 0 if none is.
         asked, acked: how often the daemon has asked for an ack, and which of these requests has been answered.  If they
             differ, the owner calls ``ack`` when it may.
         leases_only: until the next ``fetch`` nothing may be looked up, and nothing read but what the last one gave.
         routing: what routers chose, ``(layer, experts)``, and no message has told yet.  The owner appends events that
             were all hits; the others ride in their Fetch.
-        decode_tokens, prompt_tokens: what was computed and no message has told yet; the owner counts with ``computed``.
-        news: grows when pools are offered or have become complete, or ``to_record`` changes.
-        to_record: the number of the daemon's last wish to have this session's routing recorded, and the file; None for
-            none.
-        pools: those that have been adopted.
-        base: the pages of the manifest's base weights, for whoever makes arrays of them; None if they are not shared.
         pressure: how short of memory the machine is, as the daemon says.
-        fetches, waited_s: how many fetches were answered, and the seconds that they took in all.
         on_idle: called by the control thread under the forward lock, when no forward has run for a while.
         on_close: called under the forward lock when the session is closed, before anything is given up.
+        let_go: called by the control thread when nobody computes any more: drops the arrays over the session's pages,
+            and tells whether nothing can read those now; if something can, it is called again and again.
+        abandoned: the model is gone.
+        hurried: somebody waits for the end.
     """
 
     def __init__(self, home: Home, manifest: Manifest, mode: Mode, start: Callable[[], None] | None = None) -> None:
@@ -105,68 +78,78 @@ class Session:
             DaemonNotRunning, ProtocolMismatch, BudgetTooSmall, CheckpointError, SegmentFailed: as the daemon says.
         """
         self._process = os.getpid()
-        self._home = home
-        self._manifest = manifest
+        self.home = home
+        self.manifest = manifest
         self.mode = mode
-        self._start = start
         self._closed: ExpertdError | None = None
-        self._abandoned = False
+        self.abandoned = False
+        self.hurried = False
+        self._at_once = False
+        self._tried = threading.Event()  # to let the pages go
         self._forward = threading.Lock()
-        self._unanswered: messages.Fetch | None = None
         self._settled = True
-        self._quiet = (0, time.monotonic())  # how many forwards there had been when one was seen last, and when
         self.owner = 0
         self.leases_only = False
         self.asked = self.acked = 0
-        self.routing: list[tuple[int, Sequence[int]]] = []
-        self.decode_tokens = self.prompt_tokens = 0
-        self._forwards = 0
+        self._talk = Talk(home)
+        self.routing = self._talk.routing
+        self.forwards = 0
         self._missed_in = 0  # the number of the last forward in which something was fetched
-        self._frames_before = 0
-        # Between the two threads: what is offered, what was unmapped, whether somebody waits for a daemon, and how
-        # that goes.
-        self._exchange = threading.Condition()
-        self._offers: dict[tuple[int, ...], MappedPool] = {}
-        self._outbox: deque[messages.Released | messages.Recorded] = deque()
-        self._left: deque[Link] = deque()  # nothing is looked up there any more; the control thread hangs up
-        self._needed = False
-        self._attempts = 0
-        self._refusals = Sparsely(10.0)
-        self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
-        self.news = 0
-        self.to_record: tuple[int, str | None] = (0, None)
-        self._recorded = False
         self.pressure = Gauge()
-        self.fetches, self.waited_s = 0, 0.0
         self.on_idle: Callable[[], None] = lambda: None
         self.on_close: Callable[[], None] = lambda: None
-        alone = msgspec.structs.replace(manifest, base=())
-        self._link = self._active = Link(home, manifest if mode == "shm" else alone, mode)
-        # Of another daemon none are wanted: what is mapped stays, and nobody ever writes to it.
-        self._held_base = self._link.held_base
-        self._manifest_again = alone if self._held_base is None else manifest
-        self.base, self._link.base = self._link.base, None
-        self.pools, self._link.pools = self._link.pools, []
-        self._follow_unmapping(self._link, self.pools)
+        self.let_go: Callable[[], bool] = lambda: True
         self._bell = Doorbell()
-        self._thread = threading.Thread(target=self._run, name=f"session-{self._link.number}", daemon=True)
-        _sessions.add(self)
+        try:
+            self._succession = Succession(home, manifest, mode, start, self._bell)
+        except BaseException:
+            self._bell.close()
+            raise
+        control = Control(self, self._succession, self._bell)
+        self._thread = threading.Thread(target=control.run, name=f"session-{self.number}", daemon=True)
+        sessions.register(self)
         self._thread.start()
+
+    @property
+    def _link(self) -> Link:
+        return self._succession.link
+
+    @property
+    def pools(self) -> list[MappedPool]:
+        """Those that have been adopted."""
+        return self._succession.pools
+
+    @property
+    def news(self) -> int:
+        """Grows when pools are offered or have become complete, or ``to_record`` changes."""
+        return self._succession.news
+
+    @property
+    def to_record(self) -> tuple[int, str | None]:
+        """The number of the daemon's last wish to have this session's routing recorded, and the file; None for none."""
+        return self._succession.to_record
+
+    @property
+    def fetches(self) -> int:
+        """How many fetches were answered."""
+        return self._talk.fetches
+
+    @property
+    def waited_s(self) -> float:
+        """The seconds that they took in all."""
+        return self._talk.waited_s
+
+    def take_base(self) -> tuple[mmap.mmap, int] | None:
+        """The pages of the manifest's base weights, for whoever makes arrays of them; None if they are not shared.
+
+        Their descriptor too, which is there as long as they are mapped.
+        """
+        return self._succession.take_base()
 
     @property
     def number(self) -> int:
         """The session's number in its present daemon."""
         return self._link.number
-
-    @property
-    def home(self) -> Home:
-        """Whose daemon it is attached to."""
-        return self._home
-
-    @property
-    def manifest(self) -> Manifest:
-        """Which blocks the session's model has."""
-        return self._manifest
 
     # -- the computing thread ------------------------------------------------------------------------------------------
 
@@ -180,10 +163,11 @@ class Session:
         self._forward.acquire()
         try:
             self._check_open()
-            if self._unanswered is not None:
+            if self._talk.unanswered is not None:
                 try:
-                    self._await_answer(self._link, self._unanswered)
+                    self._talk.await_answer(self._link, self._talk.unanswered, self._check_open)
                 except PoolMoved:
+                    self._bell.ring()  # attach anew
                     self.leases_only = True  # a daemon that lives may believe for ever that nothing is looked up
             self._settled = False
             self.owner = threading.get_ident()
@@ -203,12 +187,12 @@ class Session:
         if not settled:
             self._forward.release()
             return
-        self._forwards += 1
-        flush = self._forwards % FLUSH_FORWARDS == 0 and self._closed is None
+        self.forwards += 1
+        flush = self.forwards % FLUSH_FORWARDS == 0 and self._closed is None
         while True:
             try:
                 if flush and self.routing:
-                    self._report(self._link.data)
+                    self._talk.report(self._link, self._link.data)
                 if self.asked != self.acked:
                     self.ack()
             finally:
@@ -220,14 +204,14 @@ class Session:
     def computed(self, sequences: int, length: int) -> None:
         """The forward that ends has computed ``length`` tokens of each of so many sequences."""
         if length == 1:
-            self.decode_tokens += sequences
+            self._talk.decode_tokens += sequences
         else:
-            self.prompt_tokens += sequences * length
+            self._talk.prompt_tokens += sequences * length
 
     def report(self) -> None:
         """Tell the daemon what was routed and computed until now (between two forwards)."""
         with self.between_forwards():
-            self._report(self._link.data)
+            self._talk.report(self._link, self._link.data)
 
     @contextlib.contextmanager
     def between_forwards(self) -> Iterator[None]:
@@ -242,8 +226,7 @@ class Session:
 
     def recorded(self, path: str, tokens: int, error: str = "") -> None:
         """Tell the daemon that the recording in ``path`` has ended, or why it could not begin."""
-        self._recorded = True
-        self._tell(messages.Recorded(session=self._link.number, path=path, tokens=tokens, error=error))
+        self._succession.tell(messages.Recorded(session=self._link.number, path=path, tokens=tokens, error=error))
 
     def ack(self) -> None:
         """Answer the daemon's request for an ack; the caller has evaluated all that was looked up until now."""
@@ -253,7 +236,7 @@ class Session:
     def announces(self) -> int:
         """What should be announced (``messages.Announce``): as the daemon wants, and less while nothing misses."""
         wanted = self._link.announce
-        return wanted if wanted <= 0 or self._forwards - self._missed_in <= 1 else 0
+        return wanted if wanted <= 0 or self.forwards - self._missed_in <= 1 else 0
 
     def fetch(
         self,
@@ -282,27 +265,13 @@ class Session:
         if link.lost:
             raise PoolMoved("the daemon has gone")
         self.acked = self.asked  # a Fetch acks everything that was told
-        link.sequence += 1
-        self._missed_in = self._forwards
-        decode_tokens, prompt_tokens = self._take_tokens()
-        request = messages.Fetch(
-            session=link.number,
-            sequence=link.sequence,
-            segment=pool.segment,
-            layer=layer,
-            experts=experts.tolist(),
-            routing=self._take_routing(),
-            then=list(then),
-            leases_only=leases_only,
-            decode_tokens=decode_tokens,
-            prompt_tokens=prompt_tokens,
-        )
-        self._unanswered, self.leases_only = request, leases_only
-        began = time.monotonic()
-        link.data.send(request)
-        answer = self._await_answer(link, request)
-        self.waited_s += time.monotonic() - began
-        self.fetches += 1
+        self._missed_in = self.forwards
+        self.leases_only = leases_only
+        try:
+            answer = self._talk.fetch(pool, layer, experts.tolist(), then, leases_only, self._check_open)
+        except PoolMoved:
+            self._bell.ring()  # attach anew
+            raise
         if isinstance(answer, messages.Error):
             self.leases_only = False
             raise answer.exception()
@@ -315,59 +284,7 @@ class Session:
             experts: distinct ids, the likeliest first.
             prompt: it will be an event of many tokens.
         """
-        link = pool.link
-        if not link.lost:
-            link.data.send(
-                messages.Ahead(
-                    session=link.number,
-                    segment=pool.segment,
-                    layer=layer,
-                    experts=list(experts),
-                    distance=distance,
-                    prompt=prompt,
-                    routing=self._take_routing(),
-                )
-            )
-
-    def _await_answer(self, link: Link, request: messages.Fetch) -> messages.Resident | messages.Error:
-        """The answer to ``request``.
-
-        A caller that is interrupted here (Ctrl-C) leaves ``_unanswered`` set: until the answer has come, the daemon
-        takes this session for one that looks nothing up, so nothing may be looked up.  Time is counted in polls, so
-        that a machine that slept has not waited.
-        """
-        silent_s, waited_s = 0.0, 0.0
-        while not link.lost:
-            answer = link.data.receive(_POLL_S)
-            self._check_open()
-            if answer is None:
-                silent_s += _POLL_S
-                waited_s += _POLL_S
-                if waited_s >= RESEND_S:
-                    waited_s = 0.0
-                    link.data.send(request)
-                    link.data.send(messages.Ping(session=link.number))
-                if silent_s >= SILENCE_S:
-                    raise DaemonLost(f"the daemon of {self._home.root} has not answered for {silent_s:.0f} s")
-                continue
-            silent_s = 0.0
-            if isinstance(answer, messages.Resident) and answer.sequence == request.sequence:
-                self._unanswered = None
-                link.told_by_answer = answer.version
-                link.announce = answer.announce
-                return answer
-            if isinstance(answer, messages.Error) and answer.sequence == request.sequence:
-                if answer.code == SessionUnknown.code:
-                    break
-                self._unanswered = None
-                return answer
-            if isinstance(answer, messages.Error) and answer.sequence is None:
-                # Not about this Fetch: the two sides no longer agree on what was said.
-                log.warning("the daemon refused a message (%s); attaching anew", answer.message)
-                break
-        self._unanswered = None
-        self._give_up(link)
-        raise PoolMoved("the daemon has gone")
+        self._talk.announce(pool, layer, experts, distance, prompt)
 
     def follow(self, seen: int) -> None:
         """Wait until there are other news than ``seen``: new generations, or a new daemon's pools.
@@ -376,51 +293,18 @@ class Session:
             DaemonLost: no daemon has come back in time.
             ExpertdError: why there can be none, or why it does not take the model.
         """
-        waited_s = 0.0
-        with self._exchange:
-            before = self._attempts
-            self._needed = True
-            try:
-                while self.news == seen:
-                    self._check_open()
-                    late = waited_s >= RECOVERY_S
-                    if late or (self._attempts > before and not self._trouble.retryable):
-                        self._raise_trouble(waited_s)
-                    if waited_s >= MOVE_S and not self._active.lost:
-                        self._active.lost = True
-                    self._bell.ring()
-                    self._exchange.wait(_POLL_S)
-                    waited_s += _POLL_S
-            finally:
-                self._needed = False
-
-    def _raise_trouble(self, waited_s: float) -> NoReturn:
-        trouble = self._trouble
-        if isinstance(trouble, DaemonNotRunning):
-            raise DaemonLost(f"no daemon has come back in {self._home.root} within {waited_s:.0f} s") from None
-        raise from_code(trouble.code, trouble.message)
+        self._succession.follow(seen, self._check_open)
 
     def offered(self) -> list[MappedPool]:
         """The pools that are to be adopted; under the forward lock."""
-        with self._exchange:
-            return list(self._offers.values())
+        return self._succession.offered()
 
     def adopted(self, pools: Sequence[MappedPool]) -> None:
         """From now on lookups go to ``pools``; under the forward lock, and nothing reads others but lazy graphs."""
-        with self._exchange:
-            covered = {layer for pool in pools for layer in pool.layers}
-            self.pools = [pool for pool in self.pools if not covered.issuperset(pool.layers)] + list(pools)
-            for pool in pools:
-                if self._offers.get(pool.layers) is pool:
-                    del self._offers[pool.layers]
-            link = pools[-1].link
-            if self._link is not link:
-                self._frames_before += self._link.frames
-                self._link.data.close()
-                self._left.append(self._link)
-                self._link = link
-                self._unanswered, self.leases_only = None, False
-                self.acked = self.asked
+        if pools[-1].link is not self._link:
+            self._talk.unanswered, self.leases_only = None, False
+            self.acked = self.asked  # before requests can come over the new one
+        self._succession.adopted(pools)
 
     def _check_open(self) -> None:
         """Raise why this session is closed, if it is.
@@ -431,100 +315,20 @@ class Session:
         if self._closed is not None:
             raise from_code(self._closed.code, self._closed.message)
 
-    def _take_routing(self) -> bytes:
-        taken, self.routing = self.routing, []
-        return b"".join(pack(layer, experts) for layer, experts in taken)
-
-    def _take_tokens(self) -> tuple[int, int]:
-        taken, self.decode_tokens, self.prompt_tokens = (self.decode_tokens, self.prompt_tokens), 0, 0
-        return taken
-
-    def _report(self, over: Connection) -> None:
-        """Send the routing log; without a daemon it is lost, which costs only statistics."""
-        routing, (decode, prompt) = self._take_routing(), self._take_tokens()
-        if not self._link.lost:
-            number = self._link.number
-            over.send(
-                messages.RoutingLog(session=number, routing=routing, decode_tokens=decode, prompt_tokens=prompt)
-            )
-
-    def _report_at_last(self) -> None:
-        """Send the routing log, and see it taken: what waits in a socket that is closed is lost."""
-        if self._link.lost or not (self.routing or self.decode_tokens or self.prompt_tokens):
-            return
-        over, number = self._link.data, self._link.number
-        with contextlib.suppress(ExpertdError, zmq.ZMQError):
-            self._report(over)
-            over.send(messages.Ping(session=number))
-            until = time.monotonic() + LAST_REPORT_S
-            while (said := over.receive(until - time.monotonic())) is not None and not isinstance(said, messages.Pong):
-                continue
-
     def _send_ack(self, over: Connection) -> None:
         """Ack everything that was told over the present link; the caller holds the forward lock."""
-        asked, link = self.asked, self._link
-        version = max(link.told_by_request, link.told_by_answer)
-        routing, (decode, prompt) = self._take_routing(), self._take_tokens()
-        if not link.lost:
-            over.send(
-                messages.Ack(
-                    session=link.number, version=version, sequence=link.sequence, routing=routing,
-                    decode_tokens=decode, prompt_tokens=prompt,
-                )
-            )  # fmt: skip
+        asked = self.asked
+        self._talk.ack(self._link, over)
         self.acked = asked
 
-    def _give_up(self, link: Link) -> None:
-        """Let the control thread attach anew."""
-        link.lost = True
-        self._bell.ring()
+    @property
+    def over(self) -> bool:
+        """Whether nobody computes any more, or will."""
+        return self._closed is not None or self.abandoned
 
-    def _tell(self, message: messages.Released | messages.Recorded) -> None:
-        """Have the control thread send ``message``, unless the daemon that it is for is gone; on whatever thread."""
-        self._outbox.append(message)
-        self._bell.ring()
-
-    # -- the control thread --------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        pause_s = 0.0
-        while self._closed is None and not self._abandoned:
-            try:
-                if self._active.lost:
-                    self._leave(self._active)
-                    self.pressure.reset()
-                    self._bell.wait(pause_s if not self._needed else min(pause_s, _RETRY_S[0]))
-                    pause_s = self._attach_again(pause_s)
-                else:
-                    self._attend(self._active)
-                    pause_s = 0.0
-            except (ExpertdError, OSError, zmq.ZMQError) as error:
-                if self._closed is None and not self._abandoned:
-                    log.warning("%s", error)
-                self._active.lost = True
-        if self._abandoned:
-            with self._forward:  # somebody may still compute with one of the model's layers
-                self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
-        if self._settled:
-            self._send_outbox(self._active)
-            if self._recorded:
-                self._active.say_goodbye()
-            for link in (*self._left, self._link, self._active):
-                link.hang_up()
-        if self._abandoned:
-            self._close_sockets()
-        with self._exchange:
-            self._exchange.notify_all()
-
-    def _leave(self, link: Link) -> None:
-        """Nothing more is said over ``link``: tell its daemon, when nothing is looked up in its pools any more.
-
-        A daemon that lives must not take the session for over before: it would fill slots again that are read.  Of one
-        that has gone the pages stay as they are.
-        """
-        if link is not self._link or link.ended():
-            link.hang_up()
-        elif self._forward.acquire(blocking=False):
+    def leave(self, link: Link) -> None:
+        """Hang up on the daemon whose pools are looked up in, unless something may still read there."""
+        if self._forward.acquire(blocking=False):
             try:
                 if self._settled:
                     self.leases_only = True  # so the next event fetches, and waits for other pools
@@ -532,131 +336,60 @@ class Session:
             finally:
                 self._forward.release()
 
-    def _send_outbox(self, link: Link) -> None:
-        while self._outbox:
-            said = self._outbox.popleft()
-            if said.session == link.number and not link.lost:
-                link.control.send(said)
-
-    def _attach_again(self, pause_s: float) -> float:
-        """Try to attach to whatever daemon there is; returns how long to pause before the next attempt."""
-        try:
-            if self._needed and self._start is not None:
-                self._start()
-            with self._exchange:
-                held = [*self._offers.values(), *self.pools]
-            link = Link(self._home, self._manifest_again, self.mode, held, self._held_base)
-        except (ExpertdError, OSError) as error:
-            with self._exchange:
-                self._attempts += 1
-                # A new one: this one's story holds the pools that were to be handed back.
-                if isinstance(error, ExpertdError):
-                    self._trouble = from_code(error.code, error.message)
-                else:
-                    self._trouble = DaemonLost(str(error))
-                self._exchange.notify_all()
-            if not isinstance(error, DaemonNotRunning) and self._refusals.add():
-                log.warning("the model could not be attached again: %s", error, attempts=self._attempts)
-            return min(max(2 * pause_s, _RETRY_S[0]), _RETRY_S[1])
-        log.info("attached again", session=link.number, before=self._link.number, attempts=self._attempts + 1)
-        with self._exchange:
-            self.to_record = self.to_record[0] + 1, None  # it was the last daemon's wish
-            if self._active is not self._link:
-                self._active.data.close()  # nobody has used it
-            self._active = link
-            self._offers = {pool.layers: pool for pool in link.pools}
-            self._follow_unmapping(link, link.pools)
-            link.pools = []
-            self._told()
-        return 0.0
-
-    def _told(self) -> None:
-        """There are news; the caller holds ``_exchange``."""
-        self.news += 1
-        self._exchange.notify_all()
-
-    def _attend(self, link: Link) -> None:
-        """Wait for a second, or for something to happen, and see to it."""
-        poller = zmq.Poller()
-        poller.register(link.control.socket, zmq.POLLIN)
-        poller.register(link.line.fileno(), zmq.POLLIN)
-        poller.register(self._bell.fileno(), zmq.POLLIN)
-        ready = dict(poller.poll(round(IDLE_S * 1000)))
-        if self._bell.fileno() in ready:
-            self._bell.answer()
-        while self._left:
-            self._left.popleft().hang_up()
-        self._send_outbox(link)
-        if link.control.socket in ready:
-            self._listen(link)
-        elif link.line.fileno() in ready and link.ended():
-            raise DaemonLost(f"the daemon of {self._home.root} has ended; the model waits for its return")
-        now = time.monotonic()
-        if self._forwards != self._quiet[0]:
-            self._quiet = self._forwards, now
-        elif now - self._quiet[1] >= IDLE_S:  # whatever else is heard meanwhile: who keeps old pools is pinged
-            self._when_idle()
-
-    def _listen(self, link: Link) -> None:
-        match link.control.receive(0):
-            case messages.AckRequest(version=version):
-                link.told_by_request = max(link.told_by_request, version)
+    def ack_wanted(self, link: Link) -> None:
+        """The daemon has asked for an ack over ``link``: give it now, or leave it to the forward that runs."""
+        if link is not self._link:
+            # Nobody has adopted its pools yet, so nothing can have been looked up there.
+            with self._succession.nothing_adopted():
                 if link is not self._link:
-                    self._ack_unused(link)
-                    return
-                self.asked += 1
-                if self._forward.acquire(blocking=False):
-                    try:
-                        if self.asked != self.acked and self._settled and link is self._link:
-                            self._send_ack(link.control)
-                    finally:
-                        self._forward.release()
-            case messages.Complete(segment=segment):
-                with self._exchange:
-                    for pool in (*self.pools, *self._offers.values()):
-                        if pool.segment == segment:
-                            pool.complete = True
-                    self._told()
-            case messages.Moved(pool=info):
-                pool = link.receive_pool(info)
-                with self._exchange:
-                    self._follow_unmapping(link, [pool])
-                    self._offers[pool.layers] = pool
-                    self._told()
-            case messages.Record(path=path):
-                with self._exchange:
-                    self.to_record = self.to_record[0] + 1, path or None
-                    self._told()
-            case messages.Ping():
-                link.control.send(messages.Pong(session=link.number))
-            case messages.Pressure() as told:
-                self.pressure.take(told)
-            case messages.Error() as error:
-                raise error.exception()
+                    link.control.send(messages.Ack(session=link.number, version=link.told_by_request, sequence=0))
+            return
+        self.asked += 1
+        if self._forward.acquire(blocking=False):
+            try:
+                if self.asked != self.acked and self._settled and link is self._link:
+                    self._send_ack(link.control)
+            finally:
+                self._forward.release()
 
-    def _ack_unused(self, link: Link) -> None:
-        """Ack over a link whose pools nobody has adopted yet, so that nothing can have been looked up there."""
-        with self._exchange:
-            if link is not self._link:
-                version = link.told_by_request
-                link.control.send(messages.Ack(session=link.number, version=version, sequence=0))
-
-    def _when_idle(self) -> None:
+    def while_idle(self) -> None:
         """No forward ran for a while: report what was routed, and adopt news, so that old pools can be given back."""
         if self._forward.acquire(blocking=False):
             try:
-                if self.routing or self.decode_tokens or self.prompt_tokens:
-                    self._report(self._link.control)
+                if self._talk.untold:
+                    self._talk.report(self._link, self._link.control)
                 if self._settled and self._closed is None:
                     self.on_idle()
             finally:
                 self._forward.release()
 
-    def _follow_unmapping(self, link: Link, pools: Sequence[MappedPool]) -> None:
-        """Tell the daemon when the pages of ``pools`` are really gone from this process."""
-        for pool in pools:
-            gone = weakref.finalize(pool.mapping, _unmapped, weakref.ref(self), link.number, pool.segment)
-            gone.atexit = False
+    def shut(self) -> None:
+        """Nobody computes any more; the model may be gone."""
+        with self._forward:
+            self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
+
+    def part(self) -> bool:
+        """Nobody computes any more: let the pages go; whether the session can end."""
+        if not self._at_once:
+            self._succession.adopt_unused()
+            if self.let_go():
+                self._succession.let_go()
+            if self._succession.mapped:
+                self._tried.set()
+                return False
+        return True
+
+    def ended(self) -> None:
+        """The session ends: hang up, unless something may still read a pool that the daemon may write to."""
+        if self._settled or not self._succession.mapped:
+            self._succession.hang_up()
+            self._succession.close()
+        self._bell.close()
+
+    def unattended(self) -> None:
+        """The control thread is at its end, or broken: nobody is to wait for it."""
+        self._tried.set()
+        self._succession.wake()
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -668,33 +401,44 @@ class Session:
     @property
     def frames(self) -> int:
         """Frames that passed between this session and its daemons, both ways, since it was opened."""
-        return self._frames_before + self._link.frames
+        return self._succession.frames
 
-    def close(self) -> None:
-        """Detach.  Waits for a forward that is under way; later ones raise SessionClosed.
-
-        Unmapping the pages is for whoever has arrays over them (``expertd.worker.alias``).
-        """
-        if self.forked:
-            return
+    def stop(self) -> None:
+        """Have nobody compute any more.  Waits for a forward that is under way; later ones raise SessionClosed."""
         with self._forward:
             if self._closed is None:
-                self._report_at_last()
+                self._talk.report_at_last(self._link)
                 try:
                     self.on_close()
                 finally:
                     self._closed = SessionClosed("the model was closed; load it again")
-        self._bell.ring()
-        self._thread.join()
-        self._close_sockets()
 
-    def _close_sockets(self) -> None:
-        """Close what is left; if a graph may still read a pool, the daemon keeps that until this process ends."""
-        if self._settled:
-            for link in (self._link, self._active):
-                link.data.close()
-            self.pools.clear()
-            self._offers.clear()
+    def close(self, at_once: bool = False) -> None:
+        """Detach, after ``stop``.
+
+        If arrays over the pages are still used, the session ends for the daemon when those are gone (``let_go``), or
+        with the process.
+
+        Args:
+            at_once: end now, and leave what is mapped to the end of the process.
+        """
+        if self.forked:
+            return
+        self.stop()
+        self.hurried = True
+        self._at_once = self._at_once or at_once
+        self._bell.ring()
+        self._tried.wait()
+        if at_once or not self._succession.mapped:
+            self._thread.join()
+
+    def void(self) -> None:
+        """In a forked child the session is the parent's: hang up nothing, send nothing, refuse to compute."""
+        self._closed = SessionClosed(_FORKED)
+        self._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
+        # The parent's death must reach the daemon as an end of file, so the child may not hold the line open.
+        for link in self._succession.links():
+            link.line.close()
         self._bell.close()
 
     def abandon(self) -> None:
@@ -703,32 +447,6 @@ class Session:
         The collector runs on any thread and at any place, so this takes no lock and waits for nobody.
         """
         if not self.forked:
-            self._abandoned = True
+            self.abandoned = True
             self._bell.ring()
 
-
-def _unmapped(session: weakref.ref[Session], number: int, segment: int) -> None:
-    """The pages of a pool are gone; on whatever thread, so this only notes it down."""
-    alive = session()
-    if alive is not None and not alive.forked:
-        alive._tell(messages.Released(session=number, segment=segment))
-
-
-def _void_after_fork() -> None:
-    """In a forked child sessions are the parent's: hang up nothing, send nothing, refuse to compute."""
-    for session in _sessions:
-        session._closed = SessionClosed(_FORKED)
-        session._forward = threading.Lock()  # the parent's may be held by a thread that does not exist here
-        # The parent's death must reach the daemon as an end of file, so the child may not hold the line open.
-        for link in (session._active, session._link, *session._left):
-            link.line.close()
-        session._bell.close()
-
-
-def close_all() -> None:
-    """Close every session of this process (at exit)."""
-    for session in list(_sessions):
-        session.close()
-
-
-os.register_at_fork(after_in_child=_void_after_fork)

@@ -1,25 +1,21 @@
 """What an answer's text consists of: what is said, what was thought before, and calls of tools.
 
-The markers between them are the tokenizer's, as mlx-lm knows them, and its parsers read what calls say.  Works on text
-alone; a marker that arrives in pieces is held back until it is whole.
+The markers between them are the tokenizer's, as mlx-lm knows them; what stands between those of a call is read by
+``expertd.worker.calls``.  Works on text alone; a marker that arrives in pieces is held back until it is whole.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
 from expertd.protocol.messages import ToolCall
+from expertd.worker.calls import Calls
 
 __all__ = ["Channels", "Piece"]
-
-log = logging.getLogger(__name__)
 
 TAIL_TOKENS = 16
 """A chat template that opens the reasoning itself does so at the very end of the prompt."""
@@ -27,15 +23,22 @@ TAIL_TOKENS = 16
 
 @dataclass
 class Piece:
-    """More of an answer."""
+    """More of an answer: reasoning, then text, then calls (or pieces of them)."""
 
     text: str = ""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        return bool(self.text or self.reasoning or self.calls)
+
 
 class Channels:
-    """One answer's text, taken apart as it comes."""
+    """One answer's text, taken apart as it comes, in the order in which it was written.
+
+    Where there are tools, white space alone is no text: between calls, and between the reasoning and a call, it
+    separates them.
+    """
 
     def __init__(
         self,
@@ -54,60 +57,85 @@ class Channels:
             enforced: what follows the reasoning is kept to a grammar, in which markers mean nothing.
         """
         self._parse = tokenizer.tool_parser if tools and tokenizer.has_tool_calling else None
+        self._marked = self._parse is not None and bool(tokenizer.tool_call_end)  # whether calls have an end marker
         self._tools = tools
-        self._tool_text = ""
-        self.called = False
-        """Whether a tool was called."""
+        self._calls: Calls | None = None
+        self._space: str | None = ""  # since the last that was no text; None: text follows text
+        self._after_call = False
+        self.call_ended = False
+        """Whether a call has come to its end."""
         self.thinking = not raw and bool(tokenizer.has_thinking) and _opens(tokenizer, prompt)
         """Whether the answer begins with reasoning."""
         begin = "reasoning" if self.thinking else "normal"
         self._state = _machine(tokenizer, raw, enforced, self._parse is not None).make_state(begin)
 
-    def feed(self, text: str) -> Piece:
+    def feed(self, text: str) -> list[Piece]:
         """Take the next text."""
         self._state, segments = TextStateMachine.split(self._state, text)
-        return self._piece(segments)
+        return _joined(piece for state, more in segments for piece in self._pieces(state, more))
 
-    def finish(self) -> Piece:
-        """What was held back, and a call that was not closed."""
+    def finish(self, cut: bool = False) -> list[Piece]:
+        """What was held back, and a call that was not closed; ``cut``: it was not the model that ended the answer."""
         self._state, rest, state = TextStateMachine.flush(self._state)
-        piece = self._piece([(state, rest)])
-        self._close_call(piece)
-        return piece
+        pieces = [*self._pieces(state, rest), *self._close_call(cut)]
+        if self._space and not self._after_call:
+            pieces.append(Piece(text=self._space))
+        return _joined(pieces)
 
-    def _piece(self, segments: list[tuple[str, str]]) -> Piece:
-        piece = Piece()
-        for state, text in segments:
-            if state == "tool" and self._parse is not None:
-                self._tool_text += text
-                continue
-            self._close_call(piece)
-            if state == "reasoning":
-                piece.reasoning += text
-            else:
-                piece.text += text
-        return piece
-
-    def _close_call(self, piece: Piece) -> None:
-        said, self._tool_text = self._tool_text, ""
-        if not said.strip() or self._parse is None:
+    def _pieces(self, state: str, text: str) -> Iterator[Piece]:
+        if state == "tool" and self._parse is not None:
+            if self._calls is None:
+                self._calls = Calls(self._parse, self._tools)
+            yield self._called(self._calls.feed(text))
+            if not self._marked and self._calls.begun and self._calls.complete:
+                self.call_ended = True
             return
-        try:
-            found = self._parse(said, self._tools)
-            calls = [_call(one) for one in (found if isinstance(found, list) else [found])]
-        except Exception as error:
-            # A parser is a program of others, and what the model wrote may be anything: nothing of it is lost.
-            log.info("a tool call could not be read (%s); it is passed on as text", type(error).__name__)
-            piece.text += said
+        yield from self._close_call()
+        if state != "reasoning":
+            yield Piece(text=self._text(text))
+        elif text:
+            self._space, self._after_call = "", False
+            yield Piece(reasoning=text)
+
+    def _close_call(self, cut: bool = False) -> Iterator[Piece]:
+        calls, self._calls = self._calls, None
+        if calls is None:
+            return
+        more, text = calls.close(cut)
+        yield self._called(more)
+        self.call_ended |= calls.begun
+        if text.strip():
+            yield Piece(text=self._text(text))
+
+    def _called(self, calls: list[ToolCall]) -> Piece:
+        if calls:
+            self._after_call = True
+            self._space = ""
+        return Piece(calls=calls)
+
+    def _text(self, text: str) -> str:
+        """What of ``text`` is to be told now."""
+        if self._parse is None or self._space is None:
+            return text
+        text, self._space = self._space + text, None
+        if text.strip():
+            return text
+        self._space = text
+        return ""
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """As few as there can be: each tells reasoning, then text, then calls."""
+    found: list[Piece] = []
+    for piece in filter(None, pieces):
+        last = found[-1] if found else None
+        if last is None or (last.calls and not piece.calls) or (last.text and piece.reasoning):
+            found.append(piece)
         else:
-            piece.calls += calls
-            self.called = True
-
-
-def _call(found: dict[str, Any]) -> ToolCall:
-    arguments = found.get("arguments", {})
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(id=str(found.get("id") or f"call_{uuid.uuid4().hex[:24]}"), name=str(found["name"]), arguments=text)
+            last.text += piece.text
+            last.reasoning += piece.reasoning
+            last.calls += piece.calls
+    return found
 
 
 def _opens(tokenizer: Any, prompt: Sequence[int]) -> bool:

@@ -408,7 +408,9 @@ class Engine:
                 request.detokenizer.add_token(answer.token)
             if reason is not None:
                 request.detokenizer.finalize()
-            pieces = request.written.feed(request.detokenizer.last_segment, last=reason is not None)
+            pieces = request.written.feed(
+                request.detokenizer.last_segment, last=reason is not None, cut=reason == "length"
+            )
             logprobs = self._logprobs(request, answer)
         except Exception as error:
             log.exception("the text of request %d could not be made", request.id)

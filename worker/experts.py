@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from expertd.protocol.errors import ExpertdError, PoolMoved, SessionClosed
 from expertd.protocol.layout import ABSENT, PoolLayout
 from expertd.protocol.pace import Pace, write_pace
-from expertd.worker.alias import CopiedSlabs, SharedBase, Slabs
+from expertd.worker.alias import CopiedSlabs, Holdings, Slabs
 from expertd.worker.attach import Session
 from expertd.worker.groups import plan_groups
 from expertd.worker.link import MappedPool
@@ -51,18 +51,19 @@ LOG_AFTER_CALLS = 2
 class Events:
     """What the layers of one model share while it runs: the session, the last event's output, and the lazy log.
 
-    Used under the session's forward lock only.
+    Used under the session's forward lock only.  The model and its layers hold it and it holds none of them, so it ends
+    with the last of them, wherever that is, without waiting for the garbage collector.
     """
 
-    def __init__(self, session: Session, make_slabs: Callable[[mmap, PoolLayout], Slabs]) -> None:
+    def __init__(
+        self, session: Session, make_slabs: Callable[[mmap, PoolLayout], Slabs], holdings: Holdings
+    ) -> None:
         self.session = session
         self.make_slabs = make_slabs
         self.buffers = Buffers(session.pressure)
-        self.slabs: list[Slabs] = []  # all that are mapped: always the same list
-        self.base: SharedBase | None = None  # and which parameters, by their paths, have its arrays
-        self.base_paths: tuple[str, ...] = ()
-        self.layers: list[_Parts] = []
-        self.of_layer: dict[int, _Parts] = {}
+        self.slabs = holdings.slabs  # all that are mapped: always the same list
+        self.base_paths: tuple[str, ...] = ()  # of the parameters that are shared
+        self.of_layer: weakref.WeakValueDictionary[int, _Parts] = weakref.WeakValueDictionary()
         self.unevaluated: Any = None  # or still being computed
         self.recorder: Recorder | None = None
         self.pace = PaceMeter()
@@ -76,14 +77,16 @@ class Events:
         self._left: list[tuple[int, Slabs]] = []
         self._lazy: list[list[tuple[int, Any]]] = [[]]
 
-    def let_go(self) -> list[Slabs]:
-        """The session is closed: forget what was to be logged (its graphs read the slabs) and give the slabs up."""
-        self._lazy, self.layers = [[]], []
-        self.of_layer.clear()
-        slabs = list(self.slabs)
-        self.slabs.clear()
+    @property
+    def layers(self) -> list[_Parts]:
+        """Those that there are."""
+        return list(self.of_layer.values())
+
+    def let_go(self) -> None:
+        """The session is closed: forget what was to be logged, whose graphs read the slabs, and the layers."""
+        self._lazy, self.unevaluated = [[]], None
         self._left.clear()
-        return slabs
+        self.of_layer.clear()
 
     def settle(self) -> None:
         """Evaluate the last event's output: after this no graph reads a partial pool."""
@@ -201,18 +204,17 @@ class Events:
                 if parts.layer in pool.layers:
                     parts.move_to(pool, slabs)
         self.session.adopted(offered)
-        known = [parts.slabs for parts in self.layers] + [slabs for _, slabs in self._left]
+        known: list[Slabs] = [parts.slabs for parts in self.layers] + [slabs for _, slabs in self._left]
         self._left += [(self._calls, slabs) for slabs in self.slabs if slabs not in known]
 
     def _let_left_go(self, calls: int) -> None:
         """Unmap what was left at least so many forwards ago: lazy graphs over complete pools may have read it since."""
-        going = [slabs for left_at, slabs in self._left if self._calls - left_at >= calls]
-        self._left = [entry for entry in self._left if self._calls - entry[0] < calls]
         if calls == 0:
             self._lazy = [[]]  # their graphs read the slabs; what they would log is lost
-        for slabs in going:
-            self.slabs.remove(slabs)
-            slabs.let_go()
+        for left in list(self._left):
+            if self._calls - left[0] >= calls and left[1].let_go():
+                self._left.remove(left)
+                self.slabs.remove(left[1])
 
     def log_lazily(self, layer: int, indices: Any) -> None:
         """Log the choice of a complete layer without evaluating it now."""
@@ -240,7 +242,6 @@ class CachedExperts(nn.Module):  # type: ignore[misc]
         super().__init__()
         # Kept outside the module's tree: the slabs are no parameters of this model, they belong to everybody.
         self._parts: _Parts | None = _Parts(events, layer, switch, pool, slabs, foresight, last)
-        events.layers.append(self._parts)
         events.of_layer[layer] = self._parts
 
     def __call__(self, x: Any, indices: Any) -> Any:

@@ -85,6 +85,7 @@ class Link:
         sequence: of the last Fetch.
         announce: what the daemon wants to be announced, as it said last (``messages.Announce``).
         lost: the daemon is gone, or does not know the session any more; nothing more is sent.
+        handed: numbers of the segments that were handed back to this daemon: it waits to hear of their release.
     """
 
     def __init__(
@@ -132,6 +133,8 @@ class Link:
             self.told_by_request = attached.version
             self.announce = attached.announce
             self.pools = [self.receive_pool(info) for info in attached.pools]
+            # A session that was cut off from a daemon that lives is given back the very segments that it has.
+            self.handed = {pool.segment for pool in held} - {pool.segment for pool in self.pools}
             self.base: mmap.mmap | None = None
             self.held_base = held_base
             if attached.base is not None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
+from mlx_lm.generate import generation_stream
 from mlx_lm.utils import load_tokenizer
 
 from expertd.protocol.checkpoint import check_unchanged
@@ -22,11 +23,11 @@ from expertd.protocol.errors import AliasFailed, CheckpointError, ExpertdError, 
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.model_names import find_model
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.rendezvous import connect_or_start, stop_if_idle
 from expertd.protocol.sizes import parse_budget
-from expertd.worker import attach
-from expertd.worker.alias import CopiedSlabs, SharedBase, SharedSlabs, Slabs, self_test
+from expertd.worker import attach, sessions
+from expertd.worker.alias import CopiedSlabs, Holdings, SharedBase, SharedSlabs, self_test
 from expertd.worker.experts import CachedExperts, Events
 from expertd.worker.manifest import LazyModel, load_lazily, replace_module
 from expertd.worker.room import check_room
@@ -73,7 +74,7 @@ def load(
         raise CheckpointError("expertd.load does not support adapters yet; give a folder that has them merged in")
     if budget is not None:
         parse_budget(budget)  # now, not when the model has been looked through
-    _sweep()
+    sessions.end_forgotten()  # so that their memory is free
     home = home or Home.current()
     home.check()
     folder = find_model(path_or_hf_repo if revision is None else _at(path_or_hf_repo, revision), home)
@@ -100,7 +101,7 @@ def load(
 
 
 def _at(name: str | Path, revision: str) -> str:
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         raise CheckpointError(f"{name} is a folder, which has no revisions; leave 'revision' out")
     return f"{name}@{revision}"
 
@@ -108,22 +109,24 @@ def _at(name: str | Path, revision: str) -> str:
 def unload(model: Any) -> None:
     """Close the session of a model that ``load`` returned, and unmap its pools and base weights.
 
-    Its calls raise SessionClosed then, and parameters that were shared are empty.
+    Its calls raise SessionClosed then, and parameters that were shared are empty.  Where the program has kept a weight,
+    or a result that it has not evaluated, the pages stay mapped for that, and the daemon counts them.
     """
-    session = session_of(model)
-    session.close()
+    events = events_of(model)
+    session = events.session
+    session.stop()
     if session.forked:
         return  # nothing is mapped for us, and MLX does not work here
+    if session.forwards:
+        mx.synchronize()  # what is being computed reads the pages
+        mx.synchronize(generation_stream)
+    events.let_go()
     for module in model.modules():
         if isinstance(module, CachedExperts):
             module.let_go()
-    events = events_of(model)
-    _orphans.extend(events.let_go())
-    if events.base is not None:
+    if events.base_paths:
         model.update(tree_unflatten([(path, mx.zeros((0,))) for path in events.base_paths]))
-        _orphans.append(events.base)
-        events.base = None
-    _sweep()
+    session.close()
     mx.clear_cache()
 
 
@@ -198,13 +201,16 @@ def _mode(alias: Alias) -> Literal["shm", "copy"]:
 def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: Callable[[], None]) -> Any:
     """Open a session, and put what it shares in the place of the model's experts and base weights."""
     session = attach.Session(home, loaded.manifest, mode, start)
-    shared: SharedBase | None = None
+    holdings = Holdings()
+    session.let_go = holdings.let_go
     try:
-        if session.base is not None:
-            shared, session.base = SharedBase(session.base, loaded.manifest.base), None
+        base = session.take_base()
+        if base is not None:
+            shared = holdings.base = SharedBase(*base, loaded.manifest.base)
             arrays = [(path, shared.arrays[number]) for path, number in loaded.base.items()]
             loaded.model.update(tree_unflatten(arrays))
-        events = Events(session, SharedSlabs if mode == "shm" else CopiedSlabs)
+            shared.arrays.clear()  # the model has them
+        events = Events(session, SharedSlabs if mode == "shm" else CopiedSlabs, holdings)
         for pool in session.pools:
             slabs = events.make_slabs(pool.mapping, pool.layout)
             events.slabs.append(slabs)
@@ -216,18 +222,15 @@ def _attach(loaded: LazyModel, home: Home, mode: Literal["shm", "copy"], start: 
                 replace_module(loaded.model, switch.path, stand_in)
     except BaseException:
         session.close()
-        if shared is not None:
-            _orphans.append(shared)
         raise
     model = loaded.model
     model.__class__ = _cached(type(model))
     model._expertd_events = events
-    events.base, events.base_paths = shared, tuple(loaded.base)
+    events.base_paths = () if base is None else tuple(loaded.base)
     events.model = weakref.ref(model)
     session.on_idle, session.on_close = _weakly(events.while_idle), _weakly(events.closing)
     # At exit it is close_all that ends sessions, because it waits for forwards.
-    forgotten = weakref.finalize(model, _forgotten, session, events.slabs, shared)
-    forgotten.atexit = False
+    weakref.finalize(events, session.abandon).atexit = False
     return model
 
 
@@ -241,26 +244,6 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
             alive()
 
     return call
-
-
-_orphans: list[Slabs | SharedBase] = []
-
-
-def _forgotten(session: attach.Session, slabs: list[Slabs], base: SharedBase | None) -> None:
-    """A model was garbage-collected, on whatever thread and in the middle of whatever: only note it down."""
-    session.abandon()
-    _orphans.extend(slabs)
-    if base is not None:
-        _orphans.append(base)
-
-
-def _sweep() -> None:
-    """Unmap what models that were garbage-collected have left."""
-    while _orphans:
-        try:
-            _orphans.pop().let_go()
-        except IndexError:
-            return  # another thread was faster
 
 
 def _cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -307,4 +290,4 @@ def _cached(cls: type) -> type:
     return _classes[cls]
 
 
-atexit.register(attach.close_all)
+atexit.register(sessions.close_all)

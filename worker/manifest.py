@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import mlx.core as mx
@@ -73,7 +74,7 @@ def load_lazily(folder: Path, **options: Any) -> LazyModel:
     files = weight_files(folder)
     family = _family(folder)
     headers = [_read_header(path) for path in files]
-    with _tracing({path.name: number for number, path in enumerate(files)}) as (origins, kept):
+    with _tracing(files) as (origins, kept):
         try:
             model, config = load_model(folder, lazy=True, **options)
         except ValueError as error:
@@ -136,27 +137,37 @@ def _read_header(path: Path) -> Header:
 
 
 @contextmanager
-def _tracing(numbers: dict[str, int]) -> Iterator[tuple[dict[int, Origin], list[Any]]]:
-    """Follow arrays from ``mx.load`` of the files in ``numbers`` (by name) through ``mx.stack``, by identity.
+def _tracing(files: Sequence[Path]) -> Iterator[tuple[dict[int, Origin], list[Any]]]:
+    """Follow arrays from ``mx.load`` of ``files`` through ``mx.stack``, by identity.
 
     Yields the origins by ``id`` and a list that keeps the traced arrays alive, without which an id could come to name
     another array.  mlx-lm looks both functions up in the module ``mlx.core`` at each call, so that is where they are
-    replaced; the lock keeps two loads in one process from tracing each other.
+    replaced; the lock keeps two loads in one process from replacing each other's.  What other threads call meanwhile,
+    and what is loaded from elsewhere, goes through as it is.
     """
+    numbers = {_place(path): number for number, path in enumerate(files)}
+    loader = get_ident()
     origins: dict[int, Origin] = {}
     kept: list[Any] = []
     mlx: Any = mx
     plain_load, plain_stack = mlx.load, mlx.stack
+
     def load(file: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = plain_load(file, *args, **kwargs)
-        arrays: dict[str, Any] = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, array in arrays.items():
-            origins[id(array)] = ((numbers[Path(file).name], name),)
-            kept.append(array)
+        if get_ident() != loader or not isinstance(file, str | Path):
+            return loaded
+        number = numbers.get(_place(Path(file)))
+        if number is not None:
+            arrays: dict[str, Any] = loaded[0] if isinstance(loaded, tuple) else loaded
+            for name, array in arrays.items():
+                origins[id(array)] = ((number, name),)
+                kept.append(array)
         return loaded
 
     def stack(arrays: Sequence[Any], axis: int = 0, **kwargs: Any) -> Any:
         stacked = plain_stack(arrays, axis, **kwargs)
+        if get_ident() != loader:
+            return stacked
         found = [origins.get(id(array), ()) for array in arrays]
         if axis == 0 and all(len(origin) == 1 for origin in found):
             origins[id(stacked)] = tuple(origin[0] for origin in found)
@@ -169,6 +180,11 @@ def _tracing(numbers: dict[str, int]) -> Iterator[tuple[dict[int, Origin], list[
             yield origins, kept
         finally:
             mlx.load, mlx.stack = plain_load, plain_stack
+
+
+def _place(path: Path) -> Path:
+    """One name for a file, by whatever way its folder was reached; in a hub's cache several may lead to one file."""
+    return path.parent.resolve() / path.name
 
 
 class _Probe(nn.Module):  # type: ignore[misc]

@@ -40,27 +40,37 @@ class Written:
         """The stop string that ended the answer, if one did."""
         return self._stops.found
 
-    def feed(self, text: str, last: bool) -> list[Piece]:
-        """Take the next text, the ``last`` of the answer or not; return what can be told now, in its order."""
+    def feed(self, text: str, last: bool, cut: bool = False) -> list[Piece]:
+        """Take the next text, the ``last`` of the answer or not; return what can be told now, in its order.
+
+        ``cut``: it is the last because there may be no more, and not because the model ended.
+        """
         pieces = self._cut(self._channels.feed(text))
-        if self._one_call and self.called:
+        if self._one_call and self._channels.call_ended:
             self.ended = True
         if last and not self.ended:
-            pieces += self._cut(self._channels.finish())
+            pieces += self._cut(self._channels.finish(cut))
         if last and not self.ended:
             pieces.append(Piece(text=self._stops.flush()))
-        return [piece for piece in pieces if piece.text or piece.reasoning or piece.calls]
+        return list(filter(None, pieces))
 
-    def _cut(self, piece: Piece) -> list[Piece]:
-        piece.text, stopped = self._stops.feed(piece.text)
-        if stopped:
-            self.ended = True
-        elif piece.calls:
-            piece.text += self._stops.flush()  # no stop string goes on behind a call
-        piece.calls = self._allowed(piece.calls)
-        return [piece]
+    def _cut(self, pieces: list[Piece]) -> list[Piece]:
+        found: list[Piece] = []
+        for piece in pieces:
+            if piece.reasoning:
+                found.append(Piece(text=self._stops.flush()))
+            piece.text, stopped = self._stops.feed(piece.text)
+            found.append(piece)
+            if stopped:
+                piece.calls = []
+                self.ended = True
+                break
+            if piece.calls:
+                piece.text += self._stops.flush()  # no stop string goes on behind a call
+            piece.calls = list(filter(self._allowed, piece.calls))
+        return found
 
-    def _allowed(self, calls: list[ToolCall]) -> list[ToolCall]:
-        """Those of ``calls`` that the answer may have."""
-        self._calls += len(calls)
-        return calls[: max(0, len(calls) - self._calls + 1)] if self._one_call else calls
+    def _allowed(self, call: ToolCall) -> bool:
+        """Whether the answer may have this call, or piece of one."""
+        self._calls += call.id != ""
+        return not self._one_call or self._calls == 1

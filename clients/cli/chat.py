@@ -12,14 +12,21 @@ import select
 import signal
 import sys
 import termios
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
+from expertd.clients.cli.parameters import (
+    budget_option,
+    complete_model,
+    config_option,
+    find_or_pull,
+    model_folder_option,
+)
+from expertd.clients.cli.signals import Stop
+from expertd.clients.cli.wrap import take_any_bytes
 from expertd.clients.terminal.conversation import (
     HELP,
     Command,
@@ -33,10 +40,10 @@ from expertd.clients.terminal.fit import columns, wrapped
 from expertd.clients.terminal.glance import percent
 from expertd.clients.terminal.rates import rates
 from expertd.protocol.config import read_config
-from expertd.protocol.errors import ExpertdError
+from expertd.protocol.errors import ExpertdError, PathInvalid
 from expertd.protocol.messages import AskStatus, Status
 from expertd.protocol.model_names import shown_name
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
 
@@ -46,6 +53,7 @@ STATUS_S = 2.0
 
 @click.command()
 @click.argument("model", shell_complete=complete_model)
+@model_folder_option
 @click.option("--system", default="", metavar="WORDS", help="What the model is told before all else.")
 @click.option(
     "--max-tokens",
@@ -68,6 +76,7 @@ def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: 
     \"\"\", or each but the last with \\ at its end.  The first answer that fails ends it.  Exits with 2 if a line was a
     command that there is not, with 1 if the chat could not be saved.
     """
+    take_any_bytes()
     config = read_config(Home.current(), **flags)
     folder = find_or_pull(model)  # before mlx is imported, which takes a second
     import expertd
@@ -87,31 +96,6 @@ def chat(model: str, system: str, max_tokens: int, budget: str | None, **flags: 
         expertd.unload(loaded)
     if talk.failed_commands and not on_terminal:
         sys.exit(talk.failed_commands[0])
-
-
-class _Stop:
-    """Whether the user wants an answer to stop.  Called, it tells."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def __call__(self) -> bool:
-        return self.wanted
-
-    @contextmanager
-    def on_interrupt(self) -> Iterator[None]:
-        """In the block Ctrl-C asks for a stop, at the next token or piece of the prompt; once more, it interrupts."""
-
-        def interrupted(*_: object) -> None:
-            if self.wanted:
-                raise KeyboardInterrupt
-            self.wanted = True
-
-        before = signal.signal(signal.SIGINT, interrupted)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 class _Talk:
@@ -140,15 +124,17 @@ class _Talk:
             ExpertdError: there is no answer, or none any more; then it is as if ``text`` had not been asked.
             KeyboardInterrupt: Ctrl-C came again before the answer stopped; likewise.
         """
+        from expertd.worker.answers import check_text
         from expertd.worker.load import session_of
         from expertd.worker.template import encode_chat
 
         self.said.ask(text)
-        stop, pieces, last = _Stop(), [], None
+        stop, pieces, last = Stop(), [], None
         try:
+            check_text(self.said.messages)
             prompt = encode_chat(self._tokenizer, self.said.messages)
             self._status.before()
-            with stop.on_interrupt():
+            with stop.on(signal.SIGINT):
                 for last in self._turns.answer(prompt, self._max_tokens, self._temperature, stop):
                     pieces.append(printable(last.text))
                     show(pieces[-1])
@@ -323,10 +309,10 @@ def _obey(talk: _Talk, command: Command) -> bool:
         case "system":
             click.echo(talk.said.system or "The model is told nothing.")
         case "save" if command.rest:
-            path = Path(command.rest).expanduser()
             try:
+                path = expanded(command.rest)
                 talk.said.save(path, talk.name)
-            except SaveFailed as error:
+            except (SaveFailed, PathInvalid) as error:
                 click.echo(f"expertd: {error}", err=True)
                 talk.failed_commands.append(ExpertdError.exit_status)
             else:

@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +23,14 @@ from typing import TYPE_CHECKING
 import click
 
 from expertd.clients.cli.parameters import json_option
-from expertd.protocol.errors import ConfigInvalid, DaemonNotRunning, ExpertdError, HomeError
+from expertd.protocol.errors import ConfigInvalid, DaemonNotRunning, ExpertdError, HomeError, ServiceManagerMissing
 from expertd.protocol.messages import Status
 from expertd.protocol.paths import Home
 
 if TYPE_CHECKING:
     from expertd.clients.doctor import Finding, Surroundings
-    from expertd.clients.doctor.surroundings import Budget, DiskSpeed, Space
+    from expertd.clients.doctor.surroundings import AgentFile, Budget, DiskSpeed, Space
+    from expertd.launchd.manager import Manager
 
 ALIAS_S = 60.0
 TRIED = 64 << 20
@@ -111,6 +114,7 @@ def surroundings() -> Surroundings:
         alive=alive,
         status=functools.cache(lambda: status(home)),
         owner=lambda: owner(home),
+        agents=lambda: agents(home, os.environ),
         service_variable=service_variable,
     )
 
@@ -234,6 +238,24 @@ def owner(home: Home) -> int | None:
     from expertd.protocol.rendezvous import lock_holder
 
     return lock_holder(home)
+
+
+def agents(home: Home, environment: Mapping[str, str], manager: Manager | None = None) -> tuple[AgentFile, ...]:
+    """The agents of the home's service, by ``manager`` or else the one of this machine; none if it has none."""
+    from expertd.clients.doctor.surroundings import AgentFile
+    from expertd.launchd.agent import daemon_agent, gateway_agent
+    from expertd.launchd.manager import system_manager
+    from expertd.protocol.service import Gateway
+
+    try:
+        manager = manager or system_manager()
+    except ServiceManagerMissing:
+        return ()
+    found = []
+    for agent in (daemon_agent(home, "", environment), gateway_agent(home, "", environment, Gateway((), "", 0))):
+        lines = [manager.render(one).splitlines() for one in (agent, replace(agent, environment={}))]
+        found.append(AgentFile(agent.name, manager.file(agent), frozenset(lines[0]) - frozenset(lines[1])))
+    return tuple(found)
 
 
 def service_variable(name: str) -> str | None:

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull
+from expertd.clients.cli.parameters import (
+    budget_option,
+    complete_model,
+    config_option,
+    find_or_pull,
+    model_folder_option,
+)
+from expertd.clients.cli.wrap import take_any_bytes
 from expertd.protocol.config import read_config
 from expertd.protocol.paths import Home
 
@@ -15,6 +22,7 @@ from expertd.protocol.paths import Home
 @click.command()
 @click.argument("model", shell_complete=complete_model)
 @click.argument("prompt")
+@model_folder_option
 @config_option("generate_max_tokens")
 @config_option("generate_temperature")
 @config_option("generate_kv_bits")
@@ -25,6 +33,7 @@ def generate(model: str, prompt: str, raw: bool, budget: str | None, **flags: An
 
     MODEL is a checkpoint's folder, or the name of one, as an id of the hub ('expertd models' lists what is here).
     """
+    take_any_bytes()
     config = read_config(Home.current(), **flags)
     max_tokens, temperature = config.generate_max_tokens.value, config.generate_temperature.value
     kv_bits = config.generate_kv_bits.value

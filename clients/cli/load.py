@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, complete_model
+from expertd.clients.cli.parameters import budget_option, complete_model, model_folder_option
 from expertd.clients.cli.progress import Progress
 from expertd.clients.client import Block, Client
 from expertd.protocol.errors import CheckpointError, DaemonNotRunning, ModelNotLoaded
@@ -25,6 +25,7 @@ _POLL_S = 0.1
 
 @click.command()
 @click.argument("model", shell_complete=complete_model)
+@model_folder_option
 @budget_option
 def load(model: str, budget: str | None) -> None:
     """Read the experts of MODEL (a checkpoint's folder or name) into free memory, those first that are used most.
@@ -48,10 +49,16 @@ def status_of(client: Client, folder: Path, key: str | None = None) -> ModelStat
     Raises:
         ModelNotLoaded: nothing.
     """
-    for model in reversed(client.status().models):
+    models = client.status().models
+    for model in reversed(models):
         if model.path == str(folder) and key in (None, model.id):
             return model
-    raise ModelNotLoaded(f"the daemon holds nothing of {folder}; something else took its memory")
+    held = ", ".join(shown_name(model.path) for model in models) or "no model"
+    name = shown_path(str(folder))
+    raise ModelNotLoaded(
+        f"the daemon holds nothing of {name} now (it holds {held}); a program that uses it brings it, or: "
+        f"expertd load {name}"
+    )
 
 
 def show_resident(model: ModelStatus) -> str:

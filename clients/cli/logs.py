@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,9 @@ from expertd.protocol.errors import ExpertdError
 from expertd.protocol.logs import split_facts
 from expertd.protocol.paths import Home
 
+DAEMON = ("daemon.log",)
+GATEWAYS = ("gateway-*.log", "service-gateway.log")
+"""The second one has what a service's gateway said that died before it had a log of its own."""
 FOLLOW_S = 0.25
 """How often ``-f`` looks for more."""
 
@@ -47,21 +51,31 @@ def logs(follow: bool, count: int, daemon: bool, gateway: bool, worker: int | No
     """Show what daemon, gateways and workers have done, the newest last; of all of them, if none is chosen.
 
     Each has a file in the folder 'log' of the home: daemon.log, gateway-PID.log, worker-PID.log, and older ones
-    that end in .1, .2 and so on.  No daemon has to run.  Exits with 1 if there is nothing to show.
+    that end in .1, .2 and so on; and service-gateway.log the last words of a gateway that the service keeps.  No daemon
+    has to run.  Exits with 1 if there is nothing to show.
     """
     home = Home.current()
     home.check()
-    patterns = [*(["daemon.log"] if daemon else []), *(["gateway-*.log"] if gateway else [])]
+    patterns = [*(DAEMON if daemon else ()), *(GATEWAYS if gateway else ())]
     patterns += [] if worker is None else [f"worker-{worker}.log"]
-    chosen = patterns or ["daemon.log", "gateway-*.log", "worker-*.log"]
-    with contextlib.suppress(KeyboardInterrupt), Tails(home.log, chosen) as tails:
+    chosen = patterns or [*DAEMON, *GATEWAYS, "worker-*.log"]
+    if not show_logs(home.log, chosen, count, follow, as_json) and count:
+        raise ExpertdError(f"nothing is written in {home.log} of {', '.join(chosen)}")
+
+
+def show_logs(folder: Path, patterns: Iterable[str], count: int, follow: bool, as_json: bool) -> bool:
+    """Print the last ``count`` events of the files that fit ``patterns``, and with ``follow`` what comes, until Ctrl-C.
+
+    Returns:
+        Whether there was one, or one was waited for.
+    """
+    with contextlib.suppress(KeyboardInterrupt), Tails(folder, patterns) as tails:
         shown = last(tails.history(), count)
         _show(shown, as_json)
-        if not shown and not follow and count:
-            raise ExpertdError(f"nothing is written in {home.log} of {', '.join(chosen)}")
         while follow:
             time.sleep(FOLLOW_S)
             _show(tails.news(), as_json)
+    return bool(shown) or follow
 
 
 def _show(shown: Iterable[Event], as_json: bool) -> None:
@@ -98,14 +112,15 @@ class Event:
 
 
 def events(lines: Iterable[str], at: str = "") -> Iterator[Event]:
-    """Lines of one log as events; what has no time belongs to what came before (``at``, if nothing did)."""
+    """Lines of one log as events; what has no time belongs to what came before, or if nothing did happened ``at``."""
     text: list[str] = []
+    timed = False
     for line in lines:
         began = _began(line)
-        if began is not None:
+        if began is not None or not timed:
             if text:
                 yield Event(at, "\n".join(text))
-            at, text = began, []
+            at, text, timed = began or at, [], timed or began is not None
         text.append(line)
     if text:
         yield Event(at, "\n".join(text))
@@ -147,7 +162,9 @@ class Tails:
         for path in self._paths():
             older = [line for old in _older(path) for line in _lines(old.read_bytes())]
             self._open[path] = tail = _Tail(path)
-            found.append(events([*older, *tail.more()]))
+            lines = [*older, *tail.more()]
+            timeless = lines and not any(map(_began, lines))
+            found.append(events(lines, _written(path) if timeless else ""))
         return found
 
     def news(self) -> list[Event]:
@@ -167,6 +184,14 @@ class Tails:
 
     def _paths(self) -> list[Path]:
         return sorted({path for pattern in self._patterns for path in self._folder.glob(pattern)})
+
+
+def _written(path: Path) -> str:
+    """When a file was written last, as ``_began`` tells times."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "milliseconds")
+    except FileNotFoundError:
+        return ""
 
 
 def _older(path: Path) -> list[Path]:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.clients.cli.parameters import json_option
+from expertd.clients.cli.parameters import json_option, model_folder_option
 from expertd.protocol.config import read_config
 from expertd.protocol.errors import ExpertdError, NotACheckpoint
 from expertd.protocol.model_names import HUB_CACHE, LM_STUDIO, KnownModel, known_models, models_in
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.sizes import show_size
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Row:
 @click.option(
     "--expect", is_flag=True, help="Reckon hits and tokens a second too, as 'expertd plan' does (seconds a model)."
 )
+@model_folder_option
 @json_option()
 def models(folders: Sequence[Path], expect: bool, as_json: bool) -> None:
     """List the models on this machine: what is in them, and whether expertd can serve them.
@@ -197,7 +198,7 @@ def _listed(home: Home, folders: Sequence[Path]) -> Iterator[KnownModel]:
 
 def _given(folders: Sequence[Path]) -> Iterator[KnownModel]:
     for folder in folders:
-        place = folder.expanduser().absolute()
+        place = expanded(folder).absolute()
         if not place.is_dir():
             raise NotACheckpoint(f"{folder} is no folder; give a model's folder, or one that has models in it")
         yield from models_in(place)
@@ -219,7 +220,7 @@ def _row(home: Home, facts: Facts, place: str, budget: int, expect: bool) -> Row
 
 
 def _short(place: str) -> str:
-    home = str(Path.home())
+    home = str(expanded("~"))
     return "~" + place[len(home) :] if place == home or place.startswith(home + "/") else place
 
 

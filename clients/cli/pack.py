@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from expertd.clients.cli.group import INTERRUPTED
-from expertd.clients.cli.parameters import complete_model, json_option
+from expertd.clients.cli.parameters import complete_model, json_option, model_folder_option
 from expertd.clients.cli.progress import Progress
 from expertd.protocol.errors import PackFailed, StoreInvalid
 from expertd.protocol.manifest import Manifest
@@ -37,6 +37,7 @@ Fill = Callable[[int, int, Sequence[memoryview]], None]
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
     help="Folder for the store; a link in the home leads to it.  [default: the folder 'packed' in the home]",
 )  # fmt: skip
+@model_folder_option
 @click.option("--verify", is_flag=True, help="Compare a store that exists with its checksums and the model.")
 @json_option()
 def pack(model: str, output: Path | None, verify: bool, as_json: bool) -> None:

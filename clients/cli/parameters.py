@@ -7,6 +7,7 @@ What a setting is called and what it may be is the table in ``expertd.protocol.c
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import click
 from expertd.protocol.config import KEYS
 from expertd.protocol.errors import ExpertdError, ModelIncomplete, ModelNotHere
 from expertd.protocol.model_names import find_model, hub_id
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.sizes import parse_budget, show_size
 
 if TYPE_CHECKING:
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def config_option(name: str, *, note: str = "", callback: Callable[..., Any] | None = None) -> Callable[[F], F]:
+def config_option(
+    name: str, *, note: str = "", callback: Callable[..., Any] | None = None, expose: bool = True
+) -> Callable[[F], F]:
     """The flag of a setting; what is not given is None, and ``read_config`` then looks elsewhere.
 
     Args:
         name: of ``KEYS``; the command's parameter has the same name.
         note: a few words before the help's full stop.
+        expose: whether it is a parameter of the command; else the callback does all, before others are looked at.
     """
     key = KEYS[name]
     help = key.help[0].upper() + key.help[1:].removesuffix(".") + f"{note}.  [default: {key.default_shown}]"
@@ -44,9 +48,12 @@ def config_option(name: str, *, note: str = "", callback: Callable[..., Any] | N
         kind = click.Path(dir_okay=False, resolve_path=True)
     several = isinstance(key.default, tuple)
     if several:
-        kind = click.Path(file_okay=False, resolve_path=True) if key.form == "FOLDER" else str
+        kind = str
         callback = callback or (lambda ctx, param, value: value or None)
-    return click.option(key.flag, name, type=kind, metavar=metavar, multiple=several, callback=callback, help=help)
+    return click.option(
+        key.flag, name, type=kind, metavar=metavar, multiple=several, callback=callback, help=help,
+        expose_value=expose, is_eager=not expose,
+    )  # fmt: skip
 
 
 def log_options(command: F) -> F:
@@ -78,6 +85,27 @@ def _checked_and_told(ctx: click.Context, param: click.Parameter, budget: str | 
         )
     return budget
 
+
+def _look_there(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
+    """While the command runs, it and what it starts look for models by name in these folders instead of others."""
+    if not given or ctx.resilient_parsing:
+        return
+    folders = [expanded(folder).absolute() for folder in given]
+    for folder in folders:
+        if not folder.is_dir():
+            raise click.BadParameter(f"{folder} is no folder")
+        if os.pathsep in str(folder):
+            raise click.BadParameter(f"{folder} has a {os.pathsep!r} in its name; write it into config.toml")
+    name = KEYS["model_folders"].variable
+    before = os.environ.get(name)
+    os.environ[name] = os.pathsep.join(map(str, folders))
+    ctx.call_on_close(lambda: os.environ.pop(name) if before is None else os.environ.update({name: before}))
+
+
+model_folder_option = config_option(
+    "model_folders", note="; may be given several times", callback=_look_there, expose=False
+)
+"""Of commands that take a MODEL by its name."""
 
 budget_option = config_option("budget", note="; if this starts a daemon", callback=_checked_and_told)
 worker_budget_option = config_option("budget", note="; if this starts a daemon", callback=_checked)

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from expertd.clients.cli.load import status_of
-from expertd.clients.cli.parameters import complete_loaded, complete_profile
+from expertd.clients.cli.parameters import complete_loaded, complete_profile, model_folder_option
 from expertd.clients.client import Block, Client
 from expertd.protocol.errors import ModelNotLoaded, ProfileInvalid
 from expertd.protocol.messages import ModelStatus
@@ -34,6 +34,7 @@ MOST = 50
     "--share", default=10, show_default=True, type=click.IntRange(1, MOST), metavar="PERCENT",
     help="Of the model's memory, at most so much.",
 )  # fmt: skip
+@model_folder_option
 @click.option("--none", "ends", is_flag=True, help="Nothing need stay any longer.")
 def pin(model: str, names: tuple[str, ...], share: int, ends: bool) -> None:
     """Pin the experts of MODEL that are in use everywhere: by half of the prompts of each profile, or more.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expertd.clients.cli.parameters import complete_model, json_option
+from expertd.clients.cli.parameters import complete_model, json_option, model_folder_option
 from expertd.protocol.errors import (
     DaemonNotRunning,
     ExpertdError,
@@ -88,6 +88,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> 
     help="Recorded routing of this model ('expertd trace record').  [default: the newest in 'traces' in the home]",
 )  # fmt: skip
 @click.option("--measure", is_flag=True, help="Let the model generate a little first, to see how fast it computes.")
+@model_folder_option
 @json_option()
 def plan(
     model: str, ram: int | None, sizes: tuple[int, ...], context: int, trace: Path | None, measure: bool,
@@ -134,7 +135,7 @@ def reckon(
     from expertd.daemon.machine import Machine, default_budget, reserves, this_machine
 
     home.check()
-    folder = model.expanduser().resolve()
+    folder = model.resolve()
     shape = read_shape(folder, home.packed)
     if measure:
         _generate(home, shape)
@@ -160,7 +161,7 @@ def reckon(
         return sum(pool.layout.slots for pool in plan_pools(shape.manifest, experts))
 
     points = {slots: curve(slots) for slots in _shown(list(dict.fromkeys(map(slots_of, wanted))))}
-    made = make_plan(shape, wanted, slots_of, memory.room + base, points.__getitem__, computing, disk, fetch_s)
+    made = make_plan(shape, wanted, slots_of, max(0, memory.left + base), points.__getitem__, computing, disk, fetch_s)
     return Reckoned(shape, memory, auto, context, hits_source, computing, disk, fetch_s, made)
 
 

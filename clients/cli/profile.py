@@ -6,20 +6,25 @@ brought in is ``expertd warm``, having those stay that everything uses ``expertd
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from expertd.clients.cli.group import Group
-from expertd.clients.cli.parameters import budget_option, complete_model, complete_profile, json_option
-from expertd.protocol.errors import ProfileInvalid
+from expertd.clients.cli.parameters import (
+    budget_option,
+    complete_model,
+    complete_profile,
+    json_option,
+    model_folder_option,
+)
+from expertd.clients.cli.signals import ENDS, Stop
+from expertd.protocol.errors import CheckpointError, ProfileInvalid
 from expertd.protocol.model_names import find_model, shown_name, shown_path
 from expertd.protocol.paths import Home
 from expertd.protocol.profiles import (
@@ -62,6 +67,7 @@ def profile() -> None:
 )
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without the model's chat template.")
 @_replace
+@model_folder_option
 @budget_option
 def record(
     name: str, model: str | None, prompts: Path | None, traces: tuple[Path, ...], seconds: float | None,
@@ -71,7 +77,8 @@ def record(
 
     MODEL is a checkpoint's folder or name; without it, it is the one that is loaded.
 
-    Without --prompts or --trace it watches the live traffic of every process that uses the model, until Ctrl-C.
+    Without --prompts or --trace it watches the live traffic of every process that uses the model, until Ctrl-C (or
+    SIGTERM).  Only if it is killed outright does the daemon go on recording; 'expertd trace stop' ends that.
     """
     if (prompts is not None) + bool(traces) + (seconds is not None) > 1:
         raise click.UsageError("give one of --prompts, --trace and --seconds")
@@ -157,6 +164,7 @@ def show(name: str, as_json: bool) -> None:
 @click.argument("model", shell_complete=complete_model)
 @click.argument("name", required=False, shell_complete=complete_profile)
 @click.option("--none", "ends", is_flag=True, help="Use no profile any more.")
+@model_folder_option
 def use(model: str, name: str | None, ends: bool) -> None:
     """Have MODEL use the profile NAME from now on.
 
@@ -165,7 +173,13 @@ def use(model: str, name: str | None, ends: bool) -> None:
     """
     if (name is None) != ends:
         raise click.UsageError("give the NAME of a profile, or --none")
-    home, folder = Home.current(), find_model(model)
+    home = Home.current()
+    try:
+        folder = find_model(model)
+    except CheckpointError:
+        if model in profile_names(home):
+            raise click.UsageError(f"{model} is a profile; the model comes first: profile use MODEL {model}") from None
+        raise
     if name is None:
         use_profile(home, str(folder), None)
         click.echo(f"{shown_name(folder)} uses no profile")
@@ -269,27 +283,21 @@ def _watched(home: Home, folder: Path, seconds: float | None) -> tuple[list[Trac
     from expertd.protocol.rendezvous import connect
     from expertd.protocol.traces import read_trace
 
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="expertd-profile-") as scratch:
+    began, stop = time.monotonic(), Stop()
+    # Whatever ends this, the daemon has to be told, or it would record for good.
+    with tempfile.TemporaryDirectory(prefix="expertd-profile-") as scratch, stop.on(*ENDS):
         with connect(home, "cli") as connection:
             connection.ask(StartTrace(folder=scratch), TraceStarted)
             try:
                 end = "" if seconds is not None else "; Ctrl-C ends it"
                 click.echo(f"watching what uses {shown_name(folder)}{end}", err=True)
-                with _until_interrupted():
-                    while seconds is None or time.monotonic() < began + seconds:
-                        time.sleep(0.1)
+                while not stop.wanted and (seconds is None or time.monotonic() < began + seconds):
+                    time.sleep(0.1)
             finally:
                 ended = connection.ask(StopTrace(), TraceStopped, timeout_s=TRACE_END_S).ended
         paths = [Path(each.path) for each in ended if each.tokens and Path(each.path).exists()]
         found = [trace for trace in map(read_trace, paths) if trace.info.model == shown_name(folder)]
     return found, f"{round(time.monotonic() - began)} s of live traffic"
-
-
-@contextlib.contextmanager
-def _until_interrupted() -> Iterator[None]:
-    with contextlib.suppress(KeyboardInterrupt):
-        yield
 
 
 def _summary(name: str, found: Profile) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import click
 
 from expertd.clients.cli.parameters import json_option
 from expertd.clients.cli.progress import Progress
+from expertd.clients.cli.signals import ENDS, on_signals
 from expertd.protocol.model_names import hub_id
 from expertd.protocol.sizes import show_size
 
@@ -90,7 +90,7 @@ def fetch(found: HubModel) -> Path:
 
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """Have Ctrl-C and SIGTERM set the event, and end the process at the second time."""
+    """Have what ends a command set the event, and end the process at the second time."""
     cancelled = threading.Event()
 
     def cancel(number: int, frame: object) -> None:
@@ -99,9 +99,5 @@ def _signals() -> Iterator[threading.Event]:
         cancelled.set()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals(cancel, *ENDS):
         yield cancelled
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, complete_model, config_option, find_or_pull, log_options
+from expertd.clients.cli.parameters import (
+    budget_option,
+    complete_model,
+    config_option,
+    find_or_pull,
+    log_options,
+    model_folder_option,
+)
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.config import KEYS, NOT_QUANTIZED, Config, read_config
 from expertd.protocol.errors import ExpertdError
@@ -51,6 +58,7 @@ pin_option = click.option(
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True, shell_complete=complete_model)
+@model_folder_option
 @config_option("serve_port")
 @config_option("serve_host")
 @config_option("serve_api_key_file")
@@ -87,7 +95,7 @@ def serve(models: tuple[str, ...], service: bool, **options: Any) -> None:
     with counted(home, "gateway") as may_start:
         if may_start:
             return _serve(models, **options)
-    click.echo(f"expertd: {why_refused(home, 'gateway', home.service_gateway_log)}", err=True)
+    click.echo(f"expertd: {why_refused(home, 'gateway')}", err=True)
     return None
 
 

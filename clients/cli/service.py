@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ import msgspec
 
 from expertd.clients.cli.parameters import json_option
 from expertd.clients.cli.serve import alias_option, named_models, pin_option
-from expertd.protocol.config import KEYS, Source, read_config, variable
+from expertd.protocol.config import KEYS, read_config, variable
 from expertd.protocol.connection import Connection, package_version
 from expertd.protocol.errors import DaemonNotRunning, ProtocolMismatch, ServiceFailed, ServiceNotInstalled
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded, lasting
 from expertd.protocol.quick_deaths import why_refused
+from expertd.protocol.rendezvous import last_words
 from expertd.protocol.service import FORMAT, Gateway, Service, read_service
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 HOST, PORT = "127.0.0.1", 8080
 ANSWER_S = 20.0
 """So long a daemon has to answer that the manager has started."""
-TAIL_BYTES = 1 << 20
 LOOK_S = 0.25
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
@@ -74,8 +74,9 @@ def install(
     expertd service install                     the daemon
     expertd service install --gateway MODEL...  an OpenAI API over models too
 
-    What is not named stays as it is.  EXPERTD_HOME, HF_HOME and [serve] of config.toml are taken over as they are now;
-    what the daemon should be started with is read from config.toml at each start: see 'expertd config show'.
+    What is not named stays as it is.  EXPERTD_HOME, the hub's cache (HF_HOME and so on) and [serve] of config.toml are
+    taken over as they are now; what the daemon should be started with is read from config.toml at each start: see
+    'expertd config show'.
     """
     home = Home.current()
     if not dry_run:
@@ -172,29 +173,22 @@ def status(as_json: bool) -> None:
 @service.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option(
-    "-n", "--lines", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="How many lines to show."
+    "-n", "--lines", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="Show the last N events."
 )
 @click.option("--gateway", is_flag=True, help="The gateway's log, not the daemon's.")
 @json_option("Print one JSON object for each event.")
 def logs(follow: bool, lines: int, gateway: bool, as_json: bool) -> None:
-    """Show the end of the daemon's log."""
+    """Show the end of the daemon's log.
+
+    It is what 'expertd logs --daemon' shows, or with --gateway 'expertd logs --gateway'.
+    """
+    from expertd.clients.cli.logs import DAEMON, GATEWAYS, show_logs
+
     home = Home.current()
     home.check()
-    path = home.service_gateway_log if gateway else home.daemon_log
-    if not path.exists() and not follow:
+    if not show_logs(home.log, GATEWAYS if gateway else DAEMON, lines, follow, as_json) and lines:
         name = "gateway" if gateway else "daemon"
-        raise ServiceNotInstalled(f"there is no log of a {name} yet ({path}); it begins when one is started")
-    from expertd.clients.cli.logs import events
-
-    try:
-        for text in tail(path, lines, follow):
-            if as_json:
-                for event in events(text.splitlines()):
-                    click.echo(event.as_json())
-            else:
-                click.echo(text, nl=False)
-    except KeyboardInterrupt:
-        return
+        raise ServiceNotInstalled(f"there is no log of a {name} yet in {home.log}; it begins when one is started")
 
 
 # -- one home's service ------------------------------------------------------------------------------------------------
@@ -218,14 +212,13 @@ class _Site:
             ServiceManagerMissing: there is no manager, or it does not answer.
         """
         from expertd.launchd import manager as managers
-        from expertd.launchd.agent import daemon_agent, gateway_agent, lasting
+        from expertd.launchd.agent import daemon_agent, gateway_agent
         from expertd.launchd.installer import Installer
 
         manager = managers.system_manager()
         installer = Installer(home, manager)
         installer.check()
         python = lasting(sys.executable)
-        python = python if Path(python).exists() else sys.executable
         daemon = daemon_agent(home, python, os.environ)
         served = gateway_agent(home, python, os.environ, gateway or Gateway((), HOST, PORT))
         wanted = (daemon, served) if gateway is not None else (daemon,)
@@ -298,10 +291,9 @@ def _await_daemon(site: _Site) -> int:
             if time.monotonic() > deadline:
                 break
             time.sleep(LOOK_S)
-    last = list(tail(site.home.daemon_log, 1, False))
-    said = f" (its last words: {last[-1].strip()})" if last else ""
     raise ServiceFailed(
-        f"the service is installed, but its daemon does not answer{said}; put that right, then: expertd service start"
+        "the service is installed, but its daemon does not answer (its last words: "
+        f"{last_words(site.home)}); put that right, then: expertd service start"
     )
 
 
@@ -327,7 +319,7 @@ def _gateway(
                 "--port, --host, --alias and --pin are a gateway's: use them with --gateway MODEL"
             )
         return None
-    config = read_config(Home.current())
+    config = read_config(Home.current(), environment={})  # a variable of this shell is none of the service's
     had = before or Gateway((), config.serve_host.value, config.serve_port.value or PORT)
     if models:
         named_models(models, aliases, pins)
@@ -337,9 +329,7 @@ def _gateway(
     elif aliases or pins:
         raise click.UsageError("--alias and --pin are of models: name these after --gateway, too")
     wished_gateway = msgspec.structs.replace(had, host=host or had.host, port=port or had.port)
-    # A variable of this shell is none of the service's.
-    keys = config.serve_api_key_file
-    check_exposure(wished_gateway.host, keys.value is not None and keys.source is Source.FILE)
+    check_exposure(wished_gateway.host, config.serve_api_key_file.value is not None)
     return wished_gateway
 
 
@@ -350,13 +340,13 @@ def _lasting_alias(alias: str) -> str:
 
 def _lasting_name(model: str) -> str:
     """What a service should call ``model``: an id of the hub as it is, to find the newest; a folder in full."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return str(path.absolute()) if path.exists() else model
 
 
 def _note_variables() -> None:
     """Say which settings of this shell the service does not get."""
-    lost = [variable(key) for key in KEYS if os.environ.get(variable(key))]
+    lost = [variable(name) for name, key in KEYS.items() if key.section != "generate" and os.environ.get(key.variable)]
     if lost:
         click.echo(
             f"expertd: {', '.join(lost)}: set in this shell, not for the service; write it into config.toml", err=True
@@ -387,7 +377,7 @@ def as_object(site: _Site, situation: Situation) -> dict[str, Any]:
                 "loaded": found.loaded,
                 "pid": found.pid,
                 "last_status": found.last_status,
-                "given_up": why_refused(site.home, agent.name, agent.log) or None,
+                "given_up": why_refused(site.home, agent.name) or None,
                 "log": str(agent.log),
             }
         )
@@ -445,31 +435,3 @@ def _state(agent: dict[str, Any], found: dict[str, Any]) -> str:
 def _url(gateway: Gateway) -> str:
     host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
     return f"http://{host}:{gateway.port}/v1"
-
-
-def tail(path: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The last lines of a log, and with ``follow`` what comes after them, in a file that takes its place too."""
-    position, inode = 0, -1
-    while True:
-        try:
-            with path.open("rb") as file:
-                state = os.fstat(file.fileno())
-                if inode == -1:
-                    file.seek(max(0, state.st_size - TAIL_BYTES))
-                    text = b"".join(_last_lines(file.read(), lines))
-                else:
-                    file.seek(position if state.st_ino == inode and state.st_size >= position else 0)
-                    text = file.read()
-                position, inode = file.tell(), state.st_ino
-        except FileNotFoundError:
-            text = b""
-            inode = 0 if inode == -1 else inode  # all of what comes is new
-        if text:
-            yield text.decode(errors="replace")
-        if not follow:
-            return
-        time.sleep(LOOK_S)
-
-
-def _last_lines(content: bytes, lines: int) -> Sequence[bytes]:
-    return content.splitlines(keepends=True)[-lines:] if lines else []

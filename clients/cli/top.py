@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from expertd.clients.cli.signals import on_signals
 from expertd.clients.terminal.heat import LEVELS, PLAIN_LEVELS
 from expertd.clients.terminal.programs import programs
 from expertd.clients.terminal.rates import Rates, Window
@@ -206,13 +207,12 @@ def keys() -> Iterator[Wait]:
     def ended(*_: object) -> None:
         raise SystemExit(128 + signal.SIGTERM)
 
-    handler = signal.signal(signal.SIGTERM, ended)
     before = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-    try:
-        if before is not None:
-            tty.setcbreak(sys.stdin)
-        yield wait
-    finally:
-        if before is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGTERM, handler)
+    with on_signals(ended, signal.SIGTERM):
+        try:
+            if before is not None:
+                tty.setcbreak(sys.stdin)
+            yield wait
+        finally:
+            if before is not None:
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

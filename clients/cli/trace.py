@@ -12,11 +12,11 @@ import click
 import msgspec
 
 from expertd.clients.cli.group import INTERRUPTED, Group
-from expertd.clients.cli.parameters import budget_option, complete_model, json_option
+from expertd.clients.cli.parameters import budget_option, complete_model, json_option, model_folder_option
 from expertd.clients.terminal.fit import folded, width_of
 from expertd.protocol.messages import StartTrace, StopTrace, TraceStarted, TraceStopped
 from expertd.protocol.model_names import find_model
-from expertd.protocol.paths import Home
+from expertd.protocol.paths import Home, expanded
 from expertd.protocol.rendezvous import connect
 from expertd.protocol.sizes import show_size
 from expertd.protocol.traces import Trace, TraceInfo, check_new, part_of, read_trace
@@ -56,6 +56,7 @@ def trace() -> None:
 )
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without the model's chat template.")
 @click.option("--scores/--no-scores", default=True, show_default=True, help="Keep the router's scores, too.")
+@model_folder_option
 @budget_option
 def record(
     model: str, prompts: Path, output: Path, max_tokens: int, temperature: float, seed: int, parallel: int, raw: bool,
@@ -113,7 +114,7 @@ def start(output: Path | None) -> None:
 
     Exits with 3 if no daemon runs in this home.
     """
-    folder = (output or Path()).expanduser().resolve()
+    folder = expanded(output or Path()).resolve()
     if not folder.is_dir():
         raise click.BadParameter(f"{folder} is no folder; create it first", param_hint="--output")
     with connect(Home.current(), "cli") as connection:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from expertd.clients.cli.parameters import budget_option, complete_model, json_option
+from expertd.clients.cli.parameters import budget_option, complete_model, json_option, model_folder_option
 from expertd.protocol.checkpoint import weight_files
 from expertd.protocol.model_names import find_model
 from expertd.protocol.sizes import show_size
@@ -27,6 +27,7 @@ PROMPT_LENGTHS = (1, 7, 300)
     help="Greedy tokens to compare.",
 )
 @click.option("--by-layer", is_flag=True, help="Compare layer by layer even if two models fit in memory.")
+@model_folder_option
 @budget_option
 @json_option()
 def verify(model: str, tokens: int, by_layer: bool, budget: str | None, as_json: bool) -> None:

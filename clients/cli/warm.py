@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from expertd.clients.cli.load import filling, in_use, kept_open, show_resident, status_of
-from expertd.clients.cli.parameters import budget_option, complete_model, complete_profile
+from expertd.clients.cli.parameters import budget_option, complete_model, complete_profile, model_folder_option
 from expertd.clients.client import Client
 from expertd.protocol.model_names import find_model, shown_name
 from expertd.protocol.paths import Home
@@ -37,6 +37,7 @@ _file = click.Path(path_type=Path)
     help="Longest answer to each.",
 )
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without the model's chat template.")
+@model_folder_option
 @budget_option
 def warm(
     model: str, prompt: tuple[str, ...], prompts: Path | None, name: str | None, wait: bool, max_tokens: int, raw: bool,

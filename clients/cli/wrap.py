@@ -1,7 +1,8 @@
-"""Sentences in the width of the terminal."""
+"""Sentences in the width of the terminal, and bytes that are no text."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 import textwrap
@@ -23,6 +24,16 @@ def wrapped(head: str, text: str) -> list[str]:
         text, max(NARROWEST, width), initial_indent=head, subsequent_indent=" " * len(head),
         break_long_words=False, break_on_hyphens=False,
     ) or [head.rstrip()]  # fmt: skip
+
+
+def take_any_bytes() -> None:
+    """Read standard input, and write standard output, whatever the bytes are: what cannot use them says so.
+
+    To be called before anything is read.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
 
 
 def note(sentence: str) -> None:

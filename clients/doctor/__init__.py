@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from expertd.clients.doctor.findings import Finding, Verdict, note
-from expertd.clients.doctor.home import check_daemon, check_home, check_leftovers, check_service, check_settings
+from expertd.clients.doctor.home import check_daemon, check_home, check_leftovers, check_settings
 from expertd.clients.doctor.models import check_hub, check_lm_studio
-from expertd.clients.doctor.service import check_denied, check_environment
+from expertd.clients.doctor.service import check_denied, check_environment, check_service
 from expertd.clients.doctor.surroundings import Surroundings
 from expertd.clients.doctor.system import (
     check_alias,

@@ -47,7 +47,7 @@ def check_settings(at: Surroundings) -> Finding:
 
 
 def check_leftovers(at: Surroundings) -> Finding:
-    """Sockets, logs and unfinished files whose processes are gone."""
+    """Sockets and unfinished files whose processes are gone.  Logs of the dead stay on purpose (``protocol.logs``)."""
     found = leftovers(at)
     if not found:
         return ok("nothing is left behind in the home")
@@ -65,11 +65,10 @@ def leftovers(at: Surroundings) -> list[Path]:
     home, found = at.home, []
     if at.owner() is None:
         found += [path for path in (home.daemon_socket, home.lifeline_socket) if path.exists()]
-    for folder, pattern in ((home.run, r"gateway-(\d+)\.sock"), (home.log, r"worker-(\d+)\.log")):
-        for path in sorted(folder.glob("*")):
-            named = re.fullmatch(pattern, path.name)
-            if named is not None and not at.alive(int(named[1])):
-                found.append(path)
+    for path in sorted(home.run.glob("gateway-*.sock")):
+        named = re.fullmatch(r"gateway-(\d+)(-\d+)?\.sock", path.name)
+        if named is not None and not at.alive(int(named[1])):
+            found.append(path)
     return found + sorted(home.pace.glob("*.new"))
 
 
@@ -92,25 +91,6 @@ def check_daemon(at: Surroundings) -> Finding:
             "expertd daemon stop, when nobody uses it",
         )
     return ok(text)
-
-
-def service_files(at: Surroundings) -> list[Path]:
-    """What hands expertd to the system's service manager, if that was done."""
-    if at.mac:
-        return sorted((at.user / "Library" / "LaunchAgents").glob("*expertd*.plist"))
-    config = Path(at.environ.get("XDG_CONFIG_HOME") or at.user / ".config")
-    return sorted((config / "systemd" / "user").glob("*expertd*.service"))
-
-
-def check_service(at: Surroundings) -> Finding:
-    """Whether the service is installed."""
-    found = service_files(at)
-    if not found:
-        return ok("not installed; daemons start on demand and end when idle")
-    unreadable = [path for path in found if not os.access(path, os.R_OK)]
-    if unreadable:
-        return problem(f"{unreadable[0]} cannot be read", f"chmod u+r {shlex.quote(str(unreadable[0]))}")
-    return ok("installed: " + ", ".join(map(str, found)))
 
 
 def _size(path: Path) -> int:

@@ -7,34 +7,22 @@ from pathlib import Path
 
 from expertd.clients.doctor.findings import Finding, note, ok
 from expertd.clients.doctor.surroundings import Surroundings
+from expertd.protocol.model_names import hub_cache
+from expertd.protocol.shown import lm_studio_folders
 
 LARGE = 32 << 20
 """Bytes of a file that is worth measuring."""
 
 
-def hub_cache(at: Surroundings) -> tuple[Path, str]:
-    """The hub's cache folder, as ``huggingface_hub`` finds it, and the variable that says so (empty for none)."""
-    for name, below in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")):
-        if at.environ.get(name):
-            return Path(at.environ[name]).expanduser() / below, name
-    return at.user / ".cache" / "huggingface" / "hub", ""
-
-
 def lm_studio_folder(at: Surroundings) -> Path:
-    """LM Studio's folder of models: where its pointer leads, else the one of the version that is installed."""
-    pointer = at.user / ".lmstudio-home-pointer"
-    try:
-        return Path(pointer.read_text(encoding="utf-8").strip()) / "models"
-    except (OSError, UnicodeDecodeError):
-        pass  # most have none
-    older = at.user / ".cache" / "lm-studio" / "models"
-    newer = at.user / ".lmstudio" / "models"
-    return older if older.is_dir() and not newer.is_dir() else newer
+    """LM Studio's folder of models: the first that is there, else where it would be."""
+    folders = [Path(folder) for folder in lm_studio_folders(str(at.user))]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def check_hub(at: Surroundings) -> Finding:
     """Where the hub's cache is."""
-    folder, variable = hub_cache(at)
+    folder, variable = hub_cache(at.environ, at.user)
     return _checked(folder, f" ({variable})" if variable else "", "models--*", "the hub's cache")
 
 
@@ -66,7 +54,7 @@ def weights(at: Surroundings) -> list[Path]:
     for folder in known_models(at):
         found += sorted(folder.glob("*.safetensors"))
     found += sorted(at.home.packed.glob("*.packed"))
-    found += sorted(hub_cache(at)[0].glob("models--*/snapshots/*/*.safetensors"))
+    found += sorted(hub_cache(at.environ, at.user)[0].glob("models--*/snapshots/*/*.safetensors"))
     found += sorted(lm_studio_folder(at).glob("*/*/*.safetensors"))
     return [path for path in found if _size(path) >= LARGE]
 

@@ -36,6 +36,21 @@ class DiskSpeed:
     path: Path
 
 
+@dataclass(frozen=True)
+class AgentFile:
+    """The definition of one of the service's agents.
+
+    Attributes:
+        name: ``daemon`` or ``gateway``.
+        path: where it is, or would be.
+        variables: the lines that an installation would write into it now of what this shell says.
+    """
+
+    name: str
+    path: Path
+    variables: frozenset[bytes]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
     """A machine and a user.
@@ -58,6 +73,7 @@ class Surroundings:
         alive: whether a process runs.
         status: what the home's daemon says, None if none runs.
         owner: process id of the daemon that owns the home, 0 if unknown, None if none lives.
+        agents: of the home's service, installed or not; none where there is no service manager.
         service_variable: the value that a service sees of a variable, empty for none; None if nobody can tell.
     """
 
@@ -80,6 +96,7 @@ class Surroundings:
     alive: Callable[[int], bool]
     status: Callable[[], Status | None]
     owner: Callable[[], int | None]
+    agents: Callable[[], tuple[AgentFile, ...]]
     service_variable: Callable[[str], str | None]
 
     @property

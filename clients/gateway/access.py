@@ -60,7 +60,7 @@ class Access:
             KeyFileInvalid: there is no telling, because the file of keys cannot be used.
         """
         self._check_host(request.headers.get("Host", ""))
-        self._check_origin(request.headers.get("Origin", ""))
+        self._check_origin(request.headers.get("Origin", ""), request.headers.get("Host", ""))
         if self._keys is None or request.path in OPEN_PATHS:
             return None
         secret = given_key(request.headers)
@@ -86,7 +86,7 @@ class Access:
         if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
             return None
         self._check_host(request.headers.get("Host", ""))
-        self._check_origin(request.headers.get("Origin", ""))
+        self._check_origin(request.headers.get("Origin", ""), request.headers.get("Host", ""))
         if request.headers.get("Origin") not in self._origins:
             return None
         headers = {"Access-Control-Allow-Methods": METHODS, "Access-Control-Max-Age": str(PREFLIGHT_S)}
@@ -113,21 +113,29 @@ class Access:
             "or start the gateway with --allow-host"
         )
 
-    def _check_origin(self, header: str) -> None:
+    def _check_origin(self, header: str, called: str) -> None:
         """Refuse what a page of another site sends: it cannot read an answer, but it could have one computed.
 
-        ``null`` is what a frame in a sandbox is, of any site, and a page out of a file.
+        ``null`` is what a frame in a sandbox is, of any site, and a page out of a file.  Another machine's address may
+        be anybody's, and so may another port of this one's: only what was ``called`` (the Host) is this gateway.
         """
         if not header or header in self._origins:
             return
-        try:
-            host = urlsplit(header).hostname or ""
-        except ValueError:
-            host = ""
-        if host not in self._hosts and not (self._any_address and _is_address(host)):
+        host, port = _site(header)
+        named = host in self._hosts and not _is_others(host)
+        if not named and (not host or (host, port) != _site(called, header.partition("://")[0])):
             raise RequestInvalid(
                 f"pages of '{header}' may not use this gateway; if they should, start it with --allow-origin"
             )
+
+
+def _site(header: str, scheme: str = "") -> tuple[str, int | None]:
+    """Host and port in an Origin, or in the Host of a request of ``scheme``."""
+    try:
+        parts = urlsplit(f"{scheme}://{header}" if scheme else header)
+        return parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return "", None
 
 
 def challenges(path: str) -> Mapping[str, str]:
@@ -142,3 +150,8 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_others(host: str) -> bool:
+    """Whether it is an address that other machines have, or may call."""
+    return _is_address(host) and not ipaddress.ip_address(host).is_loopback

@@ -12,24 +12,19 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from expertd.clients.gateway.answers import Told, sse
-from expertd.clients.gateway.chat import function_of
+from expertd.clients.gateway.answers import Part, Told, sse
+from expertd.clients.gateway.conversation import Messages, call_of, json_of, kind_of, not_supported, text_of, texts
+from expertd.clients.gateway.fields import body_object, boolean, invalid, string, unsupported, whole, within
+from expertd.clients.gateway.tools import choose, entries, function_of
 from expertd.clients.gateway.wanted import (
     HOTTEST,
     Wanted,
-    body_object,
-    boolean,
-    choose,
-    invalid,
     json_schema,
     model_name,
     stops,
-    unsupported,
-    whole,
-    within,
 )
-from expertd.protocol.errors import ExpertdError, ParameterUnsupported
-from expertd.protocol.messages import Delta, Finished, Sampling, ToolCall
+from expertd.protocol.errors import ExpertdError
+from expertd.protocol.messages import Delta, Finished, Sampling
 
 __all__ = ["IGNORED", "PING", "Rendering", "error_body", "parse", "parse_count"]
 
@@ -60,6 +55,12 @@ _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
           413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _MODES = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
+_NAMES = {
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "enable_thinking": "thinking",
+}
+"""What this API calls parameters that have other names elsewhere."""
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -83,9 +84,12 @@ def parse_count(body: object) -> Wanted:
 
 
 def error_body(error: ExpertdError) -> dict[str, Any]:
-    """``error`` as Anthropic writes errors."""
+    """``error`` as Anthropic writes errors, which have no field for what of the request is at fault."""
+    message = error.message
+    if error.param is not None and error.param not in message:
+        message = f"{error.param}: {message}"
     kind = _KINDS.get(error.http_status, "api_error" if error.http_status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": f"{error.message} [{error.code}]"}}
+    return {"type": "error", "error": {"type": kind, "message": f"{message} [{error.code}]"}}
 
 
 def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
@@ -114,6 +118,7 @@ def _parse(body: Mapping[str, Any], max_tokens: int | None) -> Wanted:
         schema=_output_config(body.get("output_config")),
         stream=boolean(body, "stream"),
         include_usage=True,
+        names=_NAMES,
     )
 
 
@@ -166,9 +171,7 @@ def _effort(value: object) -> dict[str, Any]:
 
 def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal["auto", "required"], bool]:
     """The tools that may be called, whether one has to be, and whether several may be."""
-    if value is not None and not isinstance(value, list):
-        invalid("tools", "a list of tools")
-    tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(value or [])]
+    tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(entries(value))]
     if choice is None:
         return tools, "auto", True
     if not isinstance(choice, dict):
@@ -180,59 +183,28 @@ def _tools(value: object, choice: object) -> tuple[list[dict[str, Any]], Literal
     return *choose(tools, _MODES[kind], [choice.get("name")] if kind == "tool" else None), several
 
 
-def _tool(value: object, param: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        invalid(param, "an object with a name and an input_schema")
-    if value.get("type") not in (None, "custom"):
-        unsupported(param, f"is of type {value['type']!r}; only tools of your own are supported")
-    if not isinstance(value.get("input_schema"), dict):
+def _tool(tool: Mapping[str, Any], param: str) -> dict[str, Any]:
+    if tool.get("type") not in (None, "custom"):
+        unsupported(param, f"is of type {tool['type']!r}; only tools of your own are supported")
+    if not isinstance(tool.get("input_schema"), dict):
         invalid(f"{param}.input_schema", "an object, a JSON schema")
-    return {"type": "function", "function": function_of({**value, "parameters": value["input_schema"]}, param)}
+    return function_of(tool, param, schema="input_schema")
 
 
 # -- the conversation --------------------------------------------------------------------------------------------------
 
 
-def _system(value: object) -> list[dict[str, Any]]:
+def _system(value: object) -> Messages:
     if value is None:
         return []
-    text = BILLING.sub("", "\n".join(_texts(value, "system"))).strip("\n")
+    text = BILLING.sub("", "\n".join(texts(value, "system"))).strip("\n")
     return [{"role": "system", "content": text}] if text else []
 
 
-def _texts(value: object, param: str) -> list[str]:
-    """The texts of a string, or of a list of text blocks."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        invalid(param, "a string or a list of text blocks")
-    found = []
-    for place, block in enumerate(value):
-        kind = _kind(block, f"{param}[{place}]")
-        if kind != "text":
-            unsupported(f"{param}[{place}]", f"is of type {kind!r}; only 'text' is supported here")
-        found.append(_text(block, "text", f"{param}[{place}]"))
-    return found
-
-
-def _kind(block: object, param: str) -> str:
-    kind = block.get("type") if isinstance(block, dict) else None
-    if not isinstance(kind, str):
-        invalid(param, "an object with a type")
-    return kind
-
-
-def _text(block: Mapping[str, Any], name: str, param: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        invalid(f"{param}.{name}", "a string")
-    return value
-
-
-def _messages(value: object) -> list[dict[str, Any]]:
+def _messages(value: object) -> Messages:
     if not isinstance(value, list) or not value:
         invalid("messages", "a list of at least one message")
-    found: list[dict[str, Any]] = []
+    found: Messages = []
     for place, message in enumerate(value):
         param = f"messages[{place}]"
         if not isinstance(message, dict):
@@ -253,24 +225,22 @@ def _messages(value: object) -> list[dict[str, Any]]:
 
 def _said(content: Sequence[Any], param: str) -> dict[str, Any]:
     """An assistant's turn."""
-    texts, thoughts, calls = [], [], []
+    said, thoughts, calls = [], [], []
     for place, block in enumerate(content):
         here = f"{param}[{place}]"
-        match _kind(block, here):
+        match kind_of(block, here):
             case "text":
-                texts.append(_text(block, "text", here))
+                said.append(text_of(block, here))
             case "thinking":
-                thoughts.append(_text(block, "thinking", here))
+                thoughts.append(string(block, "thinking", here))
             case "redacted_thinking":
                 continue  # nobody but Anthropic can read it
             case "tool_use":
-                if not isinstance(block.get("input"), dict):
-                    invalid(f"{here}.input", "an object")
-                function = {"name": _text(block, "name", here), "arguments": block["input"]}
-                calls.append({"id": _text(block, "id", here), "type": "function", "function": function})
+                arguments = json_of(block.get("input"), f"{here}.input")
+                calls.append(call_of(string(block, "id", here), string(block, "name", here), arguments))
             case kind:
-                unsupported(here, f"is of type {kind!r}, which is not supported")
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+                raise not_supported(kind, here)
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(said)}
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
     if calls:
@@ -278,23 +248,23 @@ def _said(content: Sequence[Any], param: str) -> dict[str, Any]:
     return message
 
 
-def _asked(role: str, content: Sequence[Any], param: str) -> list[dict[str, Any]]:
+def _asked(role: str, content: Sequence[Any], param: str) -> Messages:
     """A user's turn: results of tools, then what the user says."""
-    results: list[dict[str, Any]] = []
-    texts = []
+    results: Messages = []
+    said = []
     for place, block in enumerate(content):
         here = f"{param}[{place}]"
-        kind = _kind(block, here)
+        kind = kind_of(block, here)
         if kind == "text":
-            texts.append(_text(block, "text", here))
+            said.append(text_of(block, here))
         elif kind == "tool_result":
-            text = "\n".join(_texts(block.get("content") or "", f"{here}.content"))
+            text = "\n".join(texts(block.get("content") or "", f"{here}.content"))
             failed = "Error: " if block.get("is_error") is True else ""
-            call = _text(block, "tool_use_id", here)
+            call = string(block, "tool_use_id", here)
             results.append({"role": "tool", "tool_call_id": call, "content": failed + text})
         else:
-            raise ParameterUnsupported(f"'{here}' is of type {kind!r}, which is not supported", param=here)
-    return [*results, {"role": role, "content": "\n".join(texts)}] if texts or not results else results
+            raise not_supported(kind, here)
+    return [*results, {"role": role, "content": "\n".join(said)}] if said or not results else results
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -316,12 +286,7 @@ class Rendering:
     def whole(self, answers: Sequence[Told]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         (told,) = answers
-        content: list[dict[str, Any]] = []
-        if told.reasoning:
-            content.append({"type": "thinking", "thinking": told.reasoning, "signature": ""})
-        if told.text or not (told.calls or content):
-            content.append({"type": "text", "text": told.text})
-        content += [_use(call) | {"input": _input(call)} for call in told.calls]
+        content = [_block(part) for part in told.parts] or [{"type": "text", "text": ""}]
         return {**self._head, "content": content, **_stop(told.end), "usage": _usage_of(told.end)}
 
     def begin(self) -> Iterator[bytes]:
@@ -345,10 +310,11 @@ class Rendering:
             yield from self._in("text", {"type": "text", "text": ""})
             yield self._delta({"type": "text_delta", "text": event.text})
         for call in event.calls:
-            yield from self._close()
-            yield from self._in("tool_use", {**_use(call), "input": {}})
-            yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
-            yield from self._close()
+            if call.id:
+                yield from self._close()
+                yield from self._in("tool_use", {**_use(call.id, call.name), "input": {}})
+            if call.arguments:
+                yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
     def end(self) -> Iterator[bytes]:
         """What a stream ends with."""
@@ -385,14 +351,24 @@ def _event(kind: str, **fields: Any) -> bytes:
     return sse({"type": kind, **fields}, kind)
 
 
-def _use(call: ToolCall) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id, "name": call.name}
+def _block(part: Part) -> dict[str, Any]:
+    match part.kind:
+        case "reasoning":
+            return {"type": "thinking", "thinking": part.text, "signature": ""}
+        case "text":
+            return {"type": "text", "text": part.text}
+    return {**_use(part.id, part.name), "input": _input(part.text)}
 
 
-def _input(call: ToolCall) -> Any:
+def _use(id: str, name: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": id, "name": name}
+
+
+def _input(arguments: str) -> Any:
+    """Arguments as an object; an empty one if the call was cut off, which the reason of the end says."""
     try:
-        return json.loads(call.arguments)
-    except ValueError:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -23,6 +23,7 @@ from aiohttp import web
 from expertd.clients.gateway import anthropic, chat, completions, plain, responses
 from expertd.clients.gateway.access import Access, challenges
 from expertd.clients.gateway.answers import Renderer, Told, error_body
+from expertd.clients.gateway.connections import Busy
 from expertd.clients.gateway.discreet import wordless
 from expertd.clients.gateway.observe import Observer, Seen
 from expertd.clients.gateway.operations import Operations
@@ -112,8 +113,7 @@ class Gateway:
         self._stall_s = stall_s
         self._created = int(time.time())
         self._stored = Stored()
-        self.busy: set[object] = set()
-        """Connections with a request under way, as their aiohttp protocols."""
+        self.busy = Busy()
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Gateway:
         return await self._compute(request, served, wanted, rendering)
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
-        wanted = responses.parse(await self._body(request))
+        wanted = responses.parse(await self._body(request), self._stored.item)
         served = self._served(wanted.wanted.model)
         earlier = self._stored.items(wanted.previous)
         rendering = responses.Rendering(wanted, served.name, int(time.time()))

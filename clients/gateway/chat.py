@@ -13,21 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from expertd.clients.gateway.answers import DONE, KEEPALIVE, Told, error_body, sse
+from expertd.clients.gateway.conversation import Messages, arguments_of, call_of, texts
+from expertd.clients.gateway.fields import body_object, boolean, invalid, string, unsupported, whole
+from expertd.clients.gateway.tools import entries, function_of, of_type_function, refuse_unknown, tool_choice
 from expertd.clients.gateway.wanted import (
     MOST_ANSWERS,
     MOST_TOP_LOGPROBS,
     Wanted,
-    body_object,
-    boolean,
-    function_tools,
-    invalid,
     json_schema,
     model_name,
     sampling_of,
     stops,
-    tool_choice,
-    unsupported,
-    whole,
 )
 from expertd.protocol.errors import ExpertdError, ParameterUnsupported, RequestInvalid
 from expertd.protocol.messages import Delta, Finished, TokenLogprob, ToolCall
@@ -65,8 +61,11 @@ HONOURED = SAMPLING | {
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
-_IDLE_MESSAGE_FIELDS = frozenset({"function_call", "refusal", "audio", "annotations"})
-"""What OpenAI's own library sends back empty with an assistant's message."""
+_IDLE = frozenset({"parsed", "annotations"})
+_EMPTY = frozenset({"function_call", "refusal", "audio"})
+"""What OpenAI's own library sends back with an assistant's message: what says nothing to a model, and what says nothing
+as long as it is empty.  ``parsed`` is the content once more."""
+_PARTS = {"text": "text", "refusal": "refusal"}
 
 
 def parse(body: object) -> Wanted:
@@ -79,26 +78,27 @@ def parse(body: object) -> Wanted:
     body = body_object(body)
     check_names(body, HONOURED)
     stream = boolean(body, "stream")
-    given = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(function_tools(body.get("tools")))]
+    given = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(entries(body.get("tools")))]
     tools, choice = tool_choice(body.get("tool_choice"), given)
-    schema = _response_format(body.get("response_format"))
-    if schema is not None and tools:
-        unsupported("response_format", "cannot be combined with tools; leave one of them out")
+    template, names = _template(body)
+    if body.get("max_completion_tokens") is not None:
+        names["max_tokens"] = "max_completion_tokens"
     return Wanted(
         model=model_name(body),
         messages=_messages(body.get("messages")),
         tools=tools,
         tool_choice=choice,
         parallel_calls=boolean(body, "parallel_tool_calls", True),
-        template=_template(body),
+        template=template,
         max_tokens=_max_tokens(body),
         stop=stops(body.get("stop")),
         sampling=sampling_of(body),
-        schema=schema,
+        schema=_response_format(body.get("response_format")),
         top_logprobs=_top_logprobs(body),
         answers=whole(body, "n", 1, MOST_ANSWERS) or 1,
         stream=stream,
         include_usage=include_usage(body.get("stream_options"), stream),
+        names=names,
     )
 
 
@@ -168,46 +168,37 @@ def _response_format(value: object) -> str | None:
     return json_schema(holder.get("schema"), "response_format.json_schema.schema")
 
 
-def _template(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables for the chat template."""
+def _template(body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Variables for the chat template, and what the client calls them."""
     given = body.get("chat_template_kwargs")
     if given is not None and not isinstance(given, dict):
         invalid("chat_template_kwargs", "an object")
     found = dict(given or {})
+    names = {name: f"chat_template_kwargs.{name}" for name in found}
     effort = body.get("reasoning_effort")
     if effort is not None:
         if effort not in EFFORTS:
             invalid("reasoning_effort", f"one of {', '.join(EFFORTS)}")
-        found |= {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
-    return found
+        name, value = ("enable_thinking", False) if effort == "none" else ("reasoning_effort", effort)
+        if found.get(name, value) != value:
+            raise RequestInvalid(
+                f"'reasoning_effort' and '{names[name]}' contradict each other; leave one of them out",
+                param=names[name],
+            )
+        found[name], names[name] = value, "reasoning_effort"
+    return found, names
 
 
 def _tool(tool: Mapping[str, Any], param: str) -> dict[str, Any]:
+    of_type_function(tool, param)
+    refuse_unknown(tool, {"function"}, param)
     function = tool.get("function")
     if not isinstance(function, dict):
         invalid(f"{param}.function", "an object")
-    return {"type": "function", "function": function_of(function, f"{param}.function")}
+    return function_of(function, f"{param}.function")
 
 
-def function_of(value: Mapping[str, Any], param: str) -> dict[str, Any]:
-    """A function that may be called, as templates take it."""
-    name = value.get("name")
-    if not isinstance(name, str) or not name:
-        invalid(f"{param}.name", "a string")
-    found: dict[str, Any] = {"name": name}
-    description = value.get("description")
-    if description is not None:
-        if not isinstance(description, str):
-            invalid(f"{param}.description", "a string")
-        found["description"] = description
-    parameters = value.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
-        invalid(f"{param}.parameters", "an object, a JSON schema")
-    found["parameters"] = parameters if parameters else {"type": "object", "properties": {}}
-    return found
-
-
-def _messages(value: object) -> list[dict[str, Any]]:
+def _messages(value: object) -> Messages:
     if not isinstance(value, list) or not value:
         invalid("messages", "a list of at least one message")
     return [_message(message, f"messages[{place}]") for place, message in enumerate(value)]
@@ -223,7 +214,10 @@ def _message(value: object, param: str) -> dict[str, Any]:
     content = value.get("content")
     if content is None and calls:
         content = ""
-    message: dict[str, Any] = {"role": ROLES[role], "content": _content(content, f"{param}.content")}
+    if content == []:
+        invalid(f"{param}.content", "a string or a list of at least one part of text")
+    # Parts follow each other with nothing in between, as in mlx-lm's server.
+    message: dict[str, Any] = {"role": ROLES[role], "content": "".join(texts(content, f"{param}.content", _PARTS))}
     if calls:
         message["tool_calls"] = calls
     for name, field in value.items():
@@ -231,10 +225,8 @@ def _message(value: object, param: str) -> dict[str, Any]:
             continue
         thought = name in ("reasoning_content", "reasoning") and role == "assistant"
         if name == "name" or thought or (name == "tool_call_id" and role == "tool"):
-            if not isinstance(field, str):
-                invalid(f"{param}.{name}", "a string")
-            message["reasoning_content" if thought else name] = field
-        elif name not in _IDLE_MESSAGE_FIELDS or field != []:
+            message["reasoning_content" if thought else name] = string(value, name, param)
+        elif role != "assistant" or not (name in _IDLE or (name in _EMPTY and field == [])):
             raise ParameterUnsupported(
                 f"the field '{param}.{name}' is not supported; leave it out", param=f"{param}.{name}"
             )
@@ -242,58 +234,20 @@ def _message(value: object, param: str) -> dict[str, Any]:
 
 
 def _calls(value: object, param: str) -> list[dict[str, Any]]:
-    """Earlier calls of tools; templates take their arguments as objects."""
+    """Earlier calls of tools; their arguments stay JSON, in which numbers may be of any size."""
     if value is None:
         return []
     if not isinstance(value, list):
         invalid(param, "a list of calls")
     found = []
     for place, call in enumerate(value):
+        here = f"{param}[{place}]"
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            invalid(f"{param}[{place}]", "an object with a function that has a name")
-        arguments = arguments_of(function.get("arguments"), f"{param}[{place}].function.arguments")
-        found.append(
-            {
-                "id": str(call.get("id", "")),
-                "type": "function",
-                "function": {"name": function["name"], "arguments": arguments},
-            }
-        )
+            invalid(here, "an object with a function that has a name")
+        arguments = arguments_of(function.get("arguments"), f"{here}.function.arguments")
+        found.append(call_of(str(call.get("id", "")), function["name"], arguments))
     return found
-
-
-def arguments_of(value: object, param: str) -> Any:
-    """What a call was made with: JSON, as text."""
-    if value is None or value == "":
-        return {}
-    if not isinstance(value, str):
-        invalid(param, "JSON, as a string")
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        invalid(param, "JSON, as a string")
-
-
-def _content(value: object, param: str) -> str:
-    """A message's text; parts follow each other with nothing in between, as in mlx-lm's server."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        invalid(param, "a string or a list of text parts")
-    texts = []
-    for place, part in enumerate(value):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            invalid(f"{param}[{place}]", "an object with a type")
-        if part["type"] != "text" or part.keys() - {"type", "text", "cache_control"}:
-            raise ParameterUnsupported(
-                f"'{param}[{place}]' is not supported; only parts of type 'text' with a 'text' are",
-                param=f"{param}[{place}]",
-            )
-        if not isinstance(part.get("text"), str):
-            invalid(f"{param}[{place}].text", "a string")
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -337,10 +291,7 @@ class Rendering:
         if event.reasoning:
             delta["reasoning_content"] = event.reasoning
         if event.calls:
-            delta["tool_calls"] = [
-                {"index": self._calls[place] + n, **_call(call)} for n, call in enumerate(event.calls)
-            ]
-            self._calls[place] += len(event.calls)
+            delta["tool_calls"] = [self._piece(place, call) for call in event.calls]
         if delta or event.logprobs:
             yield self._chunk(place, delta, logprobs=event.logprobs)
 
@@ -357,7 +308,8 @@ class Rendering:
     def _choice(self, place: int, told: Told) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": told.text, "refusal": None}
         if told.calls:
-            message |= {"content": told.text or None, "tool_calls": [_call(call) for call in told.calls]}
+            calls = [_call(call.id, call.name, call.text) for call in told.calls]
+            message |= {"content": told.text or None, "tool_calls": calls}
         if told.reasoning:
             message["reasoning_content"] = told.reasoning
         return {
@@ -366,6 +318,12 @@ class Rendering:
             "logprobs": None if self._wanted.top_logprobs is None else _logprobs(told.logprobs),
             "finish_reason": told.end.reason,
         }
+
+    def _piece(self, place: int, call: ToolCall) -> dict[str, Any]:
+        if not call.id:
+            return {"index": self._calls[place] - 1, "function": {"arguments": call.arguments}}
+        self._calls[place] += 1
+        return {"index": self._calls[place] - 1, **_call(call.id, call.name, call.arguments)}
 
     def _chunk(
         self, place: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()
@@ -386,8 +344,8 @@ def usage(ends: Sequence[Finished]) -> dict[str, Any]:
     }
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _logprobs(logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:

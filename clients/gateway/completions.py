@@ -8,18 +8,8 @@ from typing import Any
 
 from expertd.clients.gateway.answers import DONE, KEEPALIVE, Told, error_body, sse
 from expertd.clients.gateway.chat import SAMPLING, check_names, include_usage, usage
-from expertd.clients.gateway.wanted import (
-    MOST_ANSWERS,
-    Wanted,
-    body_object,
-    boolean,
-    invalid,
-    model_name,
-    sampling_of,
-    stops,
-    unsupported,
-    whole,
-)
+from expertd.clients.gateway.fields import body_object, boolean, invalid, unsupported, whole
+from expertd.clients.gateway.wanted import MOST_ANSWERS, Wanted, model_name, sampling_of, stops
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.messages import Delta, Finished, TokenLogprob
 

@@ -7,17 +7,8 @@ from typing import Any
 
 from expertd.clients.gateway.answers import DONE, KEEPALIVE, Told, error_body, sse
 from expertd.clients.gateway.chat import SAMPLING, check_names
-from expertd.clients.gateway.wanted import (
-    ANY_MODEL,
-    Wanted,
-    body_object,
-    boolean,
-    invalid,
-    model_name,
-    sampling_of,
-    stops,
-    whole,
-)
+from expertd.clients.gateway.fields import body_object, boolean, invalid, whole
+from expertd.clients.gateway.wanted import ANY_MODEL, Wanted, model_name, sampling_of, stops
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.messages import Delta, Finished
 

@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from expertd.clients.gateway.answers import KEEPALIVE, Told, error_body, sse
-from expertd.clients.gateway.chat import EFFORTS, ROLES, arguments_of, function_of
+from expertd.clients.gateway.answers import KEEPALIVE, Part, TextLogprobs, Told, error_body, sse
+from expertd.clients.gateway.chat import EFFORTS, ROLES
+from expertd.clients.gateway.conversation import Messages, arguments_of, call_of, not_supported, texts
+from expertd.clients.gateway.fields import body_object, boolean, invalid, string, unsupported, whole
+from expertd.clients.gateway.tools import entries, function_of, of_type_function, tool_choice
 from expertd.clients.gateway.wanted import (
     ANY_MODEL,
     MOST_TOP_LOGPROBS,
     Wanted,
-    body_object,
-    boolean,
-    function_tools,
-    invalid,
     json_schema,
     model_name,
     sampling_of,
-    tool_choice,
-    unsupported,
-    whole,
 )
-from expertd.protocol.errors import ExpertdError, ParameterUnsupported
+from expertd.protocol.errors import ExpertdError, ResponseNotFound
 from expertd.protocol.messages import Delta, Finished, TokenLogprob, ToolCall
 
 __all__ = ["Items", "Rendering", "Request", "parse"]
@@ -58,6 +54,16 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 _INCLUDE = {"reasoning.encrypted_content", "message.output_text.logprobs"}
 """What may be asked to be included.  Reasoning is told in plain text, and nothing of it is encrypted."""
+_NAMES = {
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "enable_thinking": "reasoning.effort",
+}
+"""What this API calls parameters that have other names elsewhere."""
+_PARTS = dict.fromkeys(("input_text", "output_text", "text", "reasoning_text"), "text") | {"refusal": "refusal"}
+"""Types of the parts of a content, each with the field that has its text."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,14 @@ class Request:
         return replace(self.wanted, messages=[*messages, *_messages([*earlier, *self.given])])
 
 
-def parse(body: object) -> Request:
+def parse(body: object, find: Callable[[str], dict[str, Any] | None] = lambda id: None) -> Request:
     """The request in a decoded JSON body.
 
+    Args:
+        find: the item that has an id, of a response that is kept.
+
     Raises:
+        ResponseNotFound: an item is referred to that is not kept; ``param`` names the reference.
         RequestInvalid: a field is missing, of the wrong type or out of range; ``param`` names it.
         ParameterUnsupported: a parameter asks for what is not offered; ``param`` names it.
     """
@@ -101,21 +111,15 @@ def parse(body: object) -> Request:
     instructions = body.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
         invalid("instructions", "a string")
-    given_tools = [
-        {"type": "function", "function": function_of(tool, f"tools[{place}]")}
-        for place, tool in enumerate(function_tools(body.get("tools")))
-    ]
+    given_tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(entries(body.get("tools")))]
     tools, choice = tool_choice(body.get("tool_choice"), given_tools)
-    schema = _format(body.get("text"))
-    if schema is not None and tools:
-        unsupported("text", "cannot ask for a format beside tools; leave one of them out")
     included = _included(body.get("include"))
     top = whole(body, "top_logprobs", 0, MOST_TOP_LOGPROBS)
     with_logprobs = "message.output_text.logprobs" in included
     previous = body.get("previous_response_id")
     if previous is not None and not isinstance(previous, str):
         invalid("previous_response_id", "the id of a response")
-    given = _given(body.get("input"), previous)
+    given = _given(body.get("input"), previous, find)
     _messages(given)  # now, so that what is wrong is told before anything is looked up
     options = body.get("stream_options")
     if options is not None and (not isinstance(options, dict) or options.keys() - {"include_obfuscation"}):
@@ -129,9 +133,10 @@ def parse(body: object) -> Request:
         template=_reasoning(body.get("reasoning")),
         max_tokens=whole(body, "max_output_tokens", 1),
         sampling=sampling_of(body),
-        schema=schema,
+        schema=_format(body.get("text")),
         top_logprobs=(top or 0) if with_logprobs else None,
         stream=boolean(body, "stream"),
+        names=_NAMES,
     )
     metadata = body.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
@@ -159,6 +164,11 @@ def parse(body: object) -> Request:
     if isinstance(body.get("user"), str):
         echo["user"] = body["user"]
     return Request(wanted, given, instructions, previous, bool(echo["store"]), with_logprobs, echo)
+
+
+def _tool(tool: Mapping[str, Any], param: str) -> dict[str, Any]:
+    of_type_function(tool, param)
+    return function_of(tool, param)
 
 
 def _included(value: object) -> list[str]:
@@ -212,7 +222,7 @@ def _format(value: object) -> str | None:
 # -- the conversation --------------------------------------------------------------------------------------------------
 
 
-def _given(value: object, previous: str | None) -> Items:
+def _given(value: object, previous: str | None, find: Callable[[str], dict[str, Any] | None]) -> Items:
     """The input as items, each with an id.  Without one the model goes on from ``previous``, or from no words."""
     if value is None:
         if previous is not None:
@@ -222,24 +232,39 @@ def _given(value: object, previous: str | None) -> Items:
         value = [{"type": "message", "role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         invalid("input", "a string or a list of at least one item")
-    found: Items = []
-    for place, item in enumerate(value):
-        if not isinstance(item, dict):
-            invalid(f"input[{place}]", "an object")
-        kind = item.get("type") or ("message" if "role" in item else None)
-        if not isinstance(kind, str):
-            invalid(f"input[{place}].type", "a string")
-        item = {"id": _id({"message": "msg", "function_call": "fc"}.get(kind, "item")), **item, "type": kind}
-        if kind == "message" and isinstance(item.get("content"), str):
-            part = "output_text" if item.get("role") == "assistant" else "input_text"
-            item["content"] = [{"type": part, "text": item["content"]}]
-        found.append(item)
-    return found
+    return [_item(item, f"input[{place}]", find) for place, item in enumerate(value)]
 
 
-def _messages(items: Items) -> list[dict[str, Any]]:
+def _item(item: object, param: str, find: Callable[[str], dict[str, Any] | None]) -> dict[str, Any]:
+    """One item as it is kept, or the one that it refers to."""
+    if not isinstance(item, dict):
+        invalid(param, "an object")
+    bare = "id" in item and not item.keys() - {"id", "type"}
+    kind = item.get("type") or ("message" if "role" in item else "item_reference" if bare else None)
+    if not isinstance(kind, str):
+        invalid(f"{param}.type", "a string")
+    if item.get("id") is not None or kind == "item_reference":
+        string(item, "id", param)
+    if kind == "item_reference":
+        found = find(item["id"])
+        if found is None:
+            raise ResponseNotFound(
+                f"no response that is kept has an item '{item['id']}'; send the item itself, as the gateway keeps the "
+                "latest responses only, until it ends, and none with 'store' false",
+                param=f"{param}.id",
+            )
+        return found
+    made = _id({"message": "msg", "function_call": "fc"}.get(kind, "item"))
+    item = {**item, "id": item.get("id") or made, "type": kind}
+    if kind == "message" and isinstance(item.get("content"), str):
+        part = "output_text" if item.get("role") == "assistant" else "input_text"
+        item["content"] = [{"type": part, "text": item["content"]}]
+    return item
+
+
+def _messages(items: Items) -> Messages:
     """Items as the messages of a chat template; thoughts and calls belong to the assistant's turn beside them."""
-    found: list[dict[str, Any]] = []
+    found: Messages = []
 
     def turn() -> dict[str, Any]:
         if not found or found[-1]["role"] != "assistant":
@@ -259,18 +284,11 @@ def _messages(items: Items) -> list[dict[str, Any]]:
                 else:
                     found.append({"role": ROLES[role], "content": text})
             case "function_call":
-                for name in ("call_id", "name"):
-                    if not isinstance(item.get(name), str):
-                        invalid(f"{param}.{name}", "a string")
-                function = {
-                    "name": item["name"],
-                    "arguments": arguments_of(item.get("arguments"), f"{param}.arguments"),
-                }
-                call = {"id": item["call_id"], "type": "function", "function": function}
+                id, name = string(item, "call_id", param), string(item, "name", param)
+                call = call_of(id, name, arguments_of(item.get("arguments"), f"{param}.arguments"))
                 turn().setdefault("tool_calls", []).append(call)
             case "function_call_output":
-                output = item.get("output")
-                text = output if isinstance(output, str) else _content(output, f"{param}.output")
+                text = _content(item.get("output"), f"{param}.output")
                 found.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": text})
             case "reasoning":
                 text = _content(item.get("content") or "", f"{param}.content")
@@ -278,27 +296,12 @@ def _messages(items: Items) -> list[dict[str, Any]]:
                     message = turn()
                     message["reasoning_content"] = message.get("reasoning_content", "") + text
             case kind:
-                raise ParameterUnsupported(f"'{param}' is of type {kind!r}, which is not supported", param=param)
+                raise not_supported(kind, param)
     return found
 
 
 def _content(value: object, param: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        invalid(param, "a string or a list of parts")
-    texts = []
-    for place, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "text", "refusal", "reasoning_text"):
-            raise ParameterUnsupported(
-                f"'{param}[{place}]' is not supported; only parts of text are", param=f"{param}[{place}]"
-            )
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if not isinstance(text, str):
-            invalid(f"{param}[{place}].text", "a string")
-        texts.append(text)
-    return "".join(texts)
+    return "".join(texts(value, param, _PARTS))
 
 
 def _id(kind: str) -> str:
@@ -321,7 +324,8 @@ class Rendering:
         self._sequence = 0
         self.output: Items = []
         """What has been said so far."""
-        self._open: Literal["reasoning", "message"] | None = None
+        self._open: Literal["reasoning", "message", "call"] | None = None
+        self._logprobs = TextLogprobs()
         self._end: Finished | None = None
         self._thoughts = 0
 
@@ -339,11 +343,10 @@ class Rendering:
         """The response object of an answer that is not streamed."""
         (told,) = answers
         self._thoughts = told.thoughts
-        for _ in self.event(0, Delta(request=0, text=told.text, tokens=0, reasoning=told.reasoning, calls=told.calls,
-                                     logprobs=told.logprobs)):  # fmt: skip
-            pass
-        for _ in self.event(0, told.end):
-            pass
+        events: list[Delta | Finished] = [*map(_event_of, told.parts), told.end]
+        for event in events:
+            for _ in self.event(0, event):
+                pass
         return self.response()
 
     def response(self, status: str | None = None, error: ExpertdError | None = None) -> dict[str, Any]:
@@ -381,16 +384,15 @@ class Rendering:
             self.output[-1]["content"][0]["text"] += event.reasoning
             self._thoughts += event.tokens
             yield self._event("response.reasoning_text.delta", **self._here(), delta=event.reasoning)
-        if event.text or event.logprobs:
+        of_text = self._logprobs.of(event)
+        if event.text:
             yield from self._in("message")
             part = self.output[-1]["content"][0]
             part["text"] += event.text
-            logprobs = [_logprob(told) for told in event.logprobs] if self._request.with_logprobs else []
+            logprobs = [_logprob(told) for told in of_text] if self._request.with_logprobs else []
             part["logprobs"] += logprobs
-            if event.text:
-                yield self._event("response.output_text.delta", **self._here(), delta=event.text, logprobs=logprobs)
+            yield self._event("response.output_text.delta", **self._here(), delta=event.text, logprobs=logprobs)
         for call in event.calls:
-            yield from self._close()
             yield from self._call(call)
 
     def end(self) -> Iterator[bytes]:
@@ -427,31 +429,39 @@ class Rendering:
         if kind is None:
             return
         item = self.output[-1]
-        part = item["content"][0]
-        text = part["text"]
-        if kind == "reasoning":
-            yield self._event("response.reasoning_text.done", **self._here(), text=text)
+        if kind == "call":
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            status = "completed" if _is_json(item["arguments"]) else "incomplete"
+            yield self._event("response.function_call_arguments.done", **self._item(), **told)
         else:
-            logprobs = part["logprobs"]
-            yield self._event("response.output_text.done", **self._here(), text=text, logprobs=logprobs)
-        yield self._event("response.content_part.done", **self._here(), part=part)
+            part = item["content"][0]
+            text = part["text"]
+            if kind == "reasoning":
+                yield self._event("response.reasoning_text.done", **self._here(), text=text)
+            else:
+                logprobs = part["logprobs"]
+                yield self._event("response.output_text.done", **self._here(), text=text, logprobs=logprobs)
+            yield self._event("response.content_part.done", **self._here(), part=part)
         item["status"] = status
         yield self._event("response.output_item.done", output_index=len(self.output) - 1, item=item)
 
     def _call(self, call: ToolCall) -> Iterator[bytes]:
-        item = {"id": _id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
-        place = len(self.output)
-        self.output.append(item | {"arguments": call.arguments, "status": "completed"})
-        yield self._event(
-            "response.output_item.added", output_index=place, item=item | {"arguments": "", "status": "in_progress"}
-        )
-        here = {"item_id": item["id"], "output_index": place}
-        yield self._event("response.function_call_arguments.delta", **here, delta=call.arguments)
-        yield self._event("response.function_call_arguments.done", **here, name=call.name, arguments=call.arguments)
-        yield self._event("response.output_item.done", output_index=place, item=self.output[-1])
+        """A piece of a call; the first opens its item."""
+        if call.id:
+            yield from self._close()
+            self._open = "call"
+            item = {"id": _id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
+            self.output.append(item | {"arguments": "", "status": "in_progress"})
+            yield self._event("response.output_item.added", output_index=len(self.output) - 1, item=self.output[-1])
+        if call.arguments:
+            self.output[-1]["arguments"] += call.arguments
+            yield self._event("response.function_call_arguments.delta", **self._item(), delta=call.arguments)
+
+    def _item(self) -> dict[str, Any]:
+        return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
 
     def _here(self) -> dict[str, Any]:
-        return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1, "content_index": 0}
+        return self._item() | {"content_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._sequence += 1
@@ -465,6 +475,24 @@ class Rendering:
             "output_tokens_details": {"reasoning_tokens": self._thoughts},
             "total_tokens": end.prompt_tokens + end.completion_tokens,
         }
+
+
+def _event_of(part: Part) -> Delta:
+    """A whole part as it might have come at once."""
+    match part.kind:
+        case "reasoning":
+            return Delta(request=0, text="", tokens=0, reasoning=part.text)
+        case "text":
+            return Delta(request=0, text=part.text, tokens=0, logprobs=part.logprobs)
+    return Delta(request=0, text="", tokens=0, calls=[ToolCall(id=part.id, name=part.name, arguments=part.text)])
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _logprob(told: TokenLogprob) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Responses that are kept, to be looked at and gone on from: in memory, the latest, and gone with the gateway."""
+"""Responses that are kept, to be looked at, gone on from and referred to: in memory, as long as the gateway runs."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,20 @@ class _Kept:
     items: Items
     size: int
 
+    @property
+    def own(self) -> Items:
+        """Those of its items that came with it."""
+        return [*self.given, *self.response["output"]]
+
 
 class Stored:
-    """Responses by id, bounded in number and in bytes (as JSON)."""
+    """Responses by id, and their items, bounded in number and in bytes (as JSON)."""
 
     def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._items: dict[str, dict[str, Any]] = {}
+        self._owners: Counter[str] = Counter()  # of items: clients send back what they were told
         self.size = 0
         """Bytes of all that is kept."""
 
@@ -38,11 +45,13 @@ class Stored:
         """Keep a response to ``given``, which went on from the items ``earlier``."""
         items = [*earlier, *given, *response["output"]]
         size = len(msgspec.json.encode([response, items]))
-        self._kept[response["id"]] = _Kept(response, given, items, size)
+        kept = self._kept[response["id"]] = _Kept(response, given, items, size)
         self.size += size
+        for item in kept.own:
+            self._items.setdefault(item["id"], item)
+            self._owners[item["id"]] += 1
         while len(self._kept) > self._most or (self.size > self._most_bytes and len(self._kept) > 1):
-            _, oldest = self._kept.popitem(last=False)
-            self.size -= oldest.size
+            self.forget(next(iter(self._kept)))
 
     def response(self, id: str) -> dict[str, Any]:
         """A response as it was given.  This and what follows raise ResponseNotFound."""
@@ -56,10 +65,19 @@ class Stored:
         """All that a response to come goes on from."""
         return [] if id is None else self._find(id, "previous_response_id").items
 
+    def item(self, id: str) -> dict[str, Any] | None:
+        """An item that came with a response that is kept, as input or output."""
+        return self._items.get(id)
+
     def forget(self, id: str) -> None:
         """Keep a response no longer."""
-        self.size -= self._find(id).size
+        kept = self._find(id)
         del self._kept[id]
+        self.size -= kept.size
+        for item in kept.own:
+            self._owners[item["id"]] -= 1
+            if not self._owners[item["id"]]:
+                del self._owners[item["id"]], self._items[item["id"]]
 
     def _find(self, id: str, param: str | None = None) -> _Kept:
         kept = self._kept.get(id)

@@ -125,9 +125,10 @@ class Stream:
 
     def _pass_on(self, place: int, event: Delta | Finished) -> bool:
         """Write ``event`` at once, if nothing can have to wait; returns whether it did."""
-        if not isinstance(event, Delta) or event.calls or event.logprobs or not self._takes():
+        if not isinstance(event, Delta) or event.logprobs or not self._takes():
             return False
-        if len(event.text) + len(event.reasoning) > SMALL_TEXT:
+        called = sum(len(call.name) + len(call.arguments) for call in event.calls)
+        if len(event.text) + len(event.reasoning) + called > SMALL_TEXT:
             return False
         if data := self._render(place, event):
             writing = self._response.write(data)

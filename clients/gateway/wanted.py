@@ -1,18 +1,22 @@
-"""What a request wants, whatever API it came by; and what all APIs have in common in reading it.
+"""What a request wants, whatever API it came by, and the parameters that several APIs have.
 
-Pure: no sockets, no clock, no worker.  A parameter is honoured, or refused with an error that names it.
+Pure: no sockets, no clock, no worker.  A parameter is honoured, or refused with an error that names it.  What was
+said is read by ``conversation``, what may be called by ``tools``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import msgspec
 
-from expertd.protocol.errors import ParameterUnsupported, RequestInvalid
+from expertd.clients.gateway.conversation import with_one_system
+from expertd.clients.gateway.fields import invalid, is_number, whole, within
+from expertd.protocol.errors import ExpertdError
 from expertd.protocol.messages import Generate, Sampling
 
 MOST_STOPS = 16
@@ -24,10 +28,7 @@ MOST_ANSWERS = 16
 SEED_LIMIT = 1 << 63
 ANY_MODEL = ""
 """The model of a request that names none, where the API lets it: whatever is served."""
-WHOLE_LIMIT = (1 << 63) - 1
 GREEDY = Sampling()
-ToolsWanted = tuple[list[dict[str, Any]], Literal["auto", "required"]]
-"""What may be called, and whether something has to be."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,12 @@ class Wanted:
         template: further variables of the chat template; ``hints``: those that matter only if it knows them.
         goes_on: whether the answer is the rest of the last message, which the assistant has begun.
         max_tokens: None: as many as fit into the context.
-        schema: a JSON schema, itself JSON, that the answer has to fit.
+        schema: a JSON schema, itself JSON, that the answer has to fit, unless it is calls of tools.
         top_logprobs: how many of the likeliest tokens to tell with each; None: no log-probabilities.
         count: whether the prompt's tokens are only to be counted.
         answers: how many.
         stream: whether the answer is wanted piece by piece; with ``include_usage`` how many tokens it was at the end.
+        names: what the client calls the parameters, by the names that errors of workers have for them.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Wanted:
     answers: int = 1
     stream: bool = False
     include_usage: bool = False
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def generate(self, request: int, answer: int = 0) -> Generate:
         """The message to a worker for one of its answers; each has a seed of its own."""
@@ -76,7 +79,7 @@ class Wanted:
             sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + answer) % SEED_LIMIT)
         return Generate(
             request=request,
-            messages=self.messages,
+            messages=None if self.messages is None else with_one_system(self.messages),
             text=self.text,
             tokens=self.tokens,
             tools=self.tools,
@@ -93,6 +96,24 @@ class Wanted:
             top_logprobs=self.top_logprobs,
         )
 
+    def renamed(self, error: ExpertdError) -> ExpertdError:
+        """A worker's error with the names that the client knows, in its sentence too."""
+        message = error.message
+        if names := [re.escape(name) for name in self.names if name in message]:
+            # Only what is quoted, or has an underscore, is a name and not a word.
+            message = re.sub(
+                rf"'({'|'.join(names)})'|(?<![\w.])({'|'.join(names)})(?!\w)",
+                lambda found: f"'{self.names[found[1]]}'" if found[1] else self._in_words(found[2]),
+                message,
+            )
+        return type(error)(message, param=None if error.param is None else self._name(error.param))
+
+    def _name(self, name: str) -> str:
+        return self.names.get(name, name)
+
+    def _in_words(self, word: str) -> str:
+        return self._name(word) if "_" in word else word
+
     def with_prompt(self, prompt: str | list[int]) -> Wanted:
         """The same of another raw prompt."""
         if isinstance(prompt, str):
@@ -100,61 +121,7 @@ class Wanted:
         return replace(self, messages=None, text=None, tokens=prompt)
 
 
-# -- reading a body ----------------------------------------------------------------------------------------------------
-
-
-def body_object(body: object) -> dict[str, Any]:
-    """A decoded JSON body, which has to be an object.  All that follows raise RequestInvalid, which names ``param``."""
-    if not isinstance(body, dict):
-        raise RequestInvalid("the body has to be a JSON object")
-    return body
-
-
-def invalid(param: str, rule: str) -> NoReturn:
-    """Refuse the value of ``param``, which has to be ``rule``."""
-    raise RequestInvalid(f"'{param}' has to be {rule}", param=param)
-
-
-def unsupported(param: str, why: str = "is not supported; leave it out") -> NoReturn:
-    """Refuse a parameter that asks for what is not offered."""
-    raise ParameterUnsupported(f"the parameter '{param}' {why}", param=param)
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a number of JSON; a bool is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def boolean(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    """A truth value; ``default`` where there is none."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        invalid(name, "true or false")
-    return value
-
-
-def within(body: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
-    """A number from ``low`` to ``high``; ``default`` where there is none."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not is_number(value) or not low <= value <= high:
-        invalid(name, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def whole(body: Mapping[str, Any], name: str, low: int, high: int | None = None) -> int | None:
-    """A whole number of at least ``low`` and at most ``high``, or None."""
-    value = body.get(name)
-    if value is None:
-        return None
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    most = WHOLE_LIMIT if high is None else high
-    if not good or value > most:
-        invalid(name, f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}")
-    return int(value)
+# -- what several APIs have --------------------------------------------------------------------------------------------
 
 
 def model_name(body: Mapping[str, Any]) -> str:
@@ -201,64 +168,6 @@ def sampling_of(body: Mapping[str, Any]) -> Sampling:
         frequency_penalty=within(body, "frequency_penalty", -2.0, 2.0, 0.0),
         repetition_penalty=repetition,
     )
-
-
-def function_tools(value: object) -> list[Any]:
-    """The entries of ``tools``, each an object with a type."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        invalid("tools", "a list of tools")
-    for place, tool in enumerate(value):
-        if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-            invalid(f"tools[{place}]", "an object with a type")
-        if tool["type"] != "function":
-            unsupported(f"tools[{place}]", f"is of type {tool['type']!r}; only functions are supported")
-    return value
-
-
-def tool_choice(value: object, tools: list[dict[str, Any]]) -> ToolsWanted:
-    """Which of ``tools`` may be called, and whether one has to be, as both of OpenAI's APIs say it.
-
-    In chat completions a function's name, and a list of tools that are allowed, lie one object deeper.
-    """
-    if value is None or value in ("auto", "none", "required"):
-        return choose(tools, str(value or "auto"))
-    kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(value, dict) and kind == "allowed_tools":
-        holder = value.get("allowed_tools", value)
-        allowed = holder.get("tools") if isinstance(holder, dict) else None
-        if not isinstance(holder, dict) or not isinstance(allowed, list):
-            invalid("tool_choice.allowed_tools", "an object with a mode and tools")
-        names = [_named(tool, "tool_choice.allowed_tools.tools") for tool in allowed]
-        mode = holder.get("mode", "auto")
-        if mode not in ("auto", "required"):
-            invalid("tool_choice.allowed_tools.mode", "'auto' or 'required'")
-        return choose(tools, mode, names, "tool_choice.allowed_tools.tools")
-    return choose(tools, "required", [_named(value, "tool_choice")])
-
-
-def choose(
-    tools: list[dict[str, Any]], mode: str, names: Sequence[object] | None = None, param: str = "tool_choice"
-) -> ToolsWanted:
-    """``tools`` that may be called in ``mode`` ("auto", "none" or "required"); with ``names`` only those."""
-    if names is not None:
-        known = [tool["function"]["name"] for tool in tools]
-        for name in names:
-            if name not in known:
-                raise RequestInvalid(f"'{param}' names {name!r}, which is none of the tools", param=param)
-        tools = [tool for tool in tools if tool["function"]["name"] in names]
-    if mode == "required" and not tools:
-        raise RequestInvalid(f"'{param}' wants a tool to be called, but there are no tools", param=param)
-    return ([], "auto") if mode == "none" else (tools, "required" if mode == "required" else "auto")
-
-
-def _named(value: object, param: str) -> object:
-    """The name in an object that names a function."""
-    if not isinstance(value, dict) or value.get("type") != "function":
-        invalid(param, "'none', 'auto', 'required', or an object that names a function")
-    function = value.get("function", value)
-    return function.get("name") if isinstance(function, dict) else None
 
 
 def json_schema(value: object, name: str) -> str:

@@ -101,7 +101,7 @@ class Worker:
         self._told_ready, self._told_failed = on_ready, on_failed
         self._link = Link(home.gateway_socket(os.getpid(), number))
         self._supervision = Supervision()
-        self._answers: dict[int, Put] = {}
+        self._answers: dict[int, tuple[Wanted, Put]] = {}
         self._requests = 0
         self._process: asyncio.subprocess.Process | None = None
         self._spoken = asyncio.Event()  # Whether this process has told how its loading went.
@@ -179,7 +179,7 @@ class Worker:
         self._send(_frame(wanted.generate(self._requests, answer)))
         if not self._answers:
             self._silent_pieces = 0
-        self._answers[self._requests] = put
+        self._answers[self._requests] = wanted, put
         return self._requests
 
     def cancel(self, request: int) -> None:
@@ -251,8 +251,9 @@ class Worker:
             self._silent_pieces = 0
             # One that is unknown was cancelled a moment ago, and its Cancel is under way.
             take = self._answers.get if isinstance(message, Delta) else self._answers.pop
-            if (put := take(message.request, None)) is not None:
-                put(_error(message) if isinstance(message, Refused) else message)
+            if (asked := take(message.request, None)) is not None:
+                wanted, put = asked
+                put(wanted.renamed(_error(message)) if isinstance(message, Refused) else message)
             late, self._late_cancels = self._late_cancels, []
             for request in late:
                 self._cancel(request)
@@ -270,7 +271,7 @@ class Worker:
 
     def _fail_all(self, why: str) -> None:
         failed, self._answers = self._answers, {}
-        for put in failed.values():
+        for _, put in failed.values():
             put(WorkerUnavailable(why))
 
     # -- the process ---------------------------------------------------------------------------------------------------

@@ -27,9 +27,14 @@ class Memory:
     kv: int
 
     @property
+    def left(self) -> int:
+        """What is left beside all else; below zero if that is too much already."""
+        return self.total - self.system - self.page_cache - self.base - self.kv
+
+    @property
     def room(self) -> int:
         """What is left for experts."""
-        return max(0, self.total - self.system - self.page_cache - self.base - self.kv)
+        return max(0, self.left)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Conversation:
         else:
             text = "\n".join(f"{message['role']}:\n{message['content']}\n" for message in self.messages)
         try:
-            with path.open("x", encoding="utf-8") as file:
+            with path.open("x", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(text)
         except FileExistsError:
             raise SaveFailed(f"{path} exists already; choose another name") from None

@@ -29,6 +29,8 @@ class Base:
         needs: bytes that pools of its model need at least.
         opening: how many sessions are being opened that wait for it, or have it already.
         users: sessions that have it.
+        copy: an earlier daemon's, beside one that is shared: it counts as long as its sessions have it, and nobody else
+            gets it.
     """
 
     key: str
@@ -39,6 +41,7 @@ class Base:
     read: int = 0
     opening: int = 0
     users: set[int] = field(default_factory=set)
+    copy: bool = False
 
     @property
     def in_use(self) -> bool:
@@ -83,7 +86,7 @@ class Bases:
         return self._bases.get(key)
 
     def of_model(self, model: str) -> list[Base]:
-        """Those of one model: more than one only if its users load it in different ways."""
+        """Those of one model: more than one only if its users load it in different ways, or some have copies."""
         return [base for base in self if base.model == model]
 
     def of_session(self, session: int) -> Base | None:
@@ -120,11 +123,19 @@ class Bases:
 
     def add(self, manifest: Manifest) -> Base:
         """Base weights that are being read from now on."""
+        return self._add(manifest.base_key, manifest, copy=False)
+
+    def _add(self, key: str, manifest: Manifest, copy: bool) -> Base:
         size, needs = base_layout(manifest.base)[1], smallest(manifest)
-        base = Base(manifest.base_key, manifest.key, self._next, size, needs)
+        base = Base(key, manifest.key, self._next, size, needs, copy=copy)
         self._next += 1
         self._bases[base.key] = base
         return base
+
+    def copy(self, manifest: Manifest, nonce: bytes) -> Base:
+        """An earlier daemon's, which ``nonce`` names, that sessions have beside the one that is shared."""
+        key = f"{manifest.base_key} {nonce.hex()}"
+        return self._bases.get(key) or self._add(key, manifest, copy=True)
 
     def failed(self, base: Base, why: str) -> None:
         """They could not be read, or had no memory: as if they had never been."""
@@ -141,11 +152,11 @@ class Bases:
             base.users.discard(session)
 
     def leave(self, models: Collection[str]) -> list[Base]:
-        """Forget, and return, those that nobody uses and whose model is not kept among ``models``.
+        """Forget, and return, those that nobody uses and that are copies, or whose model is not among ``models``.
 
         Problems are forgotten with their models; those of models that are being opened stay.
         """
-        gone = [base for base in self if not base.in_use and base.model not in models]
+        gone = [base for base in self if not base.in_use and (base.copy or base.model not in models)]
         for base in gone:
             del self._bases[base.key]
         for model in [model for model in self.problems if model not in models and not self.opening[model]]:

@@ -12,25 +12,24 @@ nothing is written to the old one any more.
 Attributes are those of ``holdings``, which adds models and gives them back.  What it does not do: choose victims
 (``expertd.daemon.policy``), the life of slots (``slots``), what a Fetch may ask for (``fetches``), what sessions will
 need soon (``ahead``), what they are about (``topics`` and ``turns``), what somebody wants to be resident (``warmth``),
-divide memory (``plan`` and ``memory``), read, write or send (``expertd.daemon.server``).
+what is taken of an earlier daemon's pools (``adoption``), divide memory (``plan`` and ``memory``), read, write or send
+(``expertd.daemon.server``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from expertd.daemon.core import ahead, events, fetches, instructions, memory, slots, turns, warmth
+from expertd.daemon.core import adoption, ahead, events, fetches, instructions, memory, slots, turns, warmth
 from expertd.daemon.core.holdings import AtOnce, Holdings
 from expertd.daemon.core.instructions import Priority
-from expertd.daemon.core.plan import largest, resized
+from expertd.daemon.core.plan import GROWTH, largest, resized
 from expertd.daemon.core.state import HANDED, Model, Pool, Session, Waiting
 from expertd.protocol.errors import ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
 
 LEARNED_FORWARDS = 32
 """Of a routing log the policy is told about so many forwards, the last ones: a long log says that nothing missed for
 long, and what others miss must not wait for it."""
-GROWTH = 9 / 8
-"""A pool moves to a larger generation if that is so much larger, holds all, or is its quota: moving costs copies."""
 
 
 class Core(Holdings):
@@ -145,13 +144,24 @@ class Core(Holdings):
     def _pool_failed(self, segment: int, error: ExpertdError) -> None:
         if segment not in self._pools:
             return
-        model, pool = self._pools[segment]
-        if pool.generation > 1:
-            self._stay(model, pool, error)
-            return
-        self._drop(model)
-        for attach in model.opening:
-            self._out.append(instructions.Refuse(attach.session, error, None))
+        model, new = self._pools.pop(segment)
+        old = next((pool for pool in model.pools if pool.next is new), None)
+        less = memory.less(model.manifest, new, old)
+        if old is not None:
+            memory.forget_quotas([model])
+            self._memory_changed |= old.outdated
+            old.next, old.outdated = None, False
+            if less is not None:
+                self._move(model, old, less.size, fresh=new.fresh)  # what it lacks it gets when the old one has gone
+            else:
+                old.denied += new.layout.size > old.layout.size
+                self._stay(model, old, error)
+        elif less is not None:
+            self._begin_smaller(model, new, less)
+        else:
+            for attach in model.opening:
+                self._out.append(instructions.Refuse(attach.session, error, None))
+            self._drop(model)
 
     def _open_sessions(self, model: Model) -> None:
         opening, model.opening = model.opening, []
@@ -174,7 +184,9 @@ class Core(Holdings):
 
     def _ended(self, number: int) -> None:
         for model in self.models.values():
-            model.opening = [attach for attach in model.opening if attach.session != number]
+            if any(attach.session == number for attach in model.opening):
+                model.opening = [attach for attach in model.opening if attach.session != number]
+                self._leave(model, number)
         session = self.sessions.pop(number, None)
         if session is None:
             return
@@ -184,8 +196,7 @@ class Core(Holdings):
         model.policy.ended(number)
         model.topics.ended(number)
         del model.sessions[number]
-        for pool in (*model.pools, *model.old):
-            pool.holders.pop(number, None)
+        self._leave(model, number)
         model.used_at = self._events
         self._memory_changed = True
         self._pump_all(model)
@@ -205,6 +216,12 @@ class Core(Holdings):
             for pool in model.pools:
                 for block in sorted(pool.background):
                     self._out.append(instructions.Cancel(pool.segment, pool.where[block]))
+
+    def _leave(self, model: Model, number: int) -> None:
+        """A session that is over, opened or not, holds no generation of ``model`` any more."""
+        for pool in (*model.pools, *model.old):
+            pool.holders.pop(number, None)
+        self._sweep(model)
 
     def _heard(self, session: Session) -> None:
         """A session has said something; if it was left behind, let it follow."""
@@ -228,18 +245,21 @@ class Core(Holdings):
             self._pump_all(model)
 
     def _handed_back(self, event: events.HandedBack) -> None:
-        """Copy from pools of an earlier daemon into those of a model that has just come, and then give them back."""
+        """Copy from pools of an earlier daemon what is absent; they are there until their sessions release them."""
         model = self.models.get(event.model)
-        if model is None or model.sessions:
-            for what in event.pools:
-                self._out.append(instructions.UnlinkPool(what.segment))
+        new = [Pool.handed(what) for what in event.pools if what.segment not in self._pools]
+        if model is None or not model.knows(event.session):
+            for pool in new:
+                self._out.append(instructions.UnlinkPool(pool.segment))
             return
-        for what in event.pools:
-            pool = Pool.handed(what)
+        for pool in new:
             model.old.append(pool)
             self._pools[pool.segment] = (model, pool)
-        warmth.adopt(model)
-        self._sweep(model)
+        for what in event.pools:
+            self._pools[what.segment][1].holders[event.session] = model.version
+        adoption.adopt(model, new)
+        if model.ready:
+            self._pump_all(model)
 
     # -- fetch and ack -------------------------------------------------------------------------------------------------
 
@@ -474,7 +494,7 @@ class Core(Holdings):
         """Begin a new generation of ``pool`` in ``size`` bytes, as near as that is possible."""
         if pool.next is None:
             layout = resized(model.manifest, pool.layers, size)
-            pool.next = self._new_pool(model.key, pool.generation + 1, pool.layers, layout)
+            pool.next = self._new_pool(model.manifest, pool.generation + 1, pool.layers, layout)
             pool.next.fresh = fresh
             self._pools[pool.next.segment] = (model, pool.next)
 
@@ -488,21 +508,7 @@ class Core(Holdings):
         old.next, old.superseded = None, True
         ahead.forget_pool(model, old)
         new.quota = old.quota if old.outdated else None
-        handed = [source for source in old.sources if source.generation == HANDED]
-        wished = [] if new.fresh else [b for b in old.wish if b not in old.carried or any(b in h.where for h in handed)]
-        slots.forget_wishes(model, old)
-        stay = slots.hand_over(model, old, new)
-        new.carried.update(stay)
-        new.wish.extend(reversed(stay))  # the most valuable first
-        if old.quota is not None and old.generation == 1:  # it began smaller than it was to become
-            wished += warmth.recalled(model, new)
-        wished = [block for block in dict.fromkeys(wished) if block not in new.carried]
-        if not new.fresh:
-            slots.carry(model, new, (block for block in wished if any(block in source.where for source in handed)))
-        new.wish.extend(sorted(wished, key=lambda block: block not in new.carried))
-        if new.holds_all:
-            new.wish.extend(block for block in new.blocks if block not in new.carried)
-        new.sources = [old, *handed]
+        slots.follow(model, old, new)
         for session in model.sessions.values():
             if not session.silent or session.waiting is not None:  # whoever is refused has to know where to go
                 self._offer(model, session)
@@ -513,21 +519,12 @@ class Core(Holdings):
         self._pump(model, new)
         self._sweep(model)
 
-    def _stay(self, model: Model, new: Pool, error: ExpertdError) -> None:
-        """There is no memory for a new generation: try a smaller one, or refuse what cannot be served without one."""
-        old = next(pool for pool in model.pools if pool.next is new)
-        del self._pools[new.segment]
-        memory.forget_quotas([model])
-        self._memory_changed |= old.outdated
-        old.next, old.outdated = None, False
-        half = resized(model.manifest, old.layers, new.layout.size // 2)
-        if new.layout.size <= old.layout.size and half.slots < new.layout.slots:
-            self._move(model, old, half.size, fresh=new.fresh)  # what it lacks it gets when the old one has gone
-            return
-        if slots.only_silent(slots.in_the_way(model, old)):
-            for waiting in fetches.ungranted(old):
-                self._give_up(model, old, waiting, error)
-        self._pump(model, old)
+    def _stay(self, model: Model, pool: Pool, error: ExpertdError) -> None:
+        """There is no memory for another generation of ``pool``: refuse what cannot be served without one."""
+        if slots.only_silent(slots.in_the_way(model, pool)):
+            for waiting in fetches.ungranted(pool):
+                self._give_up(model, pool, waiting, error)
+        self._pump(model, pool)
 
     def _offer(self, model: Model, session: Session) -> None:
         """Hand over the current generations that ``session`` does not have."""

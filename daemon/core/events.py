@@ -17,12 +17,18 @@ from expertd.protocol.messages import AliasMode
 
 @dataclass(frozen=True)
 class Attach:
-    """A worker wants a session.  The server has checked the manifest against the files and chose the number."""
+    """A worker wants a session.  The server has checked the manifest against the files and chose the number.
+
+    ``holding``: bytes of pools of an earlier daemon that it has and will hand back (HandedBack); ``room``: bytes that
+    the machine could give beside these.
+    """
 
     session: int
     pid: int
     mode: AliasMode
     manifest: Manifest
+    holding: int = 0
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class BudgetChanged:
 
 @dataclass(frozen=True)
 class MemoryWanted:
-    """More is used than may be, because the system gave no memory to move to: it is time to ask again."""
+    """The system gave no memory to move to, and it is time to ask again (``Core.wanting``)."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,10 @@ class Recall:
 
 @dataclass(frozen=True)
 class Handed:
-    """A pool of an earlier daemon, checked and mapped: ``where`` is the slot of each block that its table names."""
+    """A pool of an earlier daemon, checked and mapped: ``where`` is the slot of each block that its table names.
+
+    ``segment`` is the number that the earlier daemon gave it; several sessions may hand the same one back.
+    """
 
     segment: int
     layers: tuple[int, ...]
@@ -185,8 +194,9 @@ class Handed:
 
 @dataclass(frozen=True)
 class HandedBack:
-    """A session of ``model`` (a key), which has just come, still had these of a daemon that has died."""
+    """``session``, of ``model`` (a key), has these of a daemon that has died, and will say when they are released."""
 
+    session: int
     model: str
     pools: tuple[Handed, ...]
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from expertd.daemon.core import events, instructions, memory
-from expertd.daemon.core.plan import beginning, largest, plan_pools, smallest
+from expertd.daemon.core import adoption, events, instructions, memory
+from expertd.daemon.core.plan import beginning, largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.layout import PoolLayout
+from expertd.protocol.manifest import Manifest
+
+ASK_AGAIN = 3
+"""So often it is tried again to let a pool grow for which there was no memory; after that when some is given back."""
 
 
 class AtOnce(list[instructions.Instruction]):
@@ -31,8 +35,8 @@ class Holdings:
 
     Attributes:
         budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while pools
-            move, by one event of one session for each pool of a model that comes meanwhile, or that has to go on
-            without a silent session, and by what silent sessions keep.
+            move (from those of an earlier daemon, too), by one event of one session for each pool of a model that comes
+            meanwhile, or that has to go on without a silent session, and by what silent sessions keep.
         most: bytes that the user allows; more than the budget under memory pressure.
         beside: bytes that the user allows beyond that, and that base weights have.
         going: bytes by which the budget grows when a model that nobody uses is given back, by its key.
@@ -72,6 +76,15 @@ class Holdings:
         return memory.floor(self.models.values())
 
     @property
+    def wanting(self) -> bool:
+        """Whether it makes sense to ask the system again for memory that it did not give (``events.MemoryWanted``).
+
+        Too much is used, or a pool was to grow; what others still held a moment ago may be there now.
+        """
+        denied = (pool.denied for model in self.models.values() for pool in model.pools)
+        return self.used > self.budget or any(0 < times <= ASK_AGAIN for times in denied)
+
+    @property
     def owing(self) -> list[int]:
         """Sessions that were asked for an ack and have not answered."""
         return [session.number for session in self.sessions.values() if session.owes and not session.silent]
@@ -83,7 +96,7 @@ class Holdings:
             number
             for model in self.models.values()
             for number in {number for old in model.old for number in old.holders}
-            if not model.sessions[number].silent
+            if number in model.sessions and not model.sessions[number].silent
         ]
 
     def _new_model(self, event: events.Attach) -> Model:
@@ -96,12 +109,13 @@ class Holdings:
         wanted, needed = largest(manifest) * copies, smallest(manifest) * copies
         if needed > self.most - self.smallest_budget:
             raise memory.no_room(self.most, self.smallest_budget, manifest, needed, self.beside)
-        self._drop_idle(wanted)
+        self._drop_idle(wanted + event.holding)
         should_have = max(needed, memory.make_room(self.budget, self.models.values(), wanted))
         plans = plan_pools(manifest, should_have // copies)
         pools = []
-        for plan, layout in beginning(manifest, plans, (self.budget - self.used) // copies):
-            pools.append(self._new_pool(manifest.key, 1, plan.layers, layout))
+        begins_with = adoption.beginning_with(self.budget - self.used, event)
+        for plan, layout in beginning(manifest, plans, begins_with // copies):
+            pools.append(self._new_pool(manifest, 1, plan.layers, layout))
             pools[-1].quota = plan.layout.size if layout.slots < plan.layout.slots else None
         pool_of_layer = {layer: pool for pool in pools for layer in pool.layers}
         layers = manifest.layers
@@ -113,13 +127,20 @@ class Holdings:
             self._pools[pool.segment] = (model, pool)
         return model
 
-    def number_segment(self) -> int:
-        """A number for one more segment."""
-        return next(self._segments)
+    def _begin_smaller(self, model: Model, pool: Pool, layout: PoolLayout) -> None:
+        """There is no memory for what ``pool`` should begin with: begin with less, and grow when something is free."""
+        quota = pool.layout.size if pool.quota is None else pool.quota
+        begun = self._new_pool(model.manifest, 1, pool.layers, layout)
+        begun.quota, begun.wish, begun.carried, begun.sources = quota, pool.wish, pool.carried, pool.sources
+        model.pools[model.pools.index(pool)] = begun
+        model.pool_of_layer.update(dict.fromkeys(begun.layers, begun))
+        self._pools[begun.segment] = model, begun
+        adoption.shrink(model, begun)
 
-    def _new_pool(self, model: str, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
-        segment = self.number_segment()
-        self._out.append(instructions.CreatePool(segment, generation, layout, model, layers))
+    def _new_pool(self, manifest: Manifest, generation: int, layers: tuple[int, ...], layout: PoolLayout) -> Pool:
+        segment = next(number for number in self._segments if number not in self._pools)
+        least = layout == resized(manifest, layers, 0)
+        self._out.append(instructions.CreatePool(segment, generation, layout, manifest.key, layers, least))
         return Pool(segment, generation, layers, layout)
 
     def _idle(self) -> list[Model]:
@@ -143,6 +164,6 @@ class Holdings:
         del self.models[model.key]
         self.budget += self.going.pop(model.key, 0)
         for pool in (*model.pools, *model.old):
-            del self._pools[pool.segment]
+            self._pools.pop(pool.segment, None)  # one that could not be created is not there any more
             if pool.created:
                 self._out.append(instructions.UnlinkPool(pool.segment))

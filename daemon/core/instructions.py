@@ -23,13 +23,17 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True)
 class CreatePool:
-    """Create a segment of ``layout``, for ``layers`` of ``model`` (a key); answered by PoolCreated or PoolFailed."""
+    """Create a segment of ``layout``, for ``layers`` of ``model`` (a key); answered by PoolCreated or PoolFailed.
+
+    ``least``: it has room for one event of one session, without which nobody could go on.
+    """
 
     segment: int
     generation: int
     layout: PoolLayout
     model: str
     layers: tuple[int, ...]
+    least: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from expertd.daemon.core.plan import divide, floor_of, largest_of, resized
+from expertd.daemon.core.plan import GROWTH, divide, floor_of, largest_of, resized
 from expertd.daemon.core.quotas import Size
 from expertd.daemon.core.quotas import step as next_step
 from expertd.daemon.core.state import Model, Pool
 from expertd.protocol.errors import BudgetTooSmall
-from expertd.protocol.layout import PAGE
+from expertd.protocol.layout import PAGE, PoolLayout
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.sizes import show_size
 
@@ -186,6 +186,20 @@ def end_quotas(budget: int, models: Collection[Model]) -> list[tuple[Model, Pool
         for model, pool, size in shares
         if resized(model.manifest, pool.layers, size).slots > pool.layout.slots
     ]
+
+
+def less(manifest: Manifest, new: Pool, old: Pool | None) -> PoolLayout | None:
+    """What to try in the place of ``new``, for which the system gave no memory; None: nothing.
+
+    ``old`` is the generation before, if there is one.  Where it was to grow, half of the growth, as long as that is
+    worth a move and wanted still; else half of the size, down to one event.
+    """
+    if old is None or new.layout.size <= old.layout.size:
+        smaller = resized(manifest, new.layers, new.layout.size // 2)
+        return smaller if smaller.slots < new.layout.slots else None
+    smaller = resized(manifest, new.layers, (old.layout.size + new.layout.size) // 2)
+    worth = old.layout.slots * GROWTH <= smaller.slots < new.layout.slots
+    return smaller if worth and not old.outdated else None
 
 
 def forget_quotas(models: Collection[Model]) -> None:

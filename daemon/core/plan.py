@@ -14,6 +14,9 @@ DEPTH_BIAS = 0.05
 """Where a model has several pools, the shallowest layers begin with so much more than their part of the slots, and the
 deepest with so much less (docs/decisions.md)."""
 
+GROWTH = 9 / 8
+"""A pool moves to a larger generation if that is so much larger, holds all, or is its quota: moving costs copies."""
+
 
 @dataclass(frozen=True)
 class PoolPlan:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator
 
-from expertd.daemon.core import instructions
+from expertd.daemon.core import instructions, warmth
 from expertd.daemon.core.instructions import Priority
-from expertd.daemon.core.state import Model, Pool, Session, SlotState
+from expertd.daemon.core.state import HANDED, Model, Pool, Session, SlotState
 from expertd.daemon.policy import Block
 from expertd.protocol.layout import ABSENT
 
@@ -194,6 +194,34 @@ def hand_over(model: Model, old: Pool, new: Pool) -> list[Block]:
     for block in known[:leaving]:
         model.policy.removed(block)
     return known[leaving:]
+
+
+def follow(model: Model, old: Pool, new: Pool) -> None:
+    """``new`` takes the place of ``old``: what it is to hold, from where, and in which order.
+
+    First what stays, the most valuable first; then what was wished for, of which what can be copied counts as resident
+    already.
+    """
+    handed = [source for source in old.sources if source.generation == HANDED]
+
+    def can_be_copied(block: Block) -> bool:
+        return any(block in source.where for source in handed)
+
+    wished = [] if new.fresh else [block for block in old.wish if block not in old.carried or can_be_copied(block)]
+    forget_wishes(model, old)
+    stay = hand_over(model, old, new)
+    new.carried.update(stay)
+    new.wish.extend(reversed(stay))
+    left = warmth.recalled(model, new)
+    if old.layout.slots < min(len(left), new.layout.slots):  # there was no room for all that an earlier daemon held
+        wished += left
+    wished = [block for block in dict.fromkeys(wished) if block not in new.carried]
+    if not new.fresh:
+        carry(model, new, filter(can_be_copied, wished))
+    new.wish.extend(sorted(wished, key=lambda block: block not in new.carried))
+    if new.holds_all:
+        new.wish.extend(block for block in new.blocks if block not in new.carried)
+    new.sources = [old, *handed]
 
 
 def arrived(model: Model, pool: Pool, number: int) -> Block:

@@ -101,11 +101,12 @@ class Pool:
         going_ahead: blocks whose reads ahead are on their way, and that nobody waits for.
         late: those of them whose event has passed without them, with the gate of the announcement.
         carried: blocks of ``sources`` that the policy knows as resident and that are not here yet.
-        sources: the generation before, and pools that sessions handed back of a daemon that has died, as long as their
-            blocks can be copied.
+        sources: the generation before, and pools that sessions handed back of a daemon that has died, as long as they
+            are there.
         next: the generation after, while its memory is being created.
         quota: bytes that it should have in the place of what it has: pools, or models, give each other some.
         fresh: nothing of the generation before is copied: there is no memory or time for that.
+        denied: how often the system gave no memory for a larger generation.
         outdated: the memory was divided again since ``next`` was asked for, and it should be of another size now.
         superseded: there is a newer generation; nothing is granted or evicted here any more.
     """
@@ -137,6 +138,7 @@ class Pool:
     quota: int | None = None
     fresh: bool = False
     outdated: bool = False
+    denied: int = 0
     filling: int = 0
     copies_from: int = 0
 
@@ -402,6 +404,10 @@ class Model:
         """Whether it has sessions, or some are being opened."""
         return bool(self.sessions or self.opening)
 
+    def knows(self, session: int) -> bool:
+        """Whether ``session`` is open, or is being opened."""
+        return session in self.sessions or any(attach.session == session for attach in self.opening)
+
     @property
     def ready(self) -> bool:
         """Whether all pools have their memory."""
@@ -433,7 +439,9 @@ class Model:
     def held_by_silent(self) -> int:
         """Bytes of older generations that stay for sessions that do not answer."""
         return sum(
-            pool.layout.size for pool in self.old if any(self.sessions[number].silent for number in pool.holders)
+            pool.layout.size
+            for pool in self.old
+            if any(number in self.sessions and self.sessions[number].silent for number in pool.holders)
         )
 
     def held_by(self, session: int) -> int:

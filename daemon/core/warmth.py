@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from expertd.daemon.core import events
-from expertd.daemon.core.state import HANDED, Model, Pool, Recalled
+from expertd.daemon.core.state import Model, Pool, Recalled
 from expertd.daemon.policy import Block
 
 PINNED = 2
@@ -80,35 +80,6 @@ def recall(model: Model, event: events.Recall) -> None:
     if blocks:
         model.recalled = Recalled(tuple(blocks), event.recorded_at)
         wish(model, blocks)
-
-
-def adopt(model: Model) -> None:
-    """Have what is in the pools that were handed back copied before all else; ``model`` is new here.
-
-    Where there is no room for all, what the policy thinks the most of comes, and with it goes what it knew.
-    """
-    handed = [pool for pool in model.old if pool.generation == HANDED]
-    there = dict.fromkeys(block for pool in handed for block in pool.where)
-    for block in there:
-        model.policy.admitted(block)
-    of_pool: dict[int, list[Block]] = {pool.segment: [] for pool in model.pools}
-    for block in model.policy.ranked():
-        of_pool[model.pool_of_layer[block[0]].segment].append(block)
-    stay: list[Block] = []
-    for pool in model.pools:
-        here = of_pool[pool.segment]
-        for block in here[pool.layout.slots :]:
-            model.policy.removed(block)
-        first = here[: pool.layout.slots]
-        stay += first
-        pool.sources = [source for source in handed if not set(source.layers).isdisjoint(pool.layers)]
-        pool.carried.update(first)
-        others = [block for block in pool.wish if block not in pool.carried]
-        pool.wish.clear()
-        pool.wish.extend((*first, *others))
-    left = model.recalled
-    named = () if left is None else left.blocks
-    model.recalled = Recalled(tuple(dict.fromkeys((*stay, *named))), 0.0 if left is None else left.recorded_at)
 
 
 def recalled(model: Model, pool: Pool) -> list[Block]:

@@ -82,11 +82,14 @@ class Generate(Message):
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A call of a tool; ``arguments`` are JSON."""
+    """A call of a tool, or a piece of one.
 
-    id: Name
-    name: Text
-    arguments: Text
+    The first piece of a call has its ``id`` and ``name``, the others have none; their ``arguments`` together are JSON.
+    """
+
+    id: Name = ""
+    name: Text = ""
+    arguments: Text = ""
 
 
 class TopToken(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +116,8 @@ class Cancel(Message):
 class Delta(Message):
     """More of an answer (no text while a character is incomplete); ``tokens`` counts those since the last.
 
-    ``reasoning``: what comes before the answer itself, without its markers; ``calls``: tools that it calls.
+    ``reasoning``: what comes before the answer itself, without its markers; ``calls``: tools that it calls, as far as
+    they have been written.  In the answer reasoning comes first, then text, then calls: another order takes several.
     ``prompt_tokens`` and ``cached_tokens`` are told once, in the first of an answer, and are 0 in all others.
     """
 

@@ -189,6 +189,7 @@ CLIENTS = {
     "aider": Client("aider-chat", _aider),
     "openai-node": Client("npm:openai", _node("openai_node.mjs")),
     "ai-sdk": Client("npm:@ai-sdk/openai-compatible", _node("ai_sdk_node.mjs"), ("npm:ai",)),
+    "ai-sdk-openai": Client("npm:@ai-sdk/openai", _node("ai_sdk_openai_node.mjs"), ("npm:ai",)),
     "opencode": Client("npm:opencode-ai", _opencode, (), _opencode_settings),
     "codex": Client("npm:@openai/codex", _codex, (), lambda place: {"CODEX_HOME": str(place.folder)}),
     "claude-code": Client("npm:@anthropic-ai/claude-code", _claude, (), _claude_settings),
@@ -284,10 +285,10 @@ def serving() -> Iterator[tuple[str, str]]:
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """A line for each client, and one below for what failed."""
-    lines = [f"{'client':12} {'version':10} " + " ".join(f"{step:8}" for step in STEPS) + " seconds"]
+    lines = [f"{'client':14} {'version':10} " + " ".join(f"{step:8}" for step in STEPS) + " seconds"]
     for one in outcomes:
         marks = " ".join(f"{'yes' if step in one.passed else '-':8}" for step in STEPS)
-        lines.append(f"{one.client:12} {one.version:10} {marks} {one.seconds:7.1f}")
+        lines.append(f"{one.client:14} {one.version:10} {marks} {one.seconds:7.1f}")
         if one.failure:
             lines.append(f"    FAILED with {one.failure}")
     return lines
