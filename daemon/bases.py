@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from expertd.daemon.core.bases import Base, Bases
+from expertd.daemon.direct import Piece, runs
 from expertd.daemon.files import Read
 from expertd.daemon.index import BlockIndex
 from expertd.daemon.large_pages import LargePages
-from expertd.daemon.plain import Piece, PlainFile, runs
+from expertd.daemon.plain import PlainFile
 from expertd.daemon.reader import Reader
 from expertd.protocol.errors import ExpertdError, SegmentFailed, from_code
 from expertd.protocol.layout import (

@@ -11,10 +11,11 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from expertd.daemon.direct import Piece, runs
 from expertd.daemon.files import Read
 from expertd.daemon.index import BlockIndex
 from expertd.daemon.packed import StoreFile, StoreIndex
-from expertd.daemon.plain import Piece, PlainFile, runs
+from expertd.daemon.plain import PlainFile
 from expertd.protocol.checkpoint import check_unchanged
 from expertd.protocol.errors import ReadFailed, StoreInvalid
 

@@ -3,7 +3,7 @@
 Linux: O_DIRECT into a buffer on a page, of whole sectors; where that is refused, read, then POSIX_FADV_DONTNEED for the
 range.  macOS: F_NOCACHE on the descriptor, for any range (reference: open(2), fcntl(2)).
 
-What is read, and what it means when that fails, is decided by ``expertd.daemon.packed`` and ``expertd.daemon.plain``.
+How a file is read best with these is in ``expertd.daemon.direct``.
 """
 
 from __future__ import annotations

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from expertd.daemon.files import SECTOR, FillFailed, Read, drop_behind, fill, leave_direct, open_direct, own_buffer
+from expertd.daemon.direct import DirectFile, Piece
+from expertd.daemon.files import FillFailed, Read
 from expertd.protocol.errors import StoreInvalid
 from expertd.protocol.manifest import Manifest
 from expertd.protocol.packed import (
@@ -113,11 +111,9 @@ class StoreFile:
     def __init__(self, index: StoreIndex) -> None:
         self.index = index
         self._lock = threading.Lock()
-        self._descriptor: int | None = None
+        self._file: DirectFile | None = None
         self._users = 0
         self._closed = False
-        self._direct = False
-        self._straight = True  # direct reads go into the slabs themselves
 
     def read_blocks(self, layer: int, first: int, blocks: Sequence[Sequence[memoryview]], read: Read) -> int:
         """Read the records of experts ``first`` and so on into ``blocks``, each one row for each part.
@@ -132,8 +128,8 @@ class StoreFile:
         problem: str | None = None  # no error: what is kept in a name here holds the rows until a collection
         try:
             try:
-                with self._open() as descriptor:
-                    self._transfer(descriptor, offset, packed, blocks, read)
+                with self._open() as file:
+                    file.read(_pieces(packed, offset, blocks), read)
             except FillFailed as failed:
                 ended = f"ended at byte {failed.offset}, inside a record"
                 problem = f"the packed store {path} {ended if failed.ended else f'cannot be read ({failed.why})'}"
@@ -156,68 +152,35 @@ class StoreFile:
             self._close_if_unused()
 
     @contextmanager
-    def _open(self) -> Iterator[int]:
+    def _open(self) -> Iterator[DirectFile]:
         with self._lock:
-            if self._descriptor is None:
+            if self._file is None:
                 if self._closed:
                     raise StoreInvalid(f"the packed store {self.index.path} is not used any more")
-                self._descriptor, self._direct = open_direct(self.index.path)
+                self._file = DirectFile(self.index.path)
             self._users += 1
-            descriptor = self._descriptor
+            file = self._file
         try:
-            yield descriptor
+            yield file
         finally:
             with self._lock:
                 self._users -= 1
                 self._close_if_unused()
 
     def _close_if_unused(self) -> None:
-        if self._closed and not self._users and self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _transfer(
-        self, descriptor: int, offset: int, packed: PackedLayer, blocks: Sequence[Sequence[memoryview]], read: Read
-    ) -> None:
-        """Fill ``blocks`` in the best way that the system takes.
-
-        Direct reads want everything aligned.  So they go straight into the slabs where all parts are whole sectors,
-        else through a buffer; and what a file system or device refuses once is not tried again.
-        """
-        size = packed.record_bytes * len(blocks)
-        while True:
-            direct = self._direct
-            bounce = direct and not (self._straight and all(part.bytes % SECTOR == 0 for part in packed.parts))
-            buffer = own_buffer(size) if bounce else None
-            buffers = [buffer] if buffer is not None else [one for rows in blocks for one in _scattered(packed, rows)]
-            try:
-                fill(read, descriptor, buffers, offset, step=SECTOR if direct else 1)
-            except FillFailed as failed:
-                if not failed.refused or not direct:
-                    raise
-                if bounce:
-                    leave_direct(descriptor)
-                    self._direct = False
-                else:
-                    self._straight = False
-                continue
-            if buffer is not None:
-                for number, rows in enumerate(blocks):
-                    for part, row in zip(packed.parts, rows, strict=True):
-                        start = number * packed.record_bytes + part.offset
-                        # NumPy copies without holding the interpreter.
-                        np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(buffer, np.uint8, part.bytes, start))
-            elif not direct:
-                drop_behind(descriptor, offset, size)
-            return
+        if self._closed and not self._users and self._file is not None:
+            self._file.close()
+            self._file = None
 
 
-def _scattered(packed: PackedLayer, rows: Sequence[memoryview]) -> list[memoryview]:
-    """The record as buffers in a row: each part's own, and one for the zeros up to the next."""
+def _pieces(packed: PackedLayer, offset: int, blocks: Sequence[Sequence[memoryview]]) -> list[Piece]:
+    """Records in a row, from ``offset`` of the file on: each part's own bytes, and the zeros up to the next."""
     ends = [part.offset for part in packed.parts[1:]] + [packed.record_bytes]
-    buffers = []
-    for part, row, end in zip(packed.parts, rows, ends, strict=True):
-        buffers.append(row)
-        if gap := end - part.offset - part.bytes:
-            buffers.append(_padding[:gap])
-    return buffers
+    pieces = []
+    for rows in blocks:
+        for part, row, end in zip(packed.parts, rows, ends, strict=True):
+            pieces.append(Piece(offset + part.offset, row))
+            if gap := end - part.offset - part.bytes:
+                pieces.append(Piece(offset + part.offset + part.bytes, _padding[:gap]))
+        offset += packed.record_bytes
+    return pieces

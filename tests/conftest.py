@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from expertd.protocol.errors import DaemonNotRunning
 from expertd.protocol.paths import Home
@@ -19,6 +20,9 @@ from tools.stage import end, launch_daemon, temporary_home
 
 DEADLINE_S = 20.0
 """How long a test waits for anything before it fails."""
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # how fast this machine is, and what else runs on it, is nothing that a test asserts
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """A shell that runs the tests in the background (``make test &``) has them ignore it; some tests interrupt programs."""

@@ -296,7 +296,7 @@ def test_whole_sectors_are_scattered_into_the_slabs_by_one_read(manifest: Manife
 
 def test_where_direct_reads_are_refused_the_page_cache_is_used(manifest: Manifest, store: Path) -> None:
     files = opened(manifest, store.parent)
-    refusing = iter([EINVAL, EINVAL])
+    refusing = iter([EINVAL] * 3)  # into the slabs, of sectors of 512 bytes, and of 4096
     spy = Spy(lambda buffers: next(refusing, 0))
     rows = rows_of(manifest.layers[0])
     read_block(files, 0, 2, rows, spy)

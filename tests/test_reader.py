@@ -15,9 +15,9 @@ import pytest
 from expertd.daemon import pacing
 from expertd.daemon.blocks import OpenFiles, read_block
 from expertd.daemon.core.instructions import Priority
+from expertd.daemon.direct import CHUNK, PAGE, Piece, runs
 from expertd.daemon.files import SECTOR, device_name
 from expertd.daemon.index import build_index
-from expertd.daemon.plain import CHUNK, PAGE, Piece, runs
 from expertd.daemon.reader import MERGED_BYTES, Job, Reader, _outcome, copy_block
 from expertd.protocol.errors import ExpertdError, ReadFailed
 from expertd.protocol.manifest import Manifest

@@ -78,7 +78,8 @@ class Succession:
         self._refusals = Sparsely(10.0)
         self._trouble: ExpertdError = DaemonNotRunning("no daemon runs")
         self._frames_before = 0
-        self._mapped: set[int] = set()  # segments of which pages are mapped here
+        # Segments that are mapped, and over which link: one may come a second time, from a daemon that was cut off.
+        self._mapped: set[tuple[int | None, int]] = set()
         alone = msgspec.structs.replace(manifest, base=())
         self.link = self.active = Link(home, manifest if mode == "shm" else alone, mode)
         # Of another daemon no base weights are wanted: what is mapped stays, and nobody ever writes to it.
@@ -297,7 +298,7 @@ class Succession:
 
     def _follow_unmapping(self, number: int | None, segment: int, mapping: mmap.mmap) -> None:
         """Note when the pages of a segment are really gone from this process, and tell session ``number``'s daemon."""
-        self._mapped.add(segment)
+        self._mapped.add((number, segment))
         weakref.finalize(mapping, _unmapped, weakref.ref(self), number, segment).atexit = False
 
 
@@ -305,6 +306,6 @@ def _unmapped(succession: weakref.ref[Succession], number: int | None, segment: 
     """The pages of a segment are gone; on whatever thread, so this only notes it down."""
     alive = succession()
     if alive is not None:
-        alive._mapped.discard(segment)
+        alive._mapped.discard((number, segment))
         if number is not None:
             alive.tell(messages.Released(session=number, segment=segment))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from expertd.daemon.core import adoption, ahead, events, fetches, instructions, memory, slots, turns, warmth
 from expertd.daemon.core.holdings import AtOnce, Holdings
 from expertd.daemon.core.instructions import Priority
-from expertd.daemon.core.plan import GROWTH, largest, resized
+from expertd.daemon.core.plan import largest
 from expertd.daemon.core.state import HANDED, Model, Pool, Session, Waiting
 from expertd.protocol.errors import ExpertdError, FetchInvalid, PoolMoved, SessionUnknown
 
@@ -490,14 +490,6 @@ class Core(Holdings):
 
     # -- generations ---------------------------------------------------------------------------------------------------
 
-    def _move(self, model: Model, pool: Pool, size: int, fresh: bool = False) -> None:
-        """Begin a new generation of ``pool`` in ``size`` bytes, as near as that is possible."""
-        if pool.next is None:
-            layout = resized(model.manifest, pool.layers, size)
-            pool.next = self._new_pool(model.manifest, pool.generation + 1, pool.layers, layout)
-            pool.next.fresh = fresh
-            self._pools[pool.next.segment] = (model, pool.next)
-
     def _enter(self, model: Model, new: Pool) -> None:
         """The memory of a new generation is there: everybody who is heard moves over, blocks follow."""
         old = next(pool for pool in model.pools if pool.next is new)
@@ -526,13 +518,6 @@ class Core(Holdings):
                 self._give_up(model, pool, waiting, error)
         self._pump(model, pool)
 
-    def _offer(self, model: Model, session: Session) -> None:
-        """Hand over the current generations that ``session`` does not have."""
-        for pool in model.pools:
-            if session.number not in pool.holders:
-                pool.holders[session.number] = model.version
-                self._out.append(instructions.Move(session.number, pool.info))
-
     def _released(self, number: int, segment: int) -> None:
         session = self.sessions.get(number)
         if session is None:
@@ -543,21 +528,6 @@ class Core(Holdings):
             if pool.segment == segment:
                 pool.holders.pop(number, None)
         self._sweep(model)
-
-    def _sweep(self, model: Model) -> None:
-        """Give back the older generations that nobody holds, reads into or copies from any more."""
-        if not model.old:
-            return
-        wanted = {source.segment for pool in model.pools if pool.carried for source in pool.sources}
-        for old in list(model.old):
-            if not (old.holders or old.filling or old.copies_from or old.segment in wanted or old.queue):
-                model.old.remove(old)
-                del self._pools[old.segment]
-                for pool in (*model.pools, *model.old):
-                    if old in pool.sources:
-                        pool.sources.remove(old)
-                self._out.append(instructions.UnlinkPool(old.segment))
-                self._memory_changed = True
 
     def _divide_memory(self, drop: bool = False) -> None:
         """Let pools shrink where more is used than may be, and grow where there is room.
@@ -580,16 +550,6 @@ class Core(Holdings):
             self._move(model, pool, size)
         if ended == []:
             self._divide_memory(drop)
-
-    def _resize(self, model: Model, pool: Pool, size: int) -> None:
-        """Begin another generation of ``pool`` if ``size`` bytes differ enough from what it has."""
-        before, now = pool.layout.slots, resized(model.manifest, pool.layers, size).slots
-        everything = now >= pool.layout.layers * pool.layout.experts
-        pool.outdated = pool.next is not None and now != pool.next.layout.slots
-        wanted = everything or 0 < memory.quota_change(pool) <= size - pool.layout.size
-        grows = now >= before * GROWTH or (now > before and wanted)
-        if now < before or grows:
-            self._move(model, pool, size)
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 

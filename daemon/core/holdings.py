@@ -1,4 +1,4 @@
-"""What there is: models, their pools and sessions, and the memory that they take.
+"""What there is: models, the generations of their pools, sessions, and the memory that they take.
 
 ``core.Core`` decides what becomes of them; how memory is divided is in ``plan`` and ``memory``.
 """
@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 
 from expertd.daemon.core import adoption, events, instructions, memory
-from expertd.daemon.core.plan import beginning, largest, plan_pools, resized, smallest
+from expertd.daemon.core.plan import GROWTH, beginning, largest, plan_pools, resized, smallest
 from expertd.daemon.core.state import Model, Pool, Session
 from expertd.daemon.policy import Forecast, PolicyFactory
 from expertd.protocol.layout import PoolLayout
@@ -31,7 +31,7 @@ class AtOnce(list[instructions.Instruction]):
 
 
 class Holdings:
-    """The part of the core that adds models and gives them back.
+    """The part of the core that adds models and pools and gives them back.
 
     Attributes:
         budget: bytes that all segments (and copies in sessions that cannot alias) may take.  Exceeded only while pools
@@ -167,3 +167,43 @@ class Holdings:
             self._pools.pop(pool.segment, None)  # one that could not be created is not there any more
             if pool.created:
                 self._out.append(instructions.UnlinkPool(pool.segment))
+
+    def _move(self, model: Model, pool: Pool, size: int, fresh: bool = False) -> None:
+        """Begin a new generation of ``pool`` in ``size`` bytes, as near as that is possible."""
+        if pool.next is None:
+            layout = resized(model.manifest, pool.layers, size)
+            pool.next = self._new_pool(model.manifest, pool.generation + 1, pool.layers, layout)
+            pool.next.fresh = fresh
+            self._pools[pool.next.segment] = (model, pool.next)
+
+    def _offer(self, model: Model, session: Session) -> None:
+        """Hand over the current generations that ``session`` does not have."""
+        for pool in model.pools:
+            if session.number not in pool.holders:
+                pool.holders[session.number] = model.version
+                self._out.append(instructions.Move(session.number, pool.info))
+
+    def _sweep(self, model: Model) -> None:
+        """Give back the older generations that nobody holds, reads into or copies from any more."""
+        if not model.old:
+            return
+        wanted = {source.segment for pool in model.pools if pool.carried for source in pool.sources}
+        for old in list(model.old):
+            if not (old.holders or old.filling or old.copies_from or old.segment in wanted or old.queue):
+                model.old.remove(old)
+                del self._pools[old.segment]
+                for pool in (*model.pools, *model.old):
+                    if old in pool.sources:
+                        pool.sources.remove(old)
+                self._out.append(instructions.UnlinkPool(old.segment))
+                self._memory_changed = True
+
+    def _resize(self, model: Model, pool: Pool, size: int) -> None:
+        """Begin another generation of ``pool`` if ``size`` bytes differ enough from what it has."""
+        before, now = pool.layout.slots, resized(model.manifest, pool.layers, size).slots
+        everything = now >= pool.layout.layers * pool.layout.experts
+        pool.outdated = pool.next is not None and now != pool.next.layout.slots
+        wanted = everything or 0 < memory.quota_change(pool) <= size - pool.layout.size
+        grows = now >= before * GROWTH or (now > before and wanted)
+        if now < before or grows:
+            self._move(model, pool, size)
