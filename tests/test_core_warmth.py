@@ -5,7 +5,7 @@ Orders that nobody thought of are ``test_core_machine``'s business.
 
 from __future__ import annotations
 
-from expertd.daemon.core import warmth
+from expertd.daemon.core import events, warmth
 from expertd.daemon.core.events import (
     BudgetChanged,
     Ended,
@@ -31,6 +31,7 @@ from expertd.daemon.core.slots import BACKGROUND_READS
 from expertd.daemon.core.state import Model
 from expertd.daemon.policy import Block
 from expertd.protocol.layout import PAGE
+from tests.core_runner import Runner, model_of
 from tests.test_core import Daemon, manifest, of
 
 
@@ -231,3 +232,16 @@ def test_wishes_take_nobody_s_place() -> None:
     daemon.finish()
     assert resident(model) >= {(0, 10), (0, 11), (0, 12)}
     assert warmth.wished(model) == 0
+
+
+def test_what_an_earlier_daemon_held_is_read_once_however_often_the_pool_grows() -> None:
+    runner = Runner(5 * PAGE)
+    recorded = model_of((1, 1), experts=16)
+    model = runner.attach(1, recorded)
+    runner.feed(events.Recall(recorded.key, tuple((0, expert) for expert in range(12)), {}, 5.0))
+    read = []
+    for pages in (9, 5, 21, 5, 21):
+        runner.feed(events.BudgetChanged(pages * PAGE))
+        read.append(model.bytes_read // PAGE)
+    assert read == [8, 8, 12, 12, 12]
+    assert model.recalled is not None and len(model.recalled.back) == 12

@@ -212,9 +212,8 @@ def follow(model: Model, old: Pool, new: Pool) -> None:
     stay = hand_over(model, old, new)
     new.carried.update(stay)
     new.wish.extend(reversed(stay))
-    left = warmth.recalled(model, new)
-    if old.layout.slots < min(len(left), new.layout.slots):  # there was no room for all that an earlier daemon held
-        wished += left
+    if old.layout.slots < new.layout.slots and not new.fresh:  # there may have been no room for all of that
+        wished += warmth.still_out(model, new)
     wished = [block for block in dict.fromkeys(wished) if block not in new.carried]
     if not new.fresh:
         carry(model, new, filter(can_be_copied, wished))

@@ -82,9 +82,13 @@ def recall(model: Model, event: events.Recall) -> None:
         wish(model, blocks)
 
 
-def recalled(model: Model, pool: Pool) -> list[Block]:
-    """What an earlier daemon held in the layers of ``pool``, in its order."""
-    return [] if model.recalled is None else [block for block in model.recalled.blocks if block[0] in pool.layers]
+def still_out(model: Model, pool: Pool) -> list[Block]:
+    """What an earlier daemon held in the layers of ``pool``, in its order, without what has been back once.
+
+    That is the policy's since: if it has gone again, others are worth more.
+    """
+    left = model.recalled
+    return [] if left is None else [b for b in left.blocks if b[0] in pool.layers and b not in left.back]
 
 
 def _by_use(model: Model) -> list[Block]:
