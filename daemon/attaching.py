@@ -74,7 +74,8 @@ class Ground:
         budget: bytes that the user allows.
         room: bytes that the machine could give at once.
         recall: reads what an earlier daemon has left of a model, on another thread.
-        awaited: whether processes hold something of a model (a key) of an earlier daemon, and none has come yet.
+        awaited: whether other processes than one (its id) hold something of a model (a key) of an earlier daemon, and
+            none has come yet.
     """
 
     home: Home
@@ -89,7 +90,7 @@ class Ground:
     budget: Callable[[], int]
     room: Callable[[], int]
     recall: Callable[[Manifest], events.Recall | None]
-    awaited: Callable[[str], bool]
+    awaited: Callable[[str, int], bool]
 
 
 class Attaching:
@@ -134,7 +135,7 @@ class Attaching:
             base = self._adopt_base(message, came)
             handed = self._handed(message, came)
             if message.held_base is None:
-                await self._let_others_come(manifest)
+                await self._let_others_come(manifest, message.pid)
                 base = await self._share_base(message, index)
             self._open(message, index, base, left, handed)
         finally:
@@ -190,14 +191,15 @@ class Attaching:
         most, needed, opened = self._room_for_base(message.manifest.key)
         return self._ground.bases.adopt(message.manifest, info, *came.pop(info.segment), most, needed, opened)
 
-    async def _let_others_come(self, manifest: Manifest) -> None:
+    async def _let_others_come(self, manifest: Manifest, pid: int) -> None:
         """Give programs that outlive an earlier daemon a moment: what they have of ``manifest`` is not read again.
 
-        They look for a daemon ten times a second; one that is stopped is not waited for longer.
+        They look for a daemon ten times a second; one that is stopped is not waited for longer, and ``pid`` not at all:
+        it is the one that waits.
         """
         for _ in range(LET_COME_TURNS):
             here = manifest.key in self._ground.core.models or self._known.find(manifest.base_key) is not None
-            if not manifest.base or here or not self._ground.awaited(manifest.key):
+            if not manifest.base or here or not self._ground.awaited(manifest.key, pid):
                 return
             await asyncio.sleep(TURN_S)
 

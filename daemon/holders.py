@@ -4,8 +4,9 @@ Pages that a session has mapped outlive the daemon that gave them.  To a daemon 
 that others have taken, though it gets them back as soon as these sessions have come over.  So whoever reckons a default
 budget adds what is held here (``expertd.daemon.machine``).
 
-A process counts if it has been running since before the note was written: then it is the one that was noted, whatever
-became of numbers, and of the machine, in between.
+A process counts if it has been running since before it was noted: then it is the one that was noted, whatever became of
+numbers, and of the machine, in between.  And it counts as long as it lives and has pages of some daemon mapped, which
+Linux tells; elsewhere, as long as it lives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ import psutil
 from expertd.daemon.core import Core, memory
 from expertd.daemon.core.bases import Bases
 from expertd.protocol.logs import Log
+from expertd.protocol.segments import may_map
 
 log = Log("expertd.daemon")
 
@@ -36,11 +38,17 @@ class Held(msgspec.Struct, frozen=True):
     pids: tuple[int, ...]
 
 
-class _Note(msgspec.Struct, frozen=True):
-    """``at``: when it was written, in seconds since 1970; ``models``: by their keys."""
+class _Noted(msgspec.Struct, frozen=True):
+    """``held``, by processes that had it ``at`` that moment, in seconds since 1970."""
 
     at: float
-    models: dict[str, Held]
+    held: Held
+
+
+class _Note(msgspec.Struct, frozen=True):
+    """``models``: by their keys."""
+
+    models: dict[str, _Noted]
 
 
 class Holders:
@@ -49,28 +57,41 @@ class Holders:
     def __init__(self, path: Path) -> None:
         """``path``: of the note."""
         self._path = path
-        self._before = _living(path)  # what is still held of earlier daemons, as far as its model has not come here
-        self._noted: dict[str, Held] = {}
+        self._before = _read(path)  # what is still held of earlier daemons, as far as its model has not come here
+        self._noted: dict[str, _Noted] = {}
 
     @property
     def before(self) -> int:
         """Bytes that processes hold of earlier daemons, and have not brought here yet."""
-        return sum(held.size for held in self._before.values())
+        return self.beside(())
 
-    def awaited(self, model: str) -> bool:
-        """Whether processes hold something of ``model`` (a key) of an earlier daemon, and none of them has come yet."""
-        return model in self._before
+    def beside(self, models: Collection[str]) -> int:
+        """The same without ``models`` (keys): somebody else counts these."""
+        return sum(noted.held.size for key, noted in _living(self._before).items() if key not in models)
+
+    def awaited(self, model: str, but: int) -> bool:
+        """Whether processes hold something of ``model`` (a key) of an earlier daemon, and none of them has come yet.
+
+        Process ``but`` is not asked about: it waits itself.
+        """
+        noted = self._before.get(model)
+        return noted is not None and any(pid != but for pid in _holding(noted))
 
     def changed(self, now: Mapping[str, Held]) -> bool:
         """Take what is held of this daemon's models in use; whether that is worth a ``write``."""
-        self._before = {key: held for key, held in self._before.items() if key not in now}
-        changed = dict(now) != self._noted
-        self._noted = dict(now)
+        before = _living({key: noted for key, noted in self._before.items() if key not in now})
+        noted = {key: self._noted.get(key) for key in now}
+        at = time.time()
+        fresh = {
+            key: old if old is not None and old.held == now[key] else _Noted(at, now[key]) for key, old in noted.items()
+        }
+        changed = (before, fresh) != (self._before, self._noted)
+        self._before, self._noted = before, fresh
         return changed
 
     def write(self) -> None:
         """Put the note in the place of the one before.  Never raises: a budget may be too small without it."""
-        note = _Note(time.time(), {**self._before, **self._noted})
+        note = _Note({**_living(self._before), **self._noted})
         fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
             fresh.write_bytes(msgspec.json.encode(note))
@@ -91,17 +112,24 @@ def held_now(core: Core, bases: Bases) -> dict[str, Held]:
     return held
 
 
-def _living(path: Path) -> dict[str, Held]:
-    """What the note tells of processes that are still there; nothing, if there is none that can be read."""
+def _read(path: Path) -> dict[str, _Noted]:
+    """What the note tells; nothing, if there is none that can be read."""
     try:
         note = msgspec.json.decode(path.read_bytes(), type=_Note)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
-    since = note.at + ROUNDED_S
-    living = {
-        key: Held(held.size, tuple(pid for pid in held.pids if _lives(pid, since))) for key, held in note.models.items()
-    }
-    return {key: held for key, held in living.items() if held.pids}
+    return _living(note.models)
+
+
+def _living(models: Mapping[str, _Noted]) -> dict[str, _Noted]:
+    """What of it is still held, and by whom."""
+    living = {key: _Noted(noted.at, Held(noted.held.size, _holding(noted))) for key, noted in models.items()}
+    return {key: noted for key, noted in living.items() if noted.held.pids}
+
+
+def _holding(noted: _Noted) -> tuple[int, ...]:
+    """Which of the processes still hold it, as far as the system tells."""
+    return tuple(pid for pid in noted.held.pids if _lives(pid, noted.at + ROUNDED_S) and may_map(pid))
 
 
 def _lives(pid: int, since: float) -> bool:

@@ -136,7 +136,7 @@ class Server:
             feed=self._feed, share_out=self._share_out, budget=lambda: self._memory.governor.budget,
             room=lambda: memory_watch.room() if self._memory.pressure.level == "normal" else 0,
             recall=lambda manifest: recall(home, manifest, self._policy_name, remembers),
-            awaited=lambda model: self._holders.awaited(model),
+            awaited=lambda model, but: self._holders.awaited(model, but),
         )  # fmt: skip
         self._attaching = Attaching(ground)
         self._records = Records(home)

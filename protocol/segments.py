@@ -23,6 +23,8 @@ from expertd.protocol.sizes import show_size
 
 _MAP_FIXED = 0x10
 """Linux's; Python does not have it, because its own mappings are never put in the place of others."""
+_PREFIX = b"/expertd-"
+"""Begins the names of segments, which Linux shows for those that are mapped, though they have been unlinked."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,16 @@ def segment_name(home: Path) -> str:
     One fixed name for each home (at most 31 bytes, macOS's limit): a daemon that was killed in that instant leaves at
     most this one behind, and its successor's first segment takes it over.
     """
-    return f"/expertd-{hashlib.sha256(os.fsencode(home)).hexdigest()[:12]}"
+    return f"{_PREFIX.decode()}{hashlib.sha256(os.fsencode(home)).hexdigest()[:12]}"
+
+
+def may_map(pid: int) -> bool:
+    """Whether process ``pid`` may have a segment mapped: False only where the system tells that it has none (Linux)."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_bytes().splitlines()
+    except OSError:  # it is no Linux, or another user's process
+        return True
+    return any(_PREFIX in line and line.endswith(b"(deleted)") for line in lines)
 
 
 def create(name: str, size: int, beyond: bool = False) -> Segment:

@@ -17,8 +17,10 @@ from expertd.clients.cli.budget import cache_holds
 from expertd.daemon.holders import Held, Holders
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import DaemonNotRunning
+from expertd.protocol.layout import PAGE
 from expertd.protocol.messages import BudgetSet, SetBudget
 from expertd.protocol.paths import Home
+from expertd.protocol.segments import Segment, create
 from tests.conftest import wait_for
 from tests.programs import Program
 from tools.factory import write_checkpoint
@@ -26,6 +28,14 @@ from tools.stage import ask_status, end
 
 MB = 10**6
 MINE = (os.getpid(),)
+
+
+@pytest.fixture(autouse=True)
+def held() -> Iterator[Segment]:
+    """A segment that this process has mapped."""
+    segment = create(f"/expertd-test-{os.getpid()}", PAGE)
+    yield segment
+    segment.close()
 
 
 @pytest.fixture
@@ -39,14 +49,36 @@ def note(path: Path, **models: Held) -> None:
     holders.write()
 
 
+HOLDS = """
+import os
+from expertd.protocol.segments import create
+segment = create(f"/expertd-test-{os.getpid()}", 4096)
+print(flush=True)
+if input() == "let go":
+    segment.close()
+    print(flush=True)
+    input()
+"""
+
+
 @contextmanager
-def process() -> Iterator[int]:
-    """One that lives inside the body."""
-    one = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+def process() -> Iterator[subprocess.Popen[str]]:
+    """One that lives inside the body, with a segment mapped until it is told to let go of it."""
+    one = subprocess.Popen([sys.executable, "-c", HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        yield one.pid
+        tell(one, "")
+        yield one
     finally:
-        one.communicate()
+        one.communicate("\n")
+
+
+def tell(one: subprocess.Popen[str], what: str) -> None:
+    """Say it, if it is anything, and wait for the answer."""
+    assert one.stdin is not None and one.stdout is not None
+    if what:
+        one.stdin.write(f"{what}\n")
+        one.stdin.flush()
+    assert one.stdout.readline() == "\n"
 
 
 def test_nobody_holds_anything_of_a_daemon_that_never_was(path: Path) -> None:
@@ -55,27 +87,62 @@ def test_nobody_holds_anything_of_a_daemon_that_never_was(path: Path) -> None:
 
 def test_what_living_processes_hold_counts(path: Path) -> None:
     with process() as other:
-        note(path, a=Held(5 * MB, (*MINE, other)), b=Held(7 * MB, (other,)))
-        assert Holders(path).before == 12 * MB
+        note(path, a=Held(5 * MB, (*MINE, other.pid)), b=Held(7 * MB, (other.pid,)))
+        holders = Holders(path)
+        assert (holders.before, holders.awaited("b", but=MINE[0])) == (12 * MB, True)
+    assert (holders.before, holders.awaited("b", but=MINE[0])) == (5 * MB, False)
     assert Holders(path).before == 5 * MB
+    assert holders.changed({}), "worth noting"
+    assert not holders.changed({})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what others have mapped")
+def test_what_a_process_has_let_go_counts_no_more(path: Path) -> None:
+    with process() as other:
+        note(path, b=Held(7 * MB, (other.pid,)))
+        holders = Holders(path)
+        assert (holders.before, holders.awaited("b", but=MINE[0])) == (7 * MB, True)
+        tell(other, "let go")
+        assert (holders.before, holders.awaited("b", but=MINE[0])) == (0, False)
+        holders.write()
+        assert json.loads(path.read_bytes()) == {"models": {}}
+
+
+def test_nobody_is_waited_for_by_himself(path: Path) -> None:
+    note(path, a=Held(5 * MB, MINE))
+    assert not Holders(path).awaited("a", but=MINE[0])
+    assert Holders(path).awaited("a", but=1)
+    assert not Holders(path).awaited("b", but=1)
+
+
+def test_what_is_noted_again_keeps_its_moment(path: Path) -> None:
+    note(path, a=Held(5 * MB, MINE))
+    told = json.loads(path.read_bytes())
+    second = Holders(path)
+    assert second.changed({"b": Held(1, MINE)})
+    second.write()
+    now = json.loads(path.read_bytes())
+    assert now["models"]["a"] == told["models"]["a"]
+    assert now["models"]["b"]["at"] > told["models"]["a"]["at"]
 
 
 def test_a_process_that_began_later_is_another_one(path: Path) -> None:
     note(path, a=Held(5 * MB, MINE))
     told = json.loads(path.read_bytes())
-    told["at"] -= 1e6
+    told["models"]["a"]["at"] -= 1e6
     path.write_text(json.dumps(told))
     assert Holders(path).before == 0
 
 
-@pytest.mark.parametrize("text", ["", "nonsense", "{}", '{"at": 1, "models": []}', '{"at": "x", "models": {}}', "\xff"])
+@pytest.mark.parametrize("text", ["", "nonsense", "{}", '{"models": []}', '{"models": {"a": {"at": "x"}}}', "\xff"])
 def test_a_note_that_is_none_tells_nothing(path: Path, text: str) -> None:
     path.write_bytes(text.encode("latin-1"))
     assert Holders(path).before == 0
 
 
 def test_numbers_that_are_no_processes_tell_nothing(path: Path) -> None:
-    path.write_text('{"at": 1e300, "models": {"a": {"size": 1, "pids": [-1, 9999999999999999999, 999999999]}}}')
+    held = {"size": 1, "pids": [-1, 9999999999999999999, 999999999]}
+    path.write_text(json.dumps({"models": {"a": {"at": 1e300, "held": held}}}))
     assert Holders(path).before == 0
 
 
