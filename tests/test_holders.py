@@ -215,6 +215,7 @@ def test_a_daemon_that_comes_after_one_that_was_killed_finds_the_same_budget(hom
             held = ask_status(home).used_bytes
             assert cache_holds(home) == held > MB
             wait_for(lambda: Holders(home.daemon_holders).before == held)
+            assert cache_holds(home) == held
             first.send_signal(signal.SIGKILL)
             first.wait()
             assert cache_holds(home) == held
@@ -225,3 +226,12 @@ def test_a_daemon_that_comes_after_one_that_was_killed_finds_the_same_budget(hom
                 assert program.run(8) == tokens
         with daemon_with(home, available - held):
             assert ask_status(home).budget_bytes == 400 * MB - held
+
+
+def test_commands_count_what_the_daemon_counts(home: Home) -> None:
+    home.prepare()
+    note(home.daemon_holders, gone=Held(100 * MB, MINE))
+    with daemon_with(home, 3300 * MB):
+        assert (ask_status(home).budget_bytes, ask_status(home).used_bytes) == (400 * MB, 0)
+        assert auto(home) == 400 * MB
+        assert cache_holds(home) == 100 * MB

@@ -51,11 +51,15 @@ def budget(size: str | None, as_json: bool) -> None:
 
 
 def cache_holds(home: Home) -> int:
-    """Bytes that the home's daemon holds, or, where none runs, what sessions still hold of one that has ended.
+    """Bytes that the home's daemon holds, and those that sessions still hold of one that has ended.
 
-    To a daemon that starts they are no memory that others have taken.
+    They are no memory that others have taken, neither to a daemon that starts nor to ``expertd budget auto``.
     """
     from expertd.daemon.holders import Holders
 
-    told = quick_status(str(home.root))
-    return Holders(home.daemon_holders).before if told is None else int(json.loads(told)["used_bytes"])
+    told, holders = quick_status(str(home.root)), Holders(home.daemon_holders)
+    if told is None:
+        return holders.before
+    status = json.loads(told)
+    here = {model["id"] for model in status["models"] if model["sessions"]}
+    return int(status["used_bytes"]) + holders.beside(here)
