@@ -116,8 +116,11 @@ class Steering:
     def _unload(self, model: Model) -> messages.Unloaded:
         folder = model.manifest.folder
         if model.in_use:
-            users = ", ".join(str(session.pid) for session in model.sessions.values())
-            raise ModelInUse(f"{folder} is used by process {users}; end that, or close the model there")
+            users = ", ".join(map(str, dict.fromkeys(session.pid for session in model.sessions.values())))
+            raise ModelInUse(
+                f"{folder} is used by process {users}; end that, or close the model there (a program that has kept a "
+                "weight or a result still uses it)"
+            )
         size = model.size + model.extra + sum(base.size for base in self._bases.of_model(model.key))
         self._feed(events.Unwanted(model.key))
         self._forget(model.key)  # who wants it gone does not want it back by itself

@@ -191,9 +191,12 @@ def test_of_what_is_not_there_it_tells_what_is(asked: Asked) -> None:
 
 def test_a_model_in_use_stays_and_one_that_is_not_goes_with_its_record(asked: Asked) -> None:
     key = asked.load(1, manifest())
-    with pytest.raises(ModelInUse, match="/m is used by process 101"):
+    asked.load(2, manifest())
+    asked.runner.feed(events.Attach(3, 101, "shm", manifest()))  # of the first one's process
+    with pytest.raises(ModelInUse, match="/m is used by process 101, 102; end that, or close the model there"):
         asked.ask(messages.Unload(model="m"))
-    asked.end(1)
+    for session in (1, 2, 3):
+        asked.end(session)
     held = asked.core.used
     assert asked.ask(messages.Unload(model="m")) == messages.Unloaded(path="/m", bytes=held)
     assert (asked.core.used, asked.core.models, asked.forgotten) == (0, {}, [key])
