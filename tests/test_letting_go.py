@@ -144,14 +144,19 @@ def test_a_weight_that_is_kept_is_counted_and_right_until_it_goes(
     wait_for(lambda: not sessions(home) and not segments())
 
 
-def test_a_weight_that_is_kept_goes_without_a_daemon_too(model_path: Path, daemon: subprocess.Popen[Any]) -> None:
+def test_a_weight_that_is_kept_goes_without_a_daemon_too(
+    model_path: Path, plain: Any, daemon: subprocess.Popen[Any]
+) -> None:
+    """And the experts, which nothing can read, at once."""
     model, _ = expertd.load(model_path)
     session = session_of(model)
     kept = model.model.embed_tokens.weight
     expertd.unload(model)
     daemon.kill()
     daemon.wait()
-    assert session._thread.is_alive() and segments()
+    wait_for(lambda: len(segments()) == 1)
+    assert mx.array_equal(kept, dict(tree_flatten(plain.parameters()))[WEIGHT]).item()
+    assert session._thread.is_alive()
     del kept
     wait_for(lambda: not session._thread.is_alive())
     assert not segments()

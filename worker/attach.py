@@ -369,10 +369,14 @@ class Session:
             self._closed = self._closed or SessionClosed("the model is gone; keep it while its layers are used")
 
     def part(self) -> bool:
-        """Nobody computes any more: let the pages go; whether the session can end."""
+        """Nobody computes any more: let the pages go; whether the session can end.
+
+        As long as a daemon counts the session, its pools stay until all can go, because it has all or nothing.  Of one
+        that has gone only what something can still read stays.
+        """
         if not self._at_once:
             self._succession.adopt_unused()
-            if self.let_go():
+            if self.let_go() or self._succession.active.lost:
                 self._succession.let_go()
             if self._succession.mapped:
                 self._tried.set()

@@ -109,8 +109,9 @@ def _at(name: str | Path, revision: str) -> str:
 def unload(model: Any) -> None:
     """Close the session of a model that ``load`` returned, and unmap its pools and base weights.
 
-    Its calls raise SessionClosed then, and parameters that were shared are empty.  Where the program has kept a weight,
-    or a result that it has not evaluated, the pages stay mapped for that, and the daemon counts them.
+    Its calls raise SessionClosed then, and parameters that were shared are empty.  Where the program has kept a weight
+    or a layer, the session stays, and the daemon counts its pages, until that has gone; where it has kept a view of a
+    weight, or a result that was not evaluated by now, to the end of the process.
     """
     events = events_of(model)
     session = events.session

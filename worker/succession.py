@@ -285,7 +285,7 @@ class Succession:
             self.adopted(offered)
 
     def let_go(self) -> None:
-        """The session is over, and has no arrays any more: let all pages go."""
+        """The session is over: let all pages go but those that arrays hold (``expertd.worker.alias``)."""
         with self._exchange:
             self.base = None
             self.pools.clear()
