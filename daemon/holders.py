@@ -5,8 +5,8 @@ that others have taken, though it gets them back as soon as these sessions have 
 budget adds what is held here (``expertd.daemon.machine``).
 
 A process counts if it has been running since before it was noted: then it is the one that was noted, whatever became of
-numbers, and of the machine, in between.  And it counts as long as it lives and has pages of some daemon mapped, which
-Linux tells; elsewhere, as long as it lives.
+numbers, and of the machine, in between.  It counts with no more than it has mapped, which Linux tells; elsewhere, as
+long as it lives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 from expertd.daemon.core import Core, memory
 from expertd.daemon.core.bases import Bases
 from expertd.protocol.logs import Log
-from expertd.protocol.segments import may_map
+from expertd.protocol.segments import mapped_by
 
 log = Log("expertd.daemon")
 
@@ -32,10 +32,11 @@ ROUNDED_S = 2.0
 
 
 class Held(msgspec.Struct, frozen=True):
-    """Bytes of one model's segments and copies, and the processes that have them."""
+    """Bytes of one model's segments and copies, the processes that have them, and how much of that copies are."""
 
     size: int
     pids: tuple[int, ...]
+    copied: int = 0
 
 
 class _Noted(msgspec.Struct, frozen=True):
@@ -75,7 +76,7 @@ class Holders:
         Process ``but`` is not asked about: it waits itself.
         """
         noted = self._before.get(model)
-        return noted is not None and any(pid != but for pid in _holding(noted))
+        return noted is not None and any(pid != but for pid in _still(noted).pids)
 
     def changed(self, now: Mapping[str, Held]) -> bool:
         """Take what is held of this daemon's models in use; whether that is worth a ``write``."""
@@ -108,7 +109,8 @@ def held_now(core: Core, bases: Bases) -> dict[str, Held]:
     for key, model in core.models.items():
         if model.sessions:
             size = memory.used([model]) + sum(base.size for base in bases.of_model(key) if base.users)
-            held[key] = Held(size, tuple(sorted({session.pid for session in model.sessions.values()})))
+            pids = tuple(sorted({session.pid for session in model.sessions.values()}))
+            held[key] = Held(size, pids, model.size * model.copies)
     return held
 
 
@@ -123,13 +125,21 @@ def _read(path: Path) -> dict[str, _Noted]:
 
 def _living(models: Mapping[str, _Noted]) -> dict[str, _Noted]:
     """What of it is still held, and by whom."""
-    living = {key: _Noted(noted.at, Held(noted.held.size, _holding(noted))) for key, noted in models.items()}
+    living = {key: _Noted(noted.at, _still(noted)) for key, noted in models.items()}
     return {key: noted for key, noted in living.items() if noted.held.pids}
 
 
-def _holding(noted: _Noted) -> tuple[int, ...]:
-    """Which of the processes still hold it, as far as the system tells."""
-    return tuple(pid for pid in noted.held.pids if _lives(pid, noted.at + ROUNDED_S) and may_map(pid))
+def _still(noted: _Noted) -> Held:
+    """The same for one model, as far as the system tells."""
+    held, since = noted.held, noted.at + ROUNDED_S
+    mapped = {pid: mapped_by(pid) for pid in held.pids if _lives(pid, since)}
+    pids = tuple(pid for pid, segments in mapped.items() if segments is None or segments)
+    together: dict[bytes, int] = {}  # they share most
+    for segments in mapped.values():
+        if segments is None:
+            return Held(held.size, pids, held.copied)
+        together |= segments
+    return Held(min(held.size, sum(together.values()) + held.copied), pids, held.copied)
 
 
 def _lives(pid: int, since: float) -> bool:

@@ -56,13 +56,20 @@ def segment_name(home: Path) -> str:
     return f"{_PREFIX.decode()}{hashlib.sha256(os.fsencode(home)).hexdigest()[:12]}"
 
 
-def may_map(pid: int) -> bool:
-    """Whether process ``pid`` may have a segment mapped: False only where the system tells that it has none (Linux)."""
+def mapped_by(pid: int) -> dict[bytes, int] | None:
+    """The segments that process ``pid`` has mapped, and their bytes; None where the system does not tell (no Linux)."""
     try:
         lines = Path(f"/proc/{pid}/maps").read_bytes().splitlines()
-    except OSError:  # it is no Linux, or another user's process
-        return True
-    return any(_PREFIX in line and line.endswith(b"(deleted)") for line in lines)
+    except OSError:  # it may be another user's, too
+        return None
+    found: dict[bytes, int] = {}
+    for line in lines:
+        if _PREFIX in line and line.endswith(b"(deleted)"):
+            addresses, _, _, device, inode, *_ = line.split()
+            start, end = (int(address, 16) for address in addresses.split(b"-"))
+            segment = device + b" " + inode
+            found[segment] = found.get(segment, 0) + end - start
+    return found
 
 
 def create(name: str, size: int, beyond: bool = False) -> Segment:

@@ -17,7 +17,6 @@ from expertd.clients.cli.budget import cache_holds
 from expertd.daemon.holders import Held, Holders
 from expertd.protocol.connection import Connection
 from expertd.protocol.errors import DaemonNotRunning
-from expertd.protocol.layout import PAGE
 from expertd.protocol.messages import BudgetSet, SetBudget
 from expertd.protocol.paths import Home
 from expertd.protocol.segments import Segment, create
@@ -33,7 +32,7 @@ MINE = (os.getpid(),)
 @pytest.fixture(autouse=True)
 def held() -> Iterator[Segment]:
     """A segment that this process has mapped."""
-    segment = create(f"/expertd-test-{os.getpid()}", PAGE)
+    segment = create(f"/expertd-test-{os.getpid()}", 20 * MB)
     yield segment
     segment.close()
 
@@ -50,14 +49,16 @@ def note(path: Path, **models: Held) -> None:
 
 
 HOLDS = """
-import os
+import os, sys
 from expertd.protocol.segments import create
-segment = create(f"/expertd-test-{os.getpid()}", 4096)
+segment, small = (create(f"/expertd-test-{os.getpid()}", size) for size in (20_000_000, 4096))
 print(flush=True)
-if input() == "let go":
-    segment.close()
+for one in (segment, small):
+    if input() != "let go":
+        break
+    one.close()
     print(flush=True)
-    input()
+sys.stdin.read()
 """
 
 
@@ -102,6 +103,8 @@ def test_what_a_process_has_let_go_counts_no_more(path: Path) -> None:
         note(path, b=Held(7 * MB, (other.pid,)))
         holders = Holders(path)
         assert (holders.before, holders.awaited("b", but=MINE[0])) == (7 * MB, True)
+        tell(other, "let go")
+        assert (holders.before, holders.awaited("b", but=MINE[0])) == (4096, True)
         tell(other, "let go")
         assert (holders.before, holders.awaited("b", but=MINE[0])) == (0, False)
         holders.write()
@@ -230,8 +233,8 @@ def test_a_daemon_that_comes_after_one_that_was_killed_finds_the_same_budget(hom
 
 def test_commands_count_what_the_daemon_counts(home: Home) -> None:
     home.prepare()
-    note(home.daemon_holders, gone=Held(100 * MB, MINE))
-    with daemon_with(home, 3300 * MB):
+    note(home.daemon_holders, gone=Held(20 * MB, MINE))
+    with daemon_with(home, 3380 * MB):
         assert (ask_status(home).budget_bytes, ask_status(home).used_bytes) == (400 * MB, 0)
         assert auto(home) == 400 * MB
-        assert cache_holds(home) == 100 * MB
+        assert cache_holds(home) == 20 * MB

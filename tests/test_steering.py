@@ -117,7 +117,7 @@ def test_what_sessions_still_hold_of_a_daemon_before_is_the_cache_s_own(tmp_path
     before = Holders(tmp_path / "holders")
     before.changed({manifest().key: Held(50 * MB, (os.getpid(),))})
     before.write()
-    with closing(create(f"/expertd-test-{os.getpid()}", PAGE)):
+    with closing(create(f"/expertd-test-{os.getpid()}", 50 * MB)):
         asked = Asked(tmp_path)
         asked.available -= 50 * MB
         assert asked.ask(messages.SetBudget(budget=None)) == messages.BudgetSet(before=BUDGET, budget=1 * GB)
