@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import json_tools, mistral
 
 from expertd.clients.gateway import anthropic, chat, responses
-from expertd.clients.gateway.answers import Told
+from expertd.clients.gateway.answers import Part, Told
 from expertd.protocol.messages import Delta, Finished, TokenLogprob
 from expertd.worker.channels import Channels
 from expertd.worker.written import Written
@@ -271,15 +272,17 @@ def of_messages(events: Sequence[Delta], reason: Any) -> tuple[Any, Any]:
                     is_open = False
     assert not is_open
 
-    def said(block: dict[str, Any]) -> Any:
-        return block[{"text": "text", "thinking": "thinking", "tool_use": "input"}[block["type"]]]
+    def said(block: dict[str, Any]) -> str:
+        if block["type"] == "tool_use":
+            return msgspec.json.encode(block["input"]).decode()
+        return str(block[block["type"]])
 
     for block in blocks:
         if block[0] == "tool_use":
             try:
-                block[1] = json.loads(block[1])
+                json.loads(block[1])
             except ValueError:
-                block[1] = {}  # cut off
+                block[1] = "{}"  # cut off
     return blocks, [[block["type"], said(block)] for block in whole.whole([told(events, reason)])["content"]]
 
 
@@ -340,10 +343,23 @@ def test_a_call_that_was_cut_off_is_incomplete_and_has_no_input() -> None:
     assert responses.Rendering(request, "m", 1).whole([whole])["output"][0]["status"] == "completed"
 
 
-def test_a_number_of_any_size_is_an_input() -> None:
-    text = call("a").replace('"a"', "123456789012345678901234")
-    (block,) = anthropic.Rendering("m").whole([told(deltas(text), "tool_calls")])["content"]
-    assert block["input"] == {"at": 123456789012345678901234}
+@pytest.mark.parametrize(
+    "written", ["123456789012345678901234", "1" * 5000, "0.1000000000000000055", "1e400", "1.50", '"\\ud800"']
+)
+def test_an_input_is_written_as_the_model_wrote_it(written: str) -> None:
+    text = call("a").replace('"a"', written)
+    answer = anthropic.Rendering("m").whole([told(deltas(text), "tool_calls")])
+    assert b'"input":{"at": %s}}' % written.encode() in msgspec.json.encode(answer)
+
+
+@pytest.mark.parametrize("arguments", ["", '{"at": ', "[1]", "null"])
+def test_an_input_is_an_object(arguments: str) -> None:
+    answer = Told([Part("call", arguments, "c1", "look")])
+    assert anthropic.Rendering("m").whole([answer])["content"][0]["input"] == {}
+
+
+def test_a_whole_number_of_any_size_comes_back() -> None:
+    block = {"input": msgspec.json.decode(b'{"at": 123456789012345678901234}')}
     said = {"type": "tool_use", "id": "c1", "name": "look", "input": block["input"]}
     again = anthropic.parse(ASK | {"max_tokens": 1, "messages": [{"role": "assistant", "content": [said]}]})
     assert (again.messages or [])[0]["tool_calls"][0]["function"]["arguments"] == '{"at": 123456789012345678901234}'
