@@ -98,6 +98,36 @@ def test_what_python_s_reader_refuses_is_not_taken(given: dict[str, Any], data: 
     assert found.broken == (not found.complete and taken < len(wrong))
 
 
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        (r'{"a": "\ud83d\ude00"}', r'{"a": "\ud83d\ude00"}'),
+        (r'{"a": "x\ud83d y"}', r'{"a": "x\ud83d'),
+        (r'{"a": "x\ud83d\n"}', r'{"a": "x\ud83d' + "\\"),
+        (r'{"a": "x\ud83d\ud83d"}', r'{"a": "x\ud83d\ud83'),
+        (r'{"a": "x\ud83d"}', r'{"a": "x\ud83d'),
+        (r'{"a": "x\ude00"}', r'{"a": "x\ude0'),
+        (r'{"\ud83d": 1}', r'{"\ud83d'),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_no_character(text: str, taken: str) -> None:
+    found = JsonObject()
+    found.feed(text)
+    assert found.text == taken
+    assert found.complete == (text == taken) and found.broken == (text != taken)
+    assert found.settled == (text if found.complete else text[: text.index("\\")])
+
+
+def test_an_escape_is_told_when_it_is_whole() -> None:
+    found = JsonObject()
+    values = []
+    for character in r'{"a": "x\n\u00e4\ud83d\ude00y"}':
+        found.feed(character)
+        values.append(found.value.strip())
+    whole = ["", '"', "x", r"\n", r"\u00e4", r"\ud83d\ude00", "y"]
+    assert set(values) == {"".join(whole[: count + 1]) for count in range(len(whole))}
+
+
 def test_a_member_s_value_is_told_while_it_is_read() -> None:
     found = JsonObject()
     values = []
@@ -216,7 +246,7 @@ def test_the_name_comes_before_the_arguments_and_they_before_the_end(format: str
     assert len(more) >= len(ARGUMENTS), "each argument was told when it had ended, or earlier"
     if format in ("json_tools", "mistral", "kimi_k2"):
         assert "".join(piece.arguments for piece in early) == AS_JSON
-        assert len(early) == len(AS_JSON), "each character goes out as it comes"
+        assert len(early) == len(AS_JSON) - AS_JSON.count("\\"), "each character goes out as it comes"
 
 
 @pytest.mark.parametrize("format", ONCE)
@@ -272,7 +302,7 @@ def test_what_is_no_call_is_passed_on_as_it_is(text: str) -> None:
         ('{"name": "now", "arguments": "{\\"path\\": 1}"}', '{"path": 1}'),
         ('{"name": "now"}', "{}"),
         ('{"arguments": {"path": "a"}, "name": "now"}', '{"path": "a"}'),
-        ('{"name": "now", "arguments": {"path": "\\ud800"}}', '{"path": "\\ud800"}'),
+        ('{"name": "now", "arguments": {"path": "\\ud800"}}', '{"path": "'),
         ('{"name": "now", "arguments": {}}}', "{}"),
     ],
     ids=["a large number", "a larger one", "as text", "none", "before the name", "half a pair", "a brace too many"],

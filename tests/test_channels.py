@@ -6,15 +6,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import json_tools, mistral
 
 from expertd.clients.gateway import anthropic, chat, responses
-from expertd.clients.gateway.answers import Told
+from expertd.clients.gateway.answers import Part, Told
 from expertd.protocol.messages import Delta, Finished, TokenLogprob
 from expertd.worker.channels import Channels
+from expertd.worker.written import Written
 
 TOOL = {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
 TOOLS = [{"type": "function", "function": TOOL}]
@@ -43,9 +45,11 @@ def call(at: str) -> str:
     return f"<tool_call>\n{json.dumps({'name': 'look', 'arguments': {'at': at}})}\n</tool_call>"
 
 
-def deltas(text: str, size: int = 1, cut: bool = False, marks: Marks | None = None, tools: Any = TOOLS) -> list[Delta]:
+def deltas(
+    text: str, size: int = 1, cut: bool = False, marks: Marks | None = None, tools: Any = TOOLS, enforced: bool = False
+) -> list[Delta]:
     """The text as events, so many characters at a time; each character is a token."""
-    channels = Channels(marks or Marks(), [1], tools)
+    channels = Channels(marks or Marks(), [1], tools, enforced=enforced)
     found: list[Delta] = []
     texts = [text[place : place + size] for place in range(0, len(text), size)]
     for place, piece in enumerate(texts):
@@ -101,6 +105,50 @@ def parts(events: Sequence[Delta]) -> list[tuple[str, ...]]:
 )
 def test_parts_come_in_the_order_in_which_they_were_written(text: str, expected: Any, size: int) -> None:
     assert parts(deltas(text, size, cut=True)) == expected
+
+
+TRICKY = "x</tool_call>y<think>"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": "<tool_call>y</tool_call><think>"}', [("text", '{"a": "<tool_call>y</tool_call><think>"}')]),
+        (f"\n{call(TRICKY)}\n{call('b')}\n", [("call", json.dumps({"at": TRICKY})), ("call", '{"at": "b"}')]),
+        (f"{call('a')}\n<tool", [("call", '{"at": "a"}'), ("text", "\n<tool")]),
+        (call(TRICKY)[:-17], [("call", json.dumps({"at": TRICKY})[:-3])]),
+        (call("a").removesuffix("_call>"), [("call", '{"at": "a"}')]),
+        ("<tool", [("text", "<tool")]),
+    ],
+)
+def test_what_keeps_to_a_grammar_is_told_apart_by_its_structure(text: str, expected: Any, size: int) -> None:
+    assert parts(deltas(text, size, cut=True, enforced=True)) == expected
+
+
+def test_a_grammar_begins_where_the_reasoning_ends_and_that_is_no_call() -> None:
+    class Thinking(Marks):
+        def rfind_think_start(self, tokens: list[int], start: int) -> int:
+            return 0
+
+    text = f"hm {call('a')}</think>\n{call('b')}"
+    found = parts(deltas(text, marks=Thinking(), enforced=True))
+    assert found == [("reasoning", f"hm {call('a')}"), ("call", '{"at": "b"}')]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_what_follows_the_only_call_is_nobody_s(size: int) -> None:
+    text = f"hi {call('a')}\n{call('b')}[more]"
+    written = Written(Channels(Marks(), [1], TOOLS), [], one_call=True)
+    told: list[tuple[str, str]] = []
+    for place in range(0, len(text), size):
+        for piece in written.feed(text[place : place + size], last=False):
+            told += [("text", piece.text)] if piece.text else []
+            told += [("call", one.arguments) for one in piece.calls]
+        if written.ended:
+            break
+    assert "".join(text for kind, text in told if kind == "text") == "hi "
+    assert "".join(text for kind, text in told if kind == "call") == '{"at": "a"}'
 
 
 def test_without_tools_white_space_and_marks_of_calls_are_text() -> None:
@@ -224,15 +272,17 @@ def of_messages(events: Sequence[Delta], reason: Any) -> tuple[Any, Any]:
                     is_open = False
     assert not is_open
 
-    def said(block: dict[str, Any]) -> Any:
-        return block[{"text": "text", "thinking": "thinking", "tool_use": "input"}[block["type"]]]
+    def said(block: dict[str, Any]) -> str:
+        if block["type"] == "tool_use":
+            return msgspec.json.encode(block["input"]).decode()
+        return str(block[block["type"]])
 
     for block in blocks:
         if block[0] == "tool_use":
             try:
-                block[1] = json.loads(block[1])
+                json.loads(block[1])
             except ValueError:
-                block[1] = {}  # cut off
+                block[1] = "{}"  # cut off
     return blocks, [[block["type"], said(block)] for block in whole.whole([told(events, reason)])["content"]]
 
 
@@ -293,10 +343,23 @@ def test_a_call_that_was_cut_off_is_incomplete_and_has_no_input() -> None:
     assert responses.Rendering(request, "m", 1).whole([whole])["output"][0]["status"] == "completed"
 
 
-def test_a_number_of_any_size_is_an_input() -> None:
-    text = call("a").replace('"a"', "123456789012345678901234")
-    (block,) = anthropic.Rendering("m").whole([told(deltas(text), "tool_calls")])["content"]
-    assert block["input"] == {"at": 123456789012345678901234}
+@pytest.mark.parametrize(
+    "written", ["123456789012345678901234", "1" * 5000, "0.1000000000000000055", "1e400", "1.50", '"\\ud800"']
+)
+def test_an_input_is_written_as_the_model_wrote_it(written: str) -> None:
+    text = call("a").replace('"a"', written)
+    answer = anthropic.Rendering("m").whole([told(deltas(text), "tool_calls")])
+    assert b'"input":{"at": %s}}' % written.encode() in msgspec.json.encode(answer)
+
+
+@pytest.mark.parametrize("arguments", ["", '{"at": ', "[1]", "null"])
+def test_an_input_is_an_object(arguments: str) -> None:
+    answer = Told([Part("call", arguments, "c1", "look")])
+    assert anthropic.Rendering("m").whole([answer])["content"][0]["input"] == {}
+
+
+def test_a_whole_number_of_any_size_comes_back() -> None:
+    block = {"input": msgspec.json.decode(b'{"at": 123456789012345678901234}')}
     said = {"type": "tool_use", "id": "c1", "name": "look", "input": block["input"]}
     again = anthropic.parse(ASK | {"max_tokens": 1, "messages": [{"role": "assistant", "content": [said]}]})
     assert (again.messages or [])[0]["tool_calls"][0]["function"]["arguments"] == '{"at": 123456789012345678901234}'

@@ -118,6 +118,21 @@ def test_an_item_is_there_as_long_as_a_response_that_it_came_with() -> None:
     assert (stored.item("msg_a"), stored.item("fc_a")) == (None, None)
 
 
+def test_an_id_that_two_responses_have_is_the_latest_s_and_each_takes_its_own_words_with_it() -> None:
+    stored = Stored()
+    first, second = ({"type": "message", "id": "mine", "role": "user", "content": text} for text in ("one", "two"))
+    stored.keep(response(1), [first, first], [])
+    stored.keep(response(2), [second], [first])
+    assert stored.item("mine") == second
+    stored.forget("resp_2")
+    assert stored.item("mine") == first
+    stored.keep(response(3), [second], [])
+    stored.forget("resp_1")
+    assert stored.item("mine") == second
+    stored.forget("resp_3")
+    assert (stored.item("mine"), stored.size) == (None, 0)
+
+
 @pytest.mark.parametrize("item", [{"id": 5}, {"type": "item_reference"}, HI | {"id": []}], ids=str)
 def test_an_id_that_is_none_is_refused_by_name(item: dict[str, Any]) -> None:
     with pytest.raises(RequestInvalid) as caught:

@@ -17,8 +17,8 @@ def test_the_demo_shows_the_same_text_as_plain_mlx_lm_and_leaves_nothing() -> No
     done = subprocess.run([sys.executable, "-m", "tools.demo"], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("the same text") == len(QUESTIONS)
-    # Of 76 slots one is kept free, when nothing is on its way.
-    assert re.search(r" 39\.[16] % of its experts are in memory, ", done.stdout)
+    # There are 76 slots for 192 blocks; one is kept free, and in others something may be on its way.
+    assert re.search(r" 3[789]\.\d % of its experts are in memory, ", done.stdout)
     assert "  used by  expertd serve (process " in done.stdout
     assert "left behind: nothing" in done.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -18,14 +19,16 @@ import openai
 import pytest
 from aiohttp import web
 
+from expertd.clients.gateway import responses
 from expertd.clients.gateway.access import Access
 from expertd.clients.gateway.app import Gateway
 from expertd.clients.gateway.lifetime import listen
 from expertd.clients.gateway.served import Models
+from expertd.clients.gateway.stored import Stored
 from expertd.clients.gateway.wanted import Wanted
 from expertd.clients.gateway.watch import DaemonWatch
 from expertd.protocol.errors import ExpertdError, PortInUse, QueueFull, WorkerUnavailable
-from expertd.protocol.messages import Delta
+from expertd.protocol.messages import Delta, Finished
 from expertd.protocol.paths import Home
 from tests.gateway_stage import (
     DEADLINE_S,
@@ -294,7 +297,7 @@ class EndlessWorker:
     def watch(self, watcher: Callable[[int, Delta], None]) -> None:
         """Nobody is told."""
 
-    async def receive(self, timeout_s: float, pass_on: object = None) -> tuple[int, Delta] | None:
+    async def receive(self, timeout_s: float, pass_on: object = None) -> tuple[int, Delta | Finished] | None:
         self.sent += 1
         if self.silent_after is not None and self.sent > self.silent_after:
             await asyncio.sleep(timeout_s)
@@ -304,7 +307,7 @@ class EndlessWorker:
 
 
 async def with_endless_worker(
-    worker: EndlessWorker, use: Callable[[asyncio.StreamReader], Any], **limits: float
+    worker: EndlessWorker, use: Callable[[asyncio.StreamReader], Any], path: str = "chat/completions", **limits: float
 ) -> None:
     """Stream from a gateway in this process, configured as the real one is."""
     watch = DaemonWatch(Home(Path("nowhere")))
@@ -314,8 +317,9 @@ async def with_endless_worker(
     with listen("127.0.0.1", 0) as listener:
         await web.SockSite(runner, listener).start()
         reader, writer = await asyncio.open_connection(*listener.getsockname())
-        body = json.dumps({"model": "endless", "messages": HELLO, "stream": True}).encode()
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+        asked = {"input": "hello"} if path == "responses" else {"messages": HELLO}
+        body = json.dumps({"model": "endless", "stream": True} | asked).encode()
+        writer.write(b"POST /v1/%s HTTP/1.1\r\nHost: localhost\r\n" % path.encode())
         writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
         try:
             await use(reader)
@@ -345,6 +349,68 @@ def test_a_silent_stream_carries_comments() -> None:
             await reader.readuntil(b": keepalive\n\n")
 
     asyncio.run(with_endless_worker(worker, read_comments, keepalive_s=0.1))
+
+
+class BriefWorker(EndlessWorker):
+    """Says one word."""
+
+    async def receive(self, timeout_s: float, pass_on: object = None) -> tuple[int, Delta | Finished] | None:
+        if not self.sent:
+            return await super().receive(timeout_s)
+        self.ended = True
+        return 0, Finished(request=1, reason="stop", prompt_tokens=1, completion_tokens=1)
+
+
+@pytest.mark.parametrize(("broken", "status", "ends_with"), [
+    (["begin"], 500, "error"),
+    (["event"], 200, "failed"),
+    (["end"], 200, "failed"),
+    (["event", "failed"], 200, None),
+    (["keep"], 200, "completed"),
+], ids=str)  # fmt: skip
+def test_what_fails_after_a_stream_has_begun_is_no_second_answer(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: list[str],
+    status: int,
+    ends_with: str | None,
+) -> None:
+    def fails(*given: object) -> Any:
+        raise ValueError(secret)  # which a traceback quotes by its name
+
+    async def read(reader: asyncio.StreamReader) -> None:
+        async with asyncio.timeout(20):
+            told.append(await reader.readuntil(b"\r\n\r\n"))
+            with contextlib.suppress(ConnectionResetError):
+                while data := await reader.read(1 << 16):
+                    told.append(data)
+                    if data.endswith((b"\r\n0\r\n\r\n", b"}")):
+                        break
+
+    secret = "a client's words"
+    told: list[bytes] = []
+    kept: list[Any] = []
+    monkeypatch.setattr(Stored, "keep", lambda stored, response, *given: kept.append(response))
+    for name in broken:
+        monkeypatch.setattr(Stored if name == "keep" else responses.Rendering, name, fails)
+    worker = BriefWorker("hello")
+    with caplog.at_level("INFO"):
+        asyncio.run(with_endless_worker(worker, read, "responses"))
+    answer = b"".join(told).decode()
+    assert answer.startswith(f"HTTP/1.1 {status} ") and answer.count("HTTP/1.1") == 1
+    if ends_with == "error":
+        assert json.loads(answer.splitlines()[-1])["error"]["code"] == "internal"
+    else:
+        assert answer.endswith("\r\n0\r\n\r\n") == (ends_with is not None)
+        assert ("event: response.completed" in answer) == (ends_with == "completed")
+        assert ("event: response.failed" in answer) == (ends_with == "failed")
+    assert ("the gateway failed; its log says where" in answer) == (ends_with in ("error", "failed"))
+    assert (kept, worker.released) == ([], 1)
+    failures = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert {record.message for record in failures} == {"a request failed: method=POST path=/v1/responses"}
+    assert len(failures) == len(broken) and secret not in caplog.text
+    (line,) = (record.message for record in caplog.records if record.message.startswith("request finished"))
+    assert f"status={status}" in line and "error=internal" in line
 
 
 # -- the worker --------------------------------------------------------------------------------------------------------

@@ -452,6 +452,7 @@ def test_errors_of_the_worker_name_what_was_sent(client: openai.OpenAI, claude: 
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_k": 1 << 70}),
         ("responses", {"input": [{"type": "reasoning", "content": 5}]}),
         ("responses", {"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": 5}]}]}),
+        ("responses", {"metadata": {"a": "b", "c": [[]]}, "stream": True}),
     ],
     ids=str,
 )

@@ -46,15 +46,22 @@ def plain(model_path: Path) -> Any:
     return load_model(model_path)[0]
 
 
+_of_others: set[str] = set()
+
+
 @pytest.fixture(autouse=True)
-def none_of_others() -> None:
-    """Nothing is left of earlier tests' models."""
+def others() -> None:
+    """What other modules' tests have left in this process is none of these tests' business."""
     gc.collect()
-    wait_for(lambda: not segments())
+    _of_others.update(_mapped())
 
 
 def segments() -> set[str]:
-    """Inodes of the shared-memory segments that this process has mapped."""
+    """Inodes of the shared-memory segments that this process has mapped since the test began."""
+    return _mapped() - _of_others
+
+
+def _mapped() -> set[str]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     return {line.split()[4] for line in lines if "/dev/shm/expertd" in line}
 

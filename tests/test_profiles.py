@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,15 @@ def test_live_traffic_is_watched_until_a_signal_and_no_longer(home: Home, start_
             assert read_profile(home, number.name).tokens >= 20
 
 
+@pytest.fixture
+def hung_up() -> Iterator[None]:
+    """SIGHUP is not ignored, as it is where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hung_up")
 def test_what_ends_a_command_is_a_wish_first_and_an_interrupt_then() -> None:
     for number in ENDS:
         stop, before = Stop(), signal.getsignal(number)
@@ -379,14 +389,11 @@ def test_what_ends_a_command_is_a_wish_first_and_an_interrupt_then() -> None:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
         assert signal.getsignal(number) == before
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        stop = Stop()
-        with stop.on(*ENDS):
-            signal.raise_signal(signal.SIGHUP)
-        assert not stop(), "nohup is obeyed"
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = Stop()
+    with stop.on(*ENDS):
+        signal.raise_signal(signal.SIGHUP)
+    assert not stop(), "nohup is obeyed"
 
 
 def test_what_does_not_go_together_is_refused(home: Home, tmp_path: Path) -> None:

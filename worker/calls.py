@@ -206,7 +206,7 @@ class _Headed:
             name, id = self._call or ("", "")
             if not self._arguments.complete:
                 begun = self._arguments.text != ""
-                return [*self._done, _Seen(name, self._arguments.text, id)] if begun else self._done
+                return [*self._done, _Seen(name, self._arguments.settled, id)] if begun else self._done
             self._done.append(_Seen(name, self._arguments.text, id, complete=True))
             self._call, self._arguments = None, JsonObject()
         return self._done

@@ -1,7 +1,8 @@
 """What an answer's text consists of: what is said, what was thought before, and calls of tools.
 
 The markers between them are the tokenizer's, as mlx-lm knows them; what stands between those of a call is read by
-``expertd.worker.calls``.  Works on text alone; a marker that arrives in pieces is held back until it is whole.
+``expertd.worker.calls``, and what is kept to a grammar is told apart by ``expertd.worker.structured``.  Works on text
+alone; a marker that arrives in pieces is held back until it is whole.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
 from expertd.protocol.messages import ToolCall
 from expertd.worker.calls import Calls
+from expertd.worker.structured import Structured
 
 __all__ = ["Channels", "Piece"]
 
@@ -54,7 +56,7 @@ class Channels:
         Args:
             tools: calls are only looked for where there are some.
             raw: all is text, whatever it looks like.
-            enforced: what follows the reasoning is kept to a grammar, in which markers mean nothing.
+            enforced: what follows the reasoning is kept to a grammar, in which markers mean nothing by themselves.
         """
         self._parse = tokenizer.tool_parser if tools and tokenizer.has_tool_calling else None
         self._marked = self._parse is not None and bool(tokenizer.tool_call_end)  # whether calls have an end marker
@@ -68,16 +70,36 @@ class Channels:
         """Whether the answer begins with reasoning."""
         begin = "reasoning" if self.thinking else "normal"
         self._state = _machine(tokenizer, raw, enforced, self._parse is not None).make_state(begin)
+        self._structured: Structured | None = None
+        if enforced and self._parse is not None:
+            self._structured = Structured(tokenizer.tool_call_start, tokenizer.tool_call_end)
 
-    def feed(self, text: str) -> list[Piece]:
-        """Take the next text."""
+    def feed(self, text: str, one_call: bool = False) -> list[Piece]:
+        """Take the next text; with ``one_call`` what follows the end of a call is left out."""
         self._state, segments = TextStateMachine.split(self._state, text)
-        return _joined(piece for state, more in segments for piece in self._pieces(state, more))
+        return _joined(self._until_call(segments) if one_call else self._all(segments))
+
+    def _until_call(self, segments: Iterable[tuple[str, str]]) -> Iterator[Piece]:
+        for piece in self._all(segments):
+            yield piece
+            if self.call_ended:
+                return
+
+    def _all(self, segments: Iterable[tuple[str, str]]) -> Iterator[Piece]:
+        for state, text in segments:
+            if self._structured is None or state != "normal":
+                yield from self._pieces(state, text)
+            else:
+                for inner, more in self._structured.feed(text):
+                    yield from self._pieces(inner, more)
 
     def finish(self, cut: bool = False) -> list[Piece]:
         """What was held back, and a call that was not closed; ``cut``: it was not the model that ended the answer."""
         self._state, rest, state = TextStateMachine.flush(self._state)
-        pieces = [*self._pieces(state, rest), *self._close_call(cut)]
+        pieces = [*self._all([(state, rest)])]
+        if self._structured is not None and self._calls is None:
+            pieces += [piece for inner, more in self._structured.flush() for piece in self._pieces(inner, more)]
+        pieces += self._close_call(cut)
         if self._space and not self._after_call:
             pieces.append(Piece(text=self._space))
         return _joined(pieces)
@@ -86,9 +108,10 @@ class Channels:
         if state == "tool" and self._parse is not None:
             if self._calls is None:
                 self._calls = Calls(self._parse, self._tools)
-            yield self._called(self._calls.feed(text))
+            called = self._called(self._calls.feed(text))
             if not self._marked and self._calls.begun and self._calls.complete:
                 self.call_ended = True
+            yield called
             return
         yield from self._close_call()
         if state != "reasoning":
@@ -102,8 +125,8 @@ class Channels:
         if calls is None:
             return
         more, text = calls.close(cut)
-        yield self._called(more)
         self.call_ended |= calls.begun
+        yield self._called(more)
         if text.strip():
             yield Piece(text=self._text(text))
 
@@ -149,7 +172,7 @@ def _opens(tokenizer: Any, prompt: Sequence[int]) -> bool:
 def _machine(tokenizer: Any, raw: bool, enforced: bool, with_tools: bool) -> TextStateMachine:
     if raw:
         return TextStateMachine({"normal": []})
-    if with_tools:
+    if with_tools and not enforced:
         return make_text_state_machine(tokenizer)
     transitions: dict[str, list[tuple[str, str]]] = {"normal": []}
     if tokenizer.has_thinking:

@@ -277,9 +277,8 @@ class Engine:
         if message.count:
             return Finished(request=message.request, reason="length", prompt_tokens=len(prompt), completion_tokens=0)
         max_tokens = self._prompts.room(message, len(prompt))
-        channels = Channels(
-            self._tokenizer, prompt, message.tools, raw=message.messages is None, enforced=message.schema is not None
-        )
+        keeps = message.schema is not None or message.tool_choice == "required"
+        channels = Channels(self._tokenizer, prompt, message.tools, raw=message.messages is None, enforced=keeps)
         processors = self._processors(message, len(prompt))
         enforced = self._enforced(message, len(prompt), channels.thinking)
         return _Request(

@@ -1,7 +1,8 @@
 """A JSON object that arrives in pieces: how much of it is JSON so far, and which of its members are complete.
 
-What is taken is always the beginning of a valid object (RFC 8259): whoever passes it on as it comes has never passed on
-anything else.  Values are kept as the text that they have; to make sense of them is the business of ``json.loads``.
+What is taken is always the beginning of a valid object (RFC 8259) whose strings are Unicode: whoever passes it on as it
+comes has never passed on anything else.  Values are kept as the text that they have; to make sense of them is the
+business of ``json.loads``.
 """
 
 from __future__ import annotations
@@ -41,12 +42,19 @@ class JsonObject:
         self._is_key = False  # whether the string that is being read is one
         self._begin = 0  # where in the text a key, or the value of ``member``, begins
         self._rest = ""  # of a word; or of a number, or the digits of an escape: what has come
+        self._escape: int | None = None  # where an escape begins that is not complete
+        self._high = False  # whether it lacks the second half of a surrogate pair
+
+    @property
+    def settled(self) -> str:
+        """``text`` without an escape that is not complete: readers of what is unfinished stumble over half of one."""
+        return self.text[: self._escape]
 
     @property
     def value(self) -> str:
-        """The text so far of the value of ``member``."""
+        """The settled text so far of the value of ``member``."""
         named = self._state == "colon" and len(self._closers) == 1
-        return "" if self.member is None or named else self.text[self._begin :]
+        return "" if self.member is None or named else self.settled[self._begin :]
 
     def feed(self, text: str) -> int:
         """Take more; returns how many characters of it: fewer where the object ends, or what comes is no JSON."""
@@ -72,13 +80,16 @@ class JsonObject:
             case "string":
                 return self._in_string(character, place)
             case "escape":
-                self._state, self._rest = ("hex", "") if character == "u" else ("string", "")
-                return character in '"\\/bfnrtu'
+                if character == "u":
+                    self._state, self._rest = "hex", ""
+                    return True
+                if self._high or character not in '"\\/bfnrt':
+                    return False
+                self._state, self._escape = "string", None
+                return True
             case "hex":
                 self._rest += character
-                if len(self._rest) == 4:
-                    self._state = "string"
-                return character in "0123456789abcdefABCDEF"
+                return character in "0123456789abcdefABCDEF" and (len(self._rest) < 4 or self._unit_ends())
             case "word":
                 expected, self._rest = self._rest[0], self._rest[1:]
                 if not self._rest:
@@ -96,6 +107,9 @@ class JsonObject:
     def _in_string(self, character: str, place: int) -> bool:
         if character == "\\":
             self._state = "escape"
+            self._escape = place if self._escape is None else self._escape
+        elif self._high:
+            return False
         elif character != '"':
             return character >= " "
         elif self._is_key:
@@ -104,6 +118,16 @@ class JsonObject:
             self._state = "colon"
         else:
             self._value_ends(place + 1)
+        return True
+
+    def _unit_ends(self) -> bool:
+        """An escape has its four digits; False: half of a surrogate pair would be without the other."""
+        unit = int(self._rest, 16)
+        if (0xDC00 <= unit < 0xE000) != self._high:
+            return False
+        self._state, self._high = "string", 0xD800 <= unit < 0xDC00
+        if not self._high:
+            self._escape = None
         return True
 
     def _between(self, character: str, place: int) -> bool:

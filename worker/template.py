@@ -105,8 +105,9 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         arguments = json.loads(function["arguments"])
+        json.dumps(arguments, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        return call  # it was cut off: most templates take a text too
+        return call  # it was cut off, or has half a character: most templates take a text too
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -45,7 +45,7 @@ class Written:
 
         ``cut``: it is the last because there may be no more, and not because the model ended.
         """
-        pieces = self._cut(self._channels.feed(text))
+        pieces = self._cut(self._channels.feed(text, self._one_call))
         if self._one_call and self._channels.call_ended:
             self.ended = True
         if last and not self.ended:

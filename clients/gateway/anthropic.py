@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import msgspec
+
 from expertd.clients.gateway.answers import Part, Told, sse
 from expertd.clients.gateway.conversation import Messages, call_of, json_of, kind_of, not_supported, text_of, texts
 from expertd.clients.gateway.fields import body_object, boolean, invalid, string, unsupported, whole, within
@@ -365,11 +367,15 @@ def _use(id: str, name: str) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> Any:
-    """Arguments as an object; an empty one if the call was cut off, which the reason of the end says."""
+    """Arguments as an object, written as the model wrote them: there are numbers that no type of Python's holds.
+
+    An empty one if the call was cut off, which the reason of the end says.
+    """
     try:
-        return json.loads(arguments)
+        whole = isinstance(json.loads(arguments, parse_int=str), dict)  # An int may have too many digits.
     except (ValueError, RecursionError):
-        return {}
+        whole = False
+    return msgspec.Raw(arguments.encode()) if whole else {}
 
 
 def _stop(end: Finished) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from expertd.clients.gateway import anthropic, chat, completions, plain, respons
 from expertd.clients.gateway.access import Access, challenges
 from expertd.clients.gateway.answers import Renderer, Told, error_body
 from expertd.clients.gateway.connections import Busy
-from expertd.clients.gateway.discreet import wordless
+from expertd.clients.gateway.discreet import failure
 from expertd.clients.gateway.observe import Observer, Seen
 from expertd.clients.gateway.operations import Operations
 from expertd.clients.gateway.served import Models, Served
@@ -134,8 +134,13 @@ class Gateway:
         earlier = self._stored.items(wanted.previous)
         rendering = responses.Rendering(wanted, served.name, int(time.time()))
         answer = await self._compute(request, served, [wanted.with_messages(earlier)], rendering)
-        if wanted.store and rendering.ended:
-            self._stored.keep(rendering.response(), wanted.given, earlier)
+        if wanted.store and rendering.ended and "error" not in FACTS.get():
+            try:
+                self._stored.keep(rendering.response(), wanted.given, earlier)
+            except Exception as error:
+                if not answer.prepared:
+                    raise
+                FACTS.get()["error"] = failure(request, error).code  # The client has all of its answer already.
         return answer
 
     async def _response(self, request: web.Request) -> web.Response:
@@ -316,11 +321,7 @@ class Gateway:
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception as error:
-            route = request.match_info.route.resource
-            log.error(
-                "a request failed", method=request.method, path=route and route.canonical, exc_info=wordless(error)
-            )
-            return self._refuse(request, ExpertdError("the gateway failed; its log says where"))
+            return self._refuse(request, failure(request, error))
 
     def _refuse(self, request: web.Request, error: ExpertdError) -> web.Response:
         """``error`` as the API writes it that was called."""

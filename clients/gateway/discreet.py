@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import logging
 
+from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from expertd.protocol.logs import Sparsely
+from expertd.protocol.errors import ExpertdError
+from expertd.protocol.logs import Log, Sparsely
 
-__all__ = ["server_log", "wordless"]
+__all__ = ["failure", "server_log", "wordless"]
+
+log = Log(__name__)
 
 
 class _Wordless(Exception):
@@ -23,6 +27,13 @@ def wordless(error: BaseException) -> BaseException:
     """What can be logged of ``error``: where it happened, and of which class it is."""
     found = _Wordless(f"{type(error).__qualname__}; what it says is left out, for it may be a client's")
     return found.with_traceback(error.__traceback__)
+
+
+def failure(request: web.Request, error: BaseException) -> ExpertdError:
+    """Log what ``request`` failed with, which nobody has foreseen; returns what its client is told."""
+    route = request.match_info.route.resource
+    log.error("a request failed", method=request.method, path=route and route.canonical, exc_info=wordless(error))
+    return ExpertdError("the gateway failed; its log says where")
 
 
 class _Discreet(logging.Filter):

@@ -140,7 +140,10 @@ def parse(body: object, find: Callable[[str], dict[str, Any] | None] = lambda id
     )
     metadata = body.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
-        invalid("metadata", "an object")
+        invalid("metadata", "an object of strings")
+    for name, value in (metadata or {}).items():
+        if not isinstance(value, str):
+            invalid(f"metadata.{name}", "a string")
     echo = {
         "instructions": instructions,
         "max_output_tokens": wanted.max_tokens,

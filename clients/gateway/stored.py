@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,9 @@ class Stored:
     def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._items: dict[str, dict[str, Any]] = {}
-        self._owners: Counter[str] = Counter()  # of items: clients send back what they were told
+        self._items: dict[str, dict[str, dict[str, Any]]] = {}
+        """By their ids, and then by those of the responses that they came with, the latest last: clients send back what
+        they were told, and choose ids of their own."""
         self.size = 0
         """Bytes of all that is kept."""
 
@@ -48,8 +49,7 @@ class Stored:
         kept = self._kept[response["id"]] = _Kept(response, given, items, size)
         self.size += size
         for item in kept.own:
-            self._items.setdefault(item["id"], item)
-            self._owners[item["id"]] += 1
+            self._items.setdefault(item["id"], {})[response["id"]] = item
         while len(self._kept) > self._most or (self.size > self._most_bytes and len(self._kept) > 1):
             self.forget(next(iter(self._kept)))
 
@@ -66,8 +66,9 @@ class Stored:
         return [] if id is None else self._find(id, "previous_response_id").items
 
     def item(self, id: str) -> dict[str, Any] | None:
-        """An item that came with a response that is kept, as input or output."""
-        return self._items.get(id)
+        """An item that came with a response that is kept, as input or output: as it came with the latest."""
+        found = self._items.get(id)
+        return None if found is None else next(reversed(found.values()))
 
     def forget(self, id: str) -> None:
         """Keep a response no longer."""
@@ -75,9 +76,10 @@ class Stored:
         del self._kept[id]
         self.size -= kept.size
         for item in kept.own:
-            self._owners[item["id"]] -= 1
-            if not self._owners[item["id"]]:
-                del self._owners[item["id"]], self._items[item["id"]]
+            found = self._items.get(item["id"], {})
+            found.pop(id, None)  # A response may bring the same id twice.
+            if not found:
+                self._items.pop(item["id"], None)
 
     def _find(self, id: str, param: str | None = None) -> _Kept:
         kept = self._kept.get(id)

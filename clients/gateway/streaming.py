@@ -15,6 +15,7 @@ from aiohttp import web
 
 from expertd.clients.gateway import awake
 from expertd.clients.gateway.answers import Renderer, Told
+from expertd.clients.gateway.discreet import failure
 from expertd.clients.gateway.served import Answers
 from expertd.protocol.errors import ExpertdError
 from expertd.protocol.messages import Delta, Finished
@@ -64,43 +65,54 @@ class Stream:
     async def run(self) -> web.StreamResponse:
         """Write it, to its end or until the client has left.
 
+        Whatever it raises, nothing is written: what fails later is told in the stream, or breaks the connection, for
+        another answer would be read as a part of this one.
+
         Raises:
-            ExpertdError: nothing is written, and this is why.
+            ExpertdError: why nothing is written.
         """
         # Until the worker has taken the request, or the client has waited long, an error can still be a status.
         first = await self._answers.receive(self._keepalive_s)
+        begin = b"".join(self._rendering.begin())
         try:
             await self._response.prepare(self._request)
-            for data in self._rendering.begin():
-                await self._write(data)
+            await self._write(begin)
             await self._follow(first)
         except ConnectionError:
             self._facts["ended"] = "the client left"
         except TimeoutError:
             self._facts["ended"] = f"the client read nothing for {self._stall_s:.0f} s"
-            if self._request.transport is not None:
-                self._request.transport.abort()
+            self._abort()
+        except Exception as error:  # not even an error can be written
+            self._facts["error"] = failure(self._request, error).code
+            self._abort()
         return self._response
 
-    async def _follow(self, received: tuple[int, Delta | Finished] | None) -> None:
-        """Write what comes, from the first event on, which is there already, and the end."""
+    async def _follow(self, first: tuple[int, Delta | Finished] | None) -> None:
+        """Write what comes, from the first event on, which is there already, and the end; or what went wrong."""
         try:
-            while True:
-                if received is not None:
-                    await self._write(self._render(*received))
-                elif self._loop.time() >= self._written_at + self._keepalive_s:
-                    await self._write(self._rendering.keepalive)
-                if self._answers.ended:
-                    break
-                silent_s = self._loop.time() - self._written_at
-                received = await self._answers.receive(max(0.0, self._keepalive_s - silent_s), self._pass_on)
-        except ExpertdError as error:
-            self._facts["error"] = error.code
-            for data in self._rendering.failed(error):
-                await self._write(data)
+            await self._write_events(first)
+            await self._write(b"".join(self._rendering.end()))
             return
-        for data in self._rendering.end():
-            await self._write(data)
+        except ExpertdError as error:
+            told = error
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:
+            told = failure(self._request, error)
+        self._facts["error"] = told.code
+        await self._write(b"".join(self._rendering.failed(told)))
+
+    async def _write_events(self, received: tuple[int, Delta | Finished] | None) -> None:
+        while True:
+            if received is not None:
+                await self._write(self._render(*received))
+            elif self._loop.time() >= self._written_at + self._keepalive_s:
+                await self._write(self._rendering.keepalive)
+            if self._answers.ended:
+                return
+            silent_s = self._loop.time() - self._written_at
+            received = await self._answers.receive(max(0.0, self._keepalive_s - silent_s), self._pass_on)
 
     def _render(self, place: int, event: Delta | Finished) -> bytes:
         if isinstance(event, Finished):
@@ -140,6 +152,10 @@ class Stream:
                 writing.close()
             self._written_at = self._loop.time()
         return True
+
+    def _abort(self) -> None:
+        if self._request.transport is not None:
+            self._request.transport.abort()
 
     def _takes(self) -> bool:
         """Whether the client is there, and has been sent all that there was."""
