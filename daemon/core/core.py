@@ -555,9 +555,9 @@ class Core(Holdings):
 
     def _read_done(self, event: events.ReadDone) -> None:
         model, pool = self._pools[event.segment]
-        source = pool.slots[event.slot].source
-        if source is not None and source.generation == HANDED and model.recalled is not None:
-            model.recalled.adopted += 1
+        source, left = pool.slots[event.slot].source, model.recalled
+        if source is not None and source.generation == HANDED and left is not None:
+            left.adopted += pool.slots[event.slot].block not in left.back  # else it had gone, and was copied again
         elif source is not None:
             model.copied += 1
         block = slots.arrived(model, pool, event.slot)
