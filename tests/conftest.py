@@ -12,6 +12,7 @@ from typing import Protocol
 import pytest
 from hypothesis import HealthCheck, settings
 
+from expertd.protocol.connection import Connection
 from expertd.protocol.errors import DaemonNotRunning
 from expertd.protocol.paths import Home
 from expertd.protocol.rendezvous import stop_daemon
@@ -40,6 +41,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def answers(home: Home) -> bool:
+    """Whether a daemon answers in ``home``."""
+    try:
+        Connection(home.daemon_socket, "test", handshake_s=1.0).close()
+    except DaemonNotRunning:
+        return False
+    return True
 
 
 @pytest.fixture

@@ -462,10 +462,8 @@ def test_a_reading_that_fails_holds_no_memory(
     assert caplog.text.count("base weights are not shared") == 1
 
 
-def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(
-    model_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that comes a moment later begins anew, and what is left of the first reading does it no harm."""
+def held_reads(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[int], Callable[..., int]]:
+    """Small reads that wait until the event is set: it, the bytes of each, and what reads."""
     monkeypatch.setattr(bases, "CHUNK", 16 << 10)
     through = threading.Event()
     sizes: list[int] = []
@@ -474,6 +472,15 @@ def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(
         assert through.wait(10)
         sizes.append(os.preadv(descriptor, buffers, offset))
         return sizes[-1]
+
+    return through, sizes, read
+
+
+def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(
+    model_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes a moment later begins anew, and what is left of the first reading does it no harm."""
+    through, sizes, read = held_reads(monkeypatch)
 
     async def body() -> None:
         daemon = Daemon(home, read)
@@ -525,14 +532,7 @@ def test_what_is_handed_back_while_it_is_read_takes_its_place(
     model_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever was first and waits gets what the session has that came later, and the rest is not read."""
-    monkeypatch.setattr(bases, "CHUNK", 16 << 10)
-    through = threading.Event()
-    sizes: list[int] = []
-
-    def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        assert through.wait(10)
-        sizes.append(os.preadv(descriptor, buffers, offset))
-        return sizes[-1]
+    through, sizes, read = held_reads(monkeypatch)
 
     async def body(info: BaseInfo, descriptor: int) -> None:
         daemon = Daemon(home, read)

@@ -16,11 +16,10 @@ import pytest
 from expertd.clients.cli.budget import cache_holds
 from expertd.daemon.holders import Held, Holders
 from expertd.protocol.connection import Connection
-from expertd.protocol.errors import DaemonNotRunning
 from expertd.protocol.messages import BudgetSet, SetBudget
 from expertd.protocol.paths import Home
 from expertd.protocol.segments import Segment, create
-from tests.conftest import wait_for
+from tests.conftest import answers, wait_for
 from tests.programs import Program
 from tools.factory import write_checkpoint
 from tools.stage import ask_status, end
@@ -194,14 +193,6 @@ def daemon_with(home: Home, available: int) -> Iterator[subprocess.Popen[bytes]]
         yield started
     finally:
         end(started)
-
-
-def answers(home: Home) -> bool:
-    try:
-        Connection(home.daemon_socket, "test", handshake_s=1.0).close()
-    except DaemonNotRunning:
-        return False
-    return True
 
 
 def auto(home: Home) -> int:

@@ -18,22 +18,12 @@ import pytest
 from expertd.launchd.agent import daemon_agent, home_key
 from expertd.launchd.launchd import Launchd
 from expertd.launchd.systemd import Systemd
-from expertd.protocol.connection import Connection
-from expertd.protocol.errors import DaemonNotRunning
 from expertd.protocol.paths import Home, lasting
 from expertd.protocol.quick_deaths import MOST, read_starts
 from expertd.protocol.rendezvous import lock_holder
-from tests.conftest import DEADLINE_S, StartDaemon, wait_for
+from tests.conftest import DEADLINE_S, StartDaemon, answers, wait_for
 from tests.service_stage import user_manager_answers
 from tests.service_stand_in import run_agent, run_unit, runs
-
-
-def answers(home: Home) -> bool:
-    try:
-        Connection(home.daemon_socket, "test", handshake_s=1.0).close()
-    except DaemonNotRunning:
-        return False
-    return True
 
 
 @contextmanager
